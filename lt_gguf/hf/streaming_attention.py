@@ -1,0 +1,137 @@
+"""Streaming attention for any transformers model that dispatches through `AttentionInterface`.
+
+In a streaming layer the key at position p is visible to the query at position q iff
+`p <= q and (p < sink or q - p < window)` (LightTransfer, arXiv 2410.13846, section 3); the other layers stay as they
+are. The model's code and weights are not touched: transformers builds one attention mask a forward pass and hands it
+to every layer, so the mask registered here has two slots, `causal` and `streaming`, and the attention function
+registered here gives each layer the slot that is its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Iterator
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from lt_gguf.spec import StreamingSpec
+
+CAUSAL, STREAMING = 0, 1  # the slots of the mask, in the place where other masks have their heads
+
+# transformers' names of the attention that runs below ours -> the name it is registered under ("sdpa" in a name makes
+# transformers check that the model supports it)
+IMPLEMENTATIONS = {"sdpa": "streaming_sdpa", "eager": "streaming_eager"}
+
+SPEC_ATTRIBUTE = "streaming_attention"  # on the model's config; a plain dict, so that the config still saves as JSON
+
+
+def apply_streaming_attention(model: PreTrainedModel, spec: StreamingSpec, implementation: str = "sdpa") -> None:
+    """Makes the layers that `spec` flags attend to sinks and window only, from the next forward pass on.
+
+    `implementation` is the attention that runs below the mask: "sdpa" or "eager" (the model's own). It holds for
+    training, for prompts of any split and for decoding with a cache; padded and packed batches count positions within
+    each sequence.
+
+    Raises ValueError if the spec doesn't fit the model, if its prefill mode is not "stream", or if the model can't
+    take another attention implementation.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
+    if spec.prefill != "stream":
+        raise ValueError(f"prefill {spec.prefill!r} has no mask: in transformers every token streams, use 'stream'")
+    if spec.n_layer != config.num_hidden_layers:
+        raise ValueError(f"the spec is for {spec.n_layer} layers, the model has {config.num_hidden_layers}")
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * spec.n_layer
+    for layer in spec.layers:
+        if layer_types[layer] != "full_attention":
+            raise ValueError(f"layer {layer} is a {layer_types[layer]} layer: only full_attention layers can stream")
+
+    model.set_attn_implementation(IMPLEMENTATIONS[implementation])
+    setattr(config, SPEC_ATTRIBUTE, {"layers": list(spec.layers), "sink": spec.sink, "window": spec.window})
+
+
+def remove_streaming_attention(model: PreTrainedModel, implementation: str = "sdpa") -> None:
+    """Gives every layer full attention again, computed by `implementation`."""
+    config = model.config.get_text_config(decoder=True)
+    if hasattr(config, SPEC_ATTRIBUTE):
+        delattr(config, SPEC_ATTRIBUTE)
+    model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def streaming_attention(
+    model: PreTrainedModel, spec: StreamingSpec | None, implementation: str = "sdpa"
+) -> Iterator[PreTrainedModel]:
+    """`model` with `spec` applied (None: with full attention) inside a with block; as it was before, after it."""
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation, getattr(config, SPEC_ATTRIBUTE, None)
+    try:
+        if spec is None:
+            remove_streaming_attention(model, implementation)
+        else:
+            apply_streaming_attention(model, spec, implementation)
+        yield model
+    finally:
+        remove_streaming_attention(model, before[0])
+        if before[1] is not None:
+            setattr(config, SPEC_ATTRIBUTE, before[1])
+
+
+def visible(q: torch.Tensor, p: torch.Tensor, sink: int, window: int) -> torch.Tensor:
+    """Whether the keys at positions `p` are visible to the queries at `q` in a streaming layer, elementwise."""
+    return (p <= q) & ((p < sink) | (q - p < window))
+
+
+def streaming_mask(
+    batch_size: int, q_length: int, kv_length: int, config: PretrainedConfig, **mask_arguments
+) -> torch.Tensor:
+    """Mask function for transformers: bool (batch_size, 2, q_length, kv_length), True where a key is visible.
+
+    Positions are read off the causal slot, because it alone knows how a batch is padded, packed or cached: a query's
+    position in its own sequence is the number of keys that it sees causally, less one.
+    """
+    mask_arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    causal = sdpa_mask(batch_size, q_length, kv_length, **mask_arguments)
+    q = causal.sum(dim=-1, keepdim=True) - 1
+    if q_length == kv_length:
+        p = q.transpose(-1, -2)
+    else:  # a cache: one sequence a row, and the last query sees all of it
+        p = causal[:, :, -1:].cumsum(dim=-1) - 1
+    spec = getattr(config, SPEC_ATTRIBUTE)
+    return torch.cat([causal, causal & visible(q, p, spec["sink"], spec["window"])], dim=1)
+
+
+def _slot(module: torch.nn.Module, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The part of `streaming_mask`'s result that is for the layer `module`: bool (batch, 1, q_length, kv_length)."""
+    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[1] != 2:
+        raise ValueError(
+            f"{type(module).__name__} got a mask that transformers' mask functions did not build: streaming attention "
+            "needs a model that calls create_causal_mask, and no 4-dimensional attention_mask from the caller"
+        )
+    layers = getattr(module.config, SPEC_ATTRIBUTE)["layers"]
+    slot = STREAMING if module.layer_idx in layers else CAUSAL
+    return attention_mask[:, slot : slot + 1]
+
+
+def _streaming_sdpa(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, _slot(module, attention_mask), **kwargs)
+
+
+def _streaming_eager(module, query, key, value, attention_mask, **kwargs):
+    hidden = torch.finfo(query.dtype).min
+    additive = torch.where(_slot(module, attention_mask), torch.zeros((), dtype=query.dtype), hidden)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, additive, **kwargs)
+
+
+for _name, _forward in (("sdpa", _streaming_sdpa), ("eager", _streaming_eager)):
+    AttentionInterface.register(IMPLEMENTATIONS[_name], _forward)
+    AttentionMaskInterface.register(IMPLEMENTATIONS[_name], streaming_mask)

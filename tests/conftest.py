@@ -1,0 +1,34 @@
+"""What all tests share: the import path of `support`, one thread a library, and the `--full` matrix."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# before torch and the libraries read it: the tests measure small models, where threads only cost
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="run the whole matrix of the oracle and long random walks (an hour or so)"
+    )
+    parser.addoption("--measurements", type=Path, help="append what the oracle measures to this file, a JSON a line")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: only with --full, in a run of the whole matrix")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    skipped = pytest.mark.skip(reason="part of the whole matrix: needs --full")
+    for item in items:
+        if "full" in item.keywords:
+            item.add_marker(skipped)

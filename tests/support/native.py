@@ -1,0 +1,270 @@
+"""A thin harness over llama.cpp's C API: models, contexts and what the tests ask of them, as Python values.
+
+It drives whichever libllama `llama_cpp` was pointed at: the patched one by default (importing `lt_gguf` does that), or
+the one that LLAMA_CPP_LIB_PATH names, such as a stock build in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Iterable, NamedTuple, Sequence
+
+import numpy as np
+
+if "LLAMA_CPP_LIB_PATH" not in os.environ:
+    import lt_gguf  # noqa: F401  points llama_cpp at the patched libraries
+
+import llama_cpp as C
+
+FULL, STREAMING = 0, 1  # enum lt_kv_part
+PARTIAL = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a value, with its block's scale
+
+
+class Token(NamedTuple):
+    """One token of a batch."""
+
+    id: int
+    pos: int
+    seqs: tuple[int, ...] = (0,)
+    logits: bool = True
+
+
+class DecodeError(RuntimeError):
+    def __init__(self, code: int):
+        super().__init__(f"llama_decode returned {code}: {' | '.join(log.lines[-3:])}")
+        self.code = code
+
+
+class Log:
+    """The library's log, kept in memory instead of on stderr."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._callback = C.llama_log_callback(self._write)
+        C.llama_log_set(self._callback, None)
+
+    def _write(self, level: int, text: bytes, _user_data) -> None:
+        self.lines.append(text.decode(errors="replace").rstrip("\n"))
+        if len(self.lines) > 4000:
+            del self.lines[:2000]
+
+
+log = Log()
+C.llama_backend_init()
+
+
+def _lt(name: str, result, *arguments):
+    function = getattr(C.llama_cpp._lib, name)
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+class Model:
+    """A GGUF file, loaded. Raises ValueError with the log's last lines if llama.cpp refuses it."""
+
+    def __init__(self, path: Path | str, **params):
+        self.path = Path(path)
+        first_line = len(log.lines)
+        parameters = C.llama_model_default_params()
+        for name, value in params.items():
+            setattr(parameters, name, value)
+        self.handle = C.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self.handle:
+            raise ValueError(f"{self.path.name} was not loaded: {' | '.join(log.lines[first_line:][-4:])}")
+        self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.handle))
+        self.n_layer = C.llama_model_n_layer(self.handle)
+        self.n_swa = C.llama_model_n_swa(self.handle)
+
+    def set_streaming(self, spec: str | None) -> None:
+        """Overrides the spec of contexts made from now on; None goes back to the file's. Raises ValueError."""
+        set_spec = _lt(
+            "lt_model_set_spec", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t
+        )
+        error = ctypes.create_string_buffer(1024)
+        if not set_spec(self.handle, None if spec is None else str(spec).encode(), error, len(error)):
+            raise ValueError(error.value.decode())
+
+    def streaming(self) -> str:
+        return _spec_text("lt_model_spec", self.handle)
+
+    def lora(self, path: Path) -> int:
+        adapter = C.llama_adapter_lora_init(self.handle, str(path).encode())
+        assert adapter, log.lines[-3:]
+        return adapter
+
+    def context(self, **settings) -> Context:
+        return Context(self, **settings)
+
+    def close(self) -> None:
+        if self.handle:
+            C.llama_model_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Context:
+    """A llama_context. `settings` are fields of llama_context_params; `kv` sets the type of K and V, `flash` flash
+    attention. Where nothing is said: f32 KV, no flash attention, one thread, n_ubatch = n_batch = n_ctx."""
+
+    def __init__(self, model: Model, *, n_ctx: int = 512, kv: str = "f32", flash: bool = False, **settings):
+        self.model = model
+        parameters = C.llama_context_default_params()
+        settings = {"n_batch": n_ctx, "n_ubatch": settings.get("n_batch", n_ctx), "n_threads": 1} | settings
+        settings |= {"type_k": KV_TYPES[kv], "type_v": KV_TYPES[kv], "flash_attn_type": int(flash), "n_ctx": n_ctx}
+        for name, value in settings.items():
+            setattr(parameters, name, value)
+        parameters.n_threads_batch = parameters.n_threads
+        first_line = len(log.lines)
+        self.handle = C.llama_init_from_model(model.handle, parameters)
+        if not self.handle:
+            raise ValueError(f"no context: {' | '.join(log.lines[first_line:][-4:])}")
+        self.log = log.lines[first_line:]
+        self.n_batch = C.llama_n_batch(self.handle)
+        self.memory = C.llama_get_memory(self.handle)
+        self._batch = C.llama_batch_init(self.n_batch, 0, max(1, parameters.n_seq_max))
+
+    # -- decoding
+
+    def decode(self, tokens: Sequence[int], start: int = 0, seq: int = 0) -> np.ndarray:
+        """Decodes `tokens` of one sequence at the positions from `start`: float32 (len(tokens), n_vocab) logits."""
+        return self.decode_batch([Token(int(t), start + i, (seq,)) for i, t in enumerate(tokens)])
+
+    def decode_one_by_one(self, tokens: Sequence[int], start: int = 0, seq: int = 0) -> np.ndarray:
+        return np.concatenate([self.decode([t], start + i, seq) for i, t in enumerate(tokens)])
+
+    def decode_batch(self, tokens: Iterable[Token]) -> np.ndarray:
+        """Decodes in calls of up to n_batch tokens: float32 (number of tokens with logits, n_vocab).
+
+        Raises DecodeError if a call doesn't return 0.
+        """
+        tokens = list(tokens)
+        rows = []
+        for first in range(0, len(tokens), self.n_batch):
+            part = tokens[first : first + self.n_batch]
+            if code := self._decode(part):
+                raise DecodeError(code)
+            rows += [self._logits(i) for i, token in enumerate(part) if token.logits]
+        return np.stack(rows) if rows else np.empty((0, self.model.n_vocab), np.float32)
+
+    def _decode(self, tokens: list[Token]) -> int:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token.id, token.pos, token.logits
+            batch.n_seq_id[i] = len(token.seqs)
+            for j, seq in enumerate(token.seqs):
+                batch.seq_id[i][j] = seq
+        return C.llama_decode(self.handle, batch)
+
+    def _logits(self, i: int) -> np.ndarray:
+        row = C.llama_get_logits_ith(self.handle, i)
+        return np.ctypeslib.as_array(row, shape=(self.model.n_vocab,)).copy()
+
+    def set_lora(self, adapter: int, scale: float = 1.0) -> None:
+        adapters = (C.llama_adapter_lora_p_ctypes * 1)(adapter)
+        assert C.llama_set_adapters_lora(self.handle, adapters, 1, (ctypes.c_float * 1)(scale)) == 0
+
+    # -- the memory
+
+    def seq_rm(self, seq: int, p0: int = -1, p1: int = -1) -> bool:
+        return C.llama_memory_seq_rm(self.memory, seq, p0, p1)
+
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        C.llama_memory_seq_cp(self.memory, src, dst, p0, p1)
+
+    def seq_keep(self, seq: int) -> None:
+        C.llama_memory_seq_keep(self.memory, seq)
+
+    def seq_add(self, seq: int, p0: int, p1: int, delta: int) -> None:
+        C.llama_memory_seq_add(self.memory, seq, p0, p1, delta)
+
+    def seq_div(self, seq: int, p0: int, p1: int, d: int) -> None:
+        C.llama_memory_seq_div(self.memory, seq, p0, p1, d)
+
+    def clear(self) -> None:
+        C.llama_memory_clear(self.memory, True)
+
+    def pos_min(self, seq: int = 0) -> int:
+        return C.llama_memory_seq_pos_min(self.memory, seq)
+
+    def pos_max(self, seq: int = 0) -> int:
+        return C.llama_memory_seq_pos_max(self.memory, seq)
+
+    def can_shift(self) -> bool:
+        return C.llama_memory_can_shift(self.memory)
+
+    def streaming(self) -> str:
+        return _spec_text("lt_context_spec", self.handle)
+
+    def kv_bytes(self, part: int) -> int:
+        return _lt("lt_kv_bytes", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int)(self.handle, part)
+
+    def kv_cells(self, part: int) -> int:
+        return _lt("lt_kv_cells", ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int)(self.handle, part)
+
+    def positions(self, part: int, seq: int = 0) -> list[int]:
+        """The positions of a sequence that the part holds, ascending."""
+        positions = _lt(
+            "lt_seq_positions",
+            ctypes.c_int32,
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.c_int32,
+        )
+        n = positions(self.handle, part, seq, None, 0)
+        assert n >= 0, "this memory has no view of positions"
+        buffer = (ctypes.c_int32 * max(1, n))()
+        assert positions(self.handle, part, seq, buffer, n) == n
+        return list(buffer[:n])
+
+    # -- states
+
+    def save(self) -> bytes:
+        """The whole state: every sequence."""
+        size = C.llama_state_get_size(self.handle)
+        buffer = (ctypes.c_uint8 * size)()
+        return bytes(buffer)[: C.llama_state_get_data(self.handle, buffer, size)]
+
+    def restore(self, state: bytes) -> bool:
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return C.llama_state_set_data(self.handle, buffer, len(state)) == len(state)
+
+    def save_seq(self, seq: int = 0, flags: int = 0) -> bytes:
+        """The state of one sequence. With `PARTIAL` only what a rewind can't bring back: the streaming part."""
+        size = C.llama_state_seq_get_size_ext(self.handle, seq, flags)
+        buffer = (ctypes.c_uint8 * max(1, size))()
+        return bytes(buffer)[: C.llama_state_seq_get_data_ext(self.handle, buffer, size, seq, flags)]
+
+    def restore_seq(self, state: bytes, seq: int = 0, flags: int = 0) -> bool:
+        buffer = (ctypes.c_uint8 * max(1, len(state))).from_buffer_copy(state or b"\0")
+        return C.llama_state_seq_set_data_ext(self.handle, buffer, len(state), seq, flags) == len(state) > 0
+
+    def close(self) -> None:
+        if self.handle:
+            C.llama_batch_free(self._batch)
+            C.llama_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _spec_text(function: str, handle) -> str:
+    read = _lt(function, ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
+    buffer = ctypes.create_string_buffer(read(handle, None, 0) + 1)
+    read(handle, buffer, len(buffer))
+    return buffer.value.decode()
