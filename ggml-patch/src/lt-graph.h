@@ -1,0 +1,54 @@
+#pragma once
+
+#include "lt-kv-cache.h"
+
+#include "llama-graph.h"
+
+// the attention input of a graph with streaming layers
+// as an llm_graph_input_attn_kv it is the input of the layers with full attention, and it owns that of the others
+class lt_graph_input_attn_kv : public llm_graph_input_attn_kv {
+public:
+    lt_graph_input_attn_kv(
+            std::unique_ptr<llm_graph_input_attn_kv> inp_full,
+            std::unique_ptr<llm_graph_input_attn_kv> inp_streaming,
+            const lt_kv_cache_context * mctx);
+
+    ~lt_graph_input_attn_kv() = default;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    llm_graph_input_attn_kv * lt_for_layer(int il) override;
+
+private:
+    const std::unique_ptr<llm_graph_input_attn_kv> inp_streaming;
+
+    // note: a copy, because the graph can outlive the memory context that it was built with
+    const lt_spec spec;
+};
+
+// nullptr if the memory has no streaming layers
+std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(
+                 ggml_context * ctx0,
+           const llama_ubatch & ubatch,
+          const llama_hparams & hparams,
+          const llama_cparams & cparams,
+ const llama_memory_context_i * mctx);
+
+//
+// made visible by the patch, in llama-graph.cpp
+//
+
+std::unique_ptr<llm_graph_input_attn_kv> build_attn_inp_kv_impl(
+           ggml_context * ctx0,
+     const llama_ubatch & ubatch,
+    const llama_hparams & hparams,
+    const llama_cparams & cparams,
+    const llama_kv_cache_context * mctx_cur);
+
+bool can_reuse_kq_mask(
+        ggml_tensor * kq_mask,
+        const llama_kv_cache_context * mctx,
+        const llama_ubatch & ubatch,
+        const llama_cparams & cparams);

@@ -1,0 +1,570 @@
+#include "lt-kv-cache.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cassert>
+#include <limits>
+#include <stdexcept>
+
+static const llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
+
+// first word of a saved state
+static const uint32_t LT_STATE_MAGIC = 0x4c544b56; // "LTKV"
+
+//
+// lt_kv_cache
+//
+
+lt_kv_cache::lt_kv_cache(
+        const llama_model         & model,
+        const lt_spec             & spec,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams,
+        const layer_filter_cb     & filter) : spec(spec), mask(spec.mask()), unified(cparams.kv_unified) {
+    if (spec.prefill != LT_PREFILL_STREAM) {
+        throw std::runtime_error(format("%s.attention.streaming.prefill = \"full\": this build reads prompts with streaming attention only, set it to \"stream\" (LT_STREAMING=prefill=stream) or use full attention in all layers (LT_STREAMING=off)",
+                    model.arch_name().c_str()));
+    }
+
+    // chain filters
+    const layer_filter_cb filter_full = [&](int32_t il) {
+        return (!filter || filter(il)) && !spec.is_streaming(il);
+    };
+
+    const layer_filter_cb filter_streaming = [&](int32_t il) {
+        return (!filter || filter(il)) &&  spec.is_streaming(il);
+    };
+
+    const uint32_t size_full = cparams.n_ctx_seq;
+
+    // note: swa_full does not apply here - it is on by default and would undo all savings
+    const uint64_t n_seq = unified ? cparams.n_seq_max : 1;
+    const uint64_t n_max = ((uint64_t) spec.n_sink + spec.n_window)*n_seq + cparams.n_ubatch;
+
+    // note: padded for performance, as the SWA cache is
+    //       https://github.com/ggml-org/llama.cpp/issues/17037
+    const uint32_t size_streaming = GGML_PAD((uint32_t) std::min<uint64_t>(size_full, n_max), 256);
+
+    const auto create = [&](uint32_t size, uint32_t n_swa, llama_swa_type swa_type, const layer_filter_cb & filter_part, const lt_mask & mask_part) {
+        return std::make_unique<llama_kv_cache>(
+                model, model.hparams, params.type_k, params.type_v,
+                !cparams.flash_attn, cparams.offload_kqv, cparams.kv_unified, size, cparams.n_seq_max, 1,
+                n_swa, swa_type, nullptr, filter_part, nullptr, nullptr, "", mask_part);
+    };
+
+    LLAMA_LOG_INFO("%s: creating full      KV cache, size = %u cells\n", __func__, size_full);
+
+    kv_full = create(size_full, 0, LLAMA_SWA_TYPE_NONE, filter_full, {});
+
+    LLAMA_LOG_INFO("%s: creating streaming KV cache, size = %u cells (%s)\n", __func__, size_streaming, spec.str().c_str());
+
+    kv_streaming = create(size_streaming, spec.n_window, LLAMA_SWA_TYPE_STANDARD, filter_streaming, mask);
+}
+
+void lt_kv_cache::clear(bool data) {
+    kv_full  ->clear(data);
+    kv_streaming->clear(data);
+
+    refused .reset();
+    restored.reset();
+}
+
+bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? LT_POS_END : p1;
+
+    const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        if (!can_rm(s, p0, p1)) {
+            LLAMA_LOG_DEBUG("%s: sequence %d: can't remove [%d, %d), the streaming layers are complete from position %d on\n",
+                    __func__, s, p0, p1, seq_pos_min(s));
+            return false;
+        }
+    }
+
+    bool res = true;
+
+    res = res & kv_full  ->seq_rm(seq_id, p0, p1);
+    res = res & kv_streaming->seq_rm(seq_id, p0, p1);
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        if (pos_full(s).empty() && pos_streaming(s).empty()) {
+            refused .reset(s);
+            restored.reset(s);
+        }
+    }
+
+    return res;
+}
+
+void lt_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+
+    const bool is_same_stream = kv_full->get_stream(seq_id_src) == kv_full->get_stream(seq_id_dst);
+
+    // note: between streams, only whole sequences can be copied
+    if (is_same_stream && !can_cp(seq_id_src, seq_id_dst, std::max(p0, 0), p1 < 0 ? LT_POS_END : p1)) {
+        refuse(__func__, seq_id_dst, p0, p1);
+        return;
+    }
+
+    kv_full  ->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    kv_streaming->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+
+    if (is_same_stream) {
+        refused [seq_id_dst] = refused [seq_id_dst] | refused [seq_id_src];
+        restored[seq_id_dst] = restored[seq_id_dst] | restored[seq_id_src];
+    } else {
+        refused [seq_id_dst] = refused [seq_id_src];
+        restored[seq_id_dst] = restored[seq_id_src];
+    }
+}
+
+void lt_kv_cache::seq_keep(llama_seq_id seq_id) {
+    kv_full  ->seq_keep(seq_id);
+    kv_streaming->seq_keep(seq_id);
+
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        if (pos_full(s).empty() && pos_streaming(s).empty()) {
+            refused .reset(s);
+            restored.reset(s);
+        }
+    }
+}
+
+void lt_kv_cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? LT_POS_END : p1;
+
+    const auto map = [=](llama_pos p) { return p >= p0 && p < p1 ? p + shift : p; };
+
+    if (shift != 0 && !can_map(seq_id, map)) {
+        refuse(__func__, seq_id, p0, p1);
+        return;
+    }
+
+    kv_full  ->seq_add(seq_id, p0, p1, shift);
+    kv_streaming->seq_add(seq_id, p0, p1, shift);
+}
+
+void lt_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? LT_POS_END : p1;
+
+    const auto map = [=](llama_pos p) { return p >= p0 && p < p1 ? p / d : p; };
+
+    if (d != 1 && !can_map(seq_id, map)) {
+        refuse(__func__, seq_id, p0, p1);
+        return;
+    }
+
+    kv_full  ->seq_div(seq_id, p0, p1, d);
+    kv_streaming->seq_div(seq_id, p0, p1, d);
+}
+
+llama_pos lt_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
+    const auto & f = pos_full  (seq_id);
+    const auto & s = pos_streaming(seq_id);
+
+    // note: from the back, because the sinks are there although what follows them may have been dropped
+    auto it_s = s.rbegin();
+    for (auto it_f = f.rbegin(); it_f != f.rend(); ++it_f, ++it_s) {
+        if (it_s == s.rend() || it_s->first != it_f->first) {
+            return it_f->first + 1;
+        }
+    }
+
+    return f.empty() ? -1 : f.begin()->first;
+}
+
+llama_pos lt_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
+    return kv_full->seq_pos_max(seq_id);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> mb = kv_full->memory_breakdown();
+    for (const auto & buft_size : kv_streaming->memory_breakdown()) {
+        mb[buft_size.first] += buft_size.second;
+    }
+    return mb;
+}
+
+llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    // first try simple split, then equal split
+    for (const bool simple : { true, false }) {
+        if (simple && !unified) {
+            // requires equal splits, so we skip the simple split
+            continue;
+        }
+
+        balloc.split_reset();
+
+        std::vector<llama_ubatch> ubatches;
+        while (true) {
+            auto ubatch = simple ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, !unified, 0);
+
+            if (ubatch.n_tokens == 0) {
+                break;
+            }
+
+            ubatches.push_back(std::move(ubatch)); // NOLINT
+        }
+
+        if (balloc.get_n_used() < balloc.get_n_tokens()) {
+            // failed to find a suitable split
+            continue;
+        }
+
+        for (const auto & ubatch : ubatches) {
+            for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+                if (!can_decode(ubatch.seq_id_unq[s])) {
+                    return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+                }
+            }
+        }
+
+        auto sinfos_full = kv_full->prepare(ubatches);
+        if (sinfos_full.empty()) {
+            continue;
+        }
+
+        auto sinfos_streaming = kv_streaming->prepare(ubatches);
+        if (sinfos_streaming.empty()) {
+            continue;
+        }
+
+        assert(sinfos_full.size() == sinfos_streaming.size());
+
+        return std::make_unique<lt_kv_cache_context>(
+                this, std::move(sinfos_full), std::move(sinfos_streaming), std::move(ubatches));
+    }
+
+    return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr lt_kv_cache::init_full() {
+    return std::make_unique<lt_kv_cache_context>(this);
+}
+
+llama_memory_context_ptr lt_kv_cache::init_update(llama_context * lctx, bool optimize) {
+    return std::make_unique<lt_kv_cache_context>(this, lctx, optimize);
+}
+
+bool lt_kv_cache::get_can_shift() const {
+    // note: unlike with SWA, the two parts need not have the same size: seq_add() refuses what would not be exact
+    return kv_full->get_can_shift() && kv_streaming->get_can_shift();
+}
+
+void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    io.write(&LT_STATE_MAGIC, sizeof(LT_STATE_MAGIC));
+    io.write_string(spec.str());
+
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        kv_full->state_write(io, seq_id, flags);
+    }
+
+    kv_streaming->state_write(io, seq_id, flags);
+}
+
+void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    uint32_t magic;
+    io.read(&magic, sizeof(magic));
+    if (magic != LT_STATE_MAGIC) {
+        throw std::runtime_error(format("the state is of a context without streaming layers, this one has %s", spec.str().c_str()));
+    }
+
+    std::string spec_state;
+    io.read_string(spec_state);
+    if (spec_state != spec.str()) {
+        throw std::runtime_error(format("the state is of a context with %s, this one has %s", spec_state.c_str(), spec.str().c_str()));
+    }
+
+    const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
+
+    try {
+        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+            kv_full->state_read(io, seq_id, flags);
+
+            for (llama_seq_id s = s0; s < s1; ++s) {
+                refused.reset(s);
+            }
+        }
+
+        kv_streaming->state_read(io, seq_id, flags);
+    } catch (...) {
+        // don't leave a sequence of which one part is there and the other isn't
+        kv_full  ->seq_rm(seq_id, -1, -1);
+        kv_streaming->seq_rm(seq_id, -1, -1);
+
+        throw;
+    }
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        restored[s] = !pos_full(s).empty() || !pos_streaming(s).empty();
+    }
+}
+
+const lt_spec & lt_kv_cache::get_spec() const {
+    return spec;
+}
+
+llama_kv_cache * lt_kv_cache::get_full() const {
+    return kv_full.get();
+}
+
+llama_kv_cache * lt_kv_cache::get_streaming() const {
+    return kv_streaming.get();
+}
+
+const lt_kv_cache::pos_set & lt_kv_cache::pos_full(llama_seq_id seq_id) const {
+    return kv_full->get_cells(seq_id).seq_pos_get(seq_id);
+}
+
+const lt_kv_cache::pos_set & lt_kv_cache::pos_streaming(llama_seq_id seq_id) const {
+    return kv_streaming->get_cells(seq_id).seq_pos_get(seq_id);
+}
+
+llama_seq_id lt_kv_cache::n_seq_ids() const {
+    const uint32_t n_stream = kv_full->get_n_stream();
+
+    return n_stream == 1 ? LLAMA_MAX_SEQ : (llama_seq_id) n_stream;
+}
+
+bool lt_kv_cache::is_subset(llama_seq_id seq_id) const {
+    const auto & f = pos_full(seq_id);
+
+    auto it_f = f.begin();
+    for (const auto & [p, _] : pos_streaming(seq_id)) {
+        while (it_f != f.end() && it_f->first < p) {
+            ++it_f;
+        }
+        if (it_f == f.end() || it_f->first != p) {
+            return false;
+        }
+        ++it_f;
+    }
+
+    return true;
+}
+
+bool lt_kv_cache::holds(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (p0 >= p1) {
+        return true;
+    }
+
+    const auto & f = pos_full  (seq_id);
+    const auto & s = pos_streaming(seq_id);
+
+    auto it_f = f.lower_bound({ p0, 0 });
+    auto it_s = s.lower_bound({ p0, 0 });
+
+    for (; it_f != f.end() && it_f->first < p1; ++it_f, ++it_s) {
+        if (it_s == s.end() || it_s->first != it_f->first) {
+            return false;
+        }
+    }
+
+    return it_s == s.end() || it_s->first >= p1;
+}
+
+bool lt_kv_cache::holds_visible(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const {
+    const llama_pos sink  = std::min((llama_pos) mask.n_sink, q);
+    const llama_pos first = std::max((int64_t) sink, (int64_t) q + 1 - mask.n_window);
+
+    return
+        holds(seq_id, 0,                    std::min(sink, p0)) &&
+        holds(seq_id, std::min(p1, sink),   sink) &&
+        holds(seq_id, first,                std::min(q, p0)) &&
+        holds(seq_id, std::max(first, p1),  q);
+}
+
+template<typename F>
+void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, F && visit) const {
+    const auto & s = pos_streaming(seq_id);
+
+    auto it_s = s.begin();
+    for (const auto & [p, _] : pos_full(seq_id)) {
+        if (it_s != s.end() && it_s->first == p) {
+            ++it_s;
+        } else {
+            visit(p);
+        }
+    }
+}
+
+template<typename F>
+bool lt_kv_cache::can_map(llama_seq_id seq_id, F && map) const {
+    if (refused[seq_id]) {
+        return false;
+    }
+
+    llama_pos q = 0;
+    for (const auto & [p, _] : pos_full(seq_id)) {
+        q = std::max(q, map(p) + 1);
+    }
+
+    bool res = true;
+    for_each_dropped(seq_id, [&](llama_pos p) {
+        res = res && (map(p) < 0 || mask.is_masked(map(p), q));
+    });
+
+    return res;
+}
+
+bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const {
+    llama_pos q = kv_full->seq_pos_max(seq_id_dst) + 1;
+    for (const auto & [p, _] : pos_full(seq_id_src)) {
+        if (p >= p0 && p < p1) {
+            q = std::max(q, p + 1);
+        }
+    }
+
+    bool res = true;
+    for_each_dropped(seq_id_src, [&](llama_pos p) {
+        res = res && (p < p0 || p >= p1 || mask.is_masked(p, q));
+    });
+
+    return res;
+}
+
+bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto & f = pos_full(seq_id);
+
+    if (f.empty()) {
+        return true;
+    }
+
+    // the last position that remains
+    llama_pos p_last = f.rbegin()->first;
+    if (p_last >= p0 && p_last < p1) {
+        const auto it = f.lower_bound({ p0, 0 });
+        if (it == f.begin()) {
+            return true; // nothing remains
+        }
+        p_last = std::prev(it)->first;
+    }
+
+    return !refused[seq_id] && holds_visible(seq_id, p_last + 1, p0, p1);
+}
+
+void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers have dropped would become visible again (sink = %u, window = %u). "
+            "To shift the context, keep at least the first %u tokens (n_keep >= sink). The sequence can't be continued before it is removed and processed again\n",
+            func, seq_id, p0, p1, mask.n_sink, mask.n_window, mask.n_sink);
+
+    refused.set(seq_id);
+}
+
+bool lt_kv_cache::can_decode(llama_seq_id seq_id) {
+    if (refused[seq_id]) {
+        LLAMA_LOG_ERROR("%s: sequence %d can't be continued: an operation on it was refused, remove the sequence and process it again\n", __func__, seq_id);
+        return false;
+    }
+
+    if (restored[seq_id]) {
+        if (!is_subset(seq_id) || !holds_visible(seq_id, seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END)) {
+            LLAMA_LOG_ERROR("%s: sequence %d can't be continued: it ends at position %d and the state that was restored into it at %d, remove what follows that position\n",
+                    __func__, seq_id, seq_pos_max(seq_id), kv_streaming->seq_pos_max(seq_id));
+            return false;
+        }
+
+        restored.reset(seq_id);
+    }
+
+    return true;
+}
+
+//
+// lt_kv_cache_context
+//
+
+lt_kv_cache_context::lt_kv_cache_context(llama_memory_status status) : status(status) {}
+
+lt_kv_cache_context::lt_kv_cache_context(lt_kv_cache * kv) :
+    kv(kv),
+    ctx_full  (kv->get_full  ()->init_full()),
+    ctx_streaming(kv->get_streaming()->init_full()),
+    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+}
+
+lt_kv_cache_context::lt_kv_cache_context(
+        lt_kv_cache * kv,
+        llama_context * lctx,
+        bool optimize) :
+    kv(kv),
+    ctx_full  (kv->get_full  ()->init_update(lctx, optimize)),
+    ctx_streaming(kv->get_streaming()->init_update(lctx, optimize)),
+    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+}
+
+lt_kv_cache_context::lt_kv_cache_context(
+        lt_kv_cache * kv,
+        slot_info_vec_t sinfos_full,
+        slot_info_vec_t sinfos_streaming,
+        std::vector<llama_ubatch> ubatches) :
+    kv(kv),
+    ubatches(std::move(ubatches)),
+    ctx_full  (new llama_kv_cache_context(kv->get_full  (), std::move(sinfos_full),   this->ubatches)),
+    ctx_streaming(new llama_kv_cache_context(kv->get_streaming(), std::move(sinfos_streaming), this->ubatches)),
+    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+}
+
+lt_kv_cache_context::~lt_kv_cache_context() = default;
+
+bool lt_kv_cache_context::next() {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    ctx_full  ->next();
+    ctx_streaming->next();
+
+    return ++i_next < ubatches.size();
+}
+
+bool lt_kv_cache_context::apply() {
+    assert(!llama_memory_status_is_fail(status));
+
+    bool res = true;
+
+    res = res & ctx_full  ->apply();
+    res = res & ctx_streaming->apply();
+
+    return res;
+}
+
+llama_memory_status lt_kv_cache_context::get_status() const {
+    return status;
+}
+
+const llama_ubatch & lt_kv_cache_context::get_ubatch() const {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    return ubatches[i_next];
+}
+
+const lt_spec & lt_kv_cache_context::get_spec() const {
+    return kv->get_spec();
+}
+
+const llama_kv_cache_context * lt_kv_cache_context::get_full() const {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    return static_cast<const llama_kv_cache_context *>(ctx_full.get());
+}
+
+const llama_kv_cache_context * lt_kv_cache_context::get_streaming() const {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    return static_cast<const llama_kv_cache_context *>(ctx_streaming.get());
+}
