@@ -1,0 +1,179 @@
+"""The build backend: scikit-build-core, with the pinned source made ready before it and a clear last line when it fails.
+
+pip calls these functions (PEP 517). Two things happen here that scikit-build-core has no place for:
+
+- before CMake runs, `ggml-patch/upstream.py` fetches, checks, unpacks and patches llama.cpp into `build/llama.cpp`;
+- the package's metadata names a wheel of llama-cpp-python's Python files, made from the same source and kept in the user
+  cache. If it named the version alone, pip would build that package from source and compile a second llama.cpp.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import upstream  # ggml-patch/ is on the backend's path, see pyproject.toml
+from scikit_build_core import build as backend
+from upstream import BuildError, Pin
+
+get_requires_for_build_sdist = backend.get_requires_for_build_sdist
+get_requires_for_build_wheel = backend.get_requires_for_build_wheel
+get_requires_for_build_editable = backend.get_requires_for_build_editable
+
+BUILD_DIR = Path("build")
+BUILD_BYTES = 300e6  # objects and libraries of a build for the CPU
+# What CMake keeps in its cache from one run to the next, though the user may have changed it since.
+CONFIGURATION = ("CMAKE_ARGS", "CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR", "CMAKE_PREFIX_PATH")
+
+# The first pattern that a failed build's output has gives the last line, which says what to do.
+EXPLANATIONS = [
+    (r"No space left on device|Disk quota exceeded", "the disk is full; free some space and run it again"),
+    (
+        r"No CMAKE_C(XX)?_COMPILER could be found|compiler set in environment|is not a full path to an existing compiler|is not able to compile a simple test program",
+        "there is no working C and C++ compiler: install gcc and g++ (Debian: apt install build-essential; macOS: xcode-select --install), or set CC and CXX to one",
+    ),
+    (r"CUDA Toolkit not found|No CMAKE_CUDA_COMPILER|Failed to find nvcc|CMAKE_CUDA_COMPILER.*not found", "GGML_CUDA=ON needs the CUDA toolkit: install it, or set CUDACXX to its nvcc"),
+    (r"Could NOT find Vulkan|glslc.*not found", "GGML_VULKAN=ON needs Vulkan's headers, loader and glslc (Debian: apt install libvulkan-dev glslc)"),
+    (r"Killed signal terminated program|virtual memory exhausted|out of memory", "the compiler ran out of memory: run it again with CMAKE_BUILD_PARALLEL_LEVEL=1"),
+]
+
+
+def build_sdist(sdist_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
+    return backend.build_sdist(sdist_directory, config_settings)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
+    with _clear_errors():
+        return backend.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
+    with _clear_errors():
+        return backend.prepare_metadata_for_build_editable(metadata_directory, config_settings)
+
+
+def build_wheel(wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None) -> str:
+    return _build(backend.build_wheel, wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None) -> str:
+    return _build(backend.build_editable, wheel_directory, config_settings, metadata_directory)
+
+
+class BindingRequirement:
+    """scikit-build-core's dynamic metadata: llama-cpp-python, at the pinned version, as the wheel without libraries."""
+
+    state = "wheel"
+
+    def build_state(self, state: str) -> None:
+        self.state = state
+
+    def dynamic_metadata(self, settings: Mapping[str, Any], project: Mapping[str, Any]) -> dict[str, list[str]]:
+        pin = Pin.load()
+        if self.state == "sdist":  # goes to other machines, where a path of this one means nothing
+            return {"dependencies": [pin.requirement]}
+        return {"dependencies": [f"{pin.package} @ {upstream.binding_wheel(pin).as_uri()}"]}
+
+
+def _build(build, wheel_directory: str, config_settings: Mapping[str, Any] | None, metadata_directory: str | None) -> str:
+    with _clear_errors():
+        if sys.platform == "win32":
+            raise BuildError("Windows isn't supported: build inside WSL 2")
+        pin = Pin.load()
+        if f'BINDING_VERSION = "{pin.version}"' not in Path("lt_gguf/runtime/library.py").read_text():
+            raise BuildError(f"ggml-patch/UPSTREAM.toml pins {pin.version}, BINDING_VERSION in lt_gguf/runtime/library.py another: make them equal")
+        upstream.sync(BUILD_DIR / "llama.cpp", pin)
+        _drop_stale_configuration()
+        if not any(BUILD_DIR.glob("*/bin/*llama*")):  # else most of it is there already
+            upstream.need_space(BUILD_DIR, BUILD_BYTES)
+        os.environ["CMAKE_ARGS"] = f"-DLT_UPSTREAM_COMMIT={pin.commit} {os.environ.get('CMAKE_ARGS', '')}"
+        with _watched_output() as output:
+            wheel = None
+            try:
+                wheel = build(wheel_directory, config_settings, metadata_directory)
+            except OSError as error:
+                output.append(str(error))
+            except SystemExit:
+                pass
+        if wheel is None:
+            raise BuildError(_explain(output))
+        _check_room_to_install(Path(wheel_directory) / wheel)
+        return wheel
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except BuildError as error:
+        sys.stdout.flush()
+        print(f"\nlt-gguf: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _drop_stale_configuration() -> None:
+    """Configure anew when compilers or CMAKE_ARGS changed: `pip install .` after a CUDA build means the CPU again."""
+    now = "".join(f"{name}={os.environ.get(name, '')}\n" for name in CONFIGURATION)
+    record = BUILD_DIR / "configuration.txt"
+    if not record.exists() or record.read_text() != now:
+        for cache in BUILD_DIR.glob("*/CMakeCache.txt"):
+            cache.unlink()
+            shutil.rmtree(cache.parent / "CMakeFiles", ignore_errors=True)
+        record.write_text(now)
+
+
+def _check_room_to_install(wheel: Path) -> None:
+    """pip unpacks the wheel after this, and would leave a part of it behind on a disk that is full."""
+    with zipfile.ZipFile(wheel) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+    upstream.need_space(Path(sysconfig.get_path("platlib")), 1.1 * size)
+
+
+@contextmanager
+def _watched_output() -> Iterator[list[str]]:
+    """Lets the output of the block and its subprocesses through, and collects its lines."""
+    lines: list[str] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    read_end, write_end = os.pipe()
+
+    def forward() -> None:
+        with open(read_end, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                lines.append(line)
+                os.write(saved[0], line.encode())
+
+    forwarder = threading.Thread(target=forward)
+    forwarder.start()
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    try:
+        yield lines
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        forwarder.join()
+        os.close(saved[0])
+        os.close(saved[1])
+
+
+def _explain(output: list[str]) -> str:
+    text = "".join(output)
+    for pattern, what_to_do in EXPLANATIONS:
+        if re.search(pattern, text):
+            return what_to_do
+    first = next((line.strip() for line in output if re.search(r"\berror:", line, re.IGNORECASE)), None)
+    return f"the build failed with: {first}" if first else "the build failed: its output is above"

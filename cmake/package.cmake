@@ -1,0 +1,57 @@
+# What of llama.cpp goes into the Python package, and where.
+
+set(LT_TOOLS
+    llama-server
+    llama-cli
+    llama-bench
+    llama-batched-bench
+    llama-perplexity
+    llama-quantize
+    llama-imatrix)
+if (TARGET ggml-rpc-server)
+    list(APPEND LT_TOOLS ggml-rpc-server)
+    set_target_properties(ggml-rpc-server PROPERTIES OUTPUT_NAME rpc-server)
+endif()
+
+# Every library of upstream's that the tools and the binding load. mtmd (images and sound) is one that llama-server links and
+# llama_cpp loads by name.
+set(LT_LIBRARIES ggml-base ggml ${GGML_AVAILABLE_BACKENDS} llama llama-common mtmd)
+foreach (tool IN LISTS LT_TOOLS)
+    list(APPEND LT_LIBRARIES ${tool}-impl)
+endforeach()
+foreach (library IN LISTS LT_LIBRARIES)
+    if (TARGET ${library}) # not every tool has a library of its own, and a cached backend may be switched off by now
+        list(APPEND LT_LIBRARY_TARGETS ${library})
+        # A wheel can't hold symbolic links, and would hold libllama.so, .so.0 and .so.0.5.0 as three copies.
+        set_property(TARGET ${library} PROPERTY VERSION)
+        set_property(TARGET ${library} PROPERTY SOVERSION)
+    endif()
+endforeach()
+
+add_custom_target(lt_gguf ALL DEPENDS ${LT_TOOLS} ${LT_LIBRARY_TARGETS})
+
+# Only this component goes into the wheel: upstream's own rules would add headers, CMake files and pkg-config files.
+install(TARGETS ${LT_LIBRARY_TARGETS} COMPONENT lt_gguf
+    LIBRARY DESTINATION lt_gguf/lib
+    RUNTIME DESTINATION lt_gguf/lib)
+install(TARGETS ${LT_TOOLS} COMPONENT lt_gguf
+    RUNTIME DESTINATION lt_gguf/bin)
+
+# The converter's half that is Python. gguf-py comes from the same source: PyPI's gguf has the same version number, 0.19.0, but an
+# older content (hundreds of constants and tensor names fewer), and conversion/ does not run with it.
+install(FILES "${LT_SOURCE_TREE}/convert_hf_to_gguf.py" COMPONENT lt_gguf DESTINATION lt_gguf/upstream)
+install(DIRECTORY "${LT_SOURCE_TREE}/conversion" COMPONENT lt_gguf DESTINATION lt_gguf/upstream
+    PATTERN __pycache__ EXCLUDE)
+install(DIRECTORY "${LT_SOURCE_TREE}/gguf-py/gguf" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/gguf-py
+    PATTERN __pycache__ EXCLUDE)
+
+# The notices of all that is compiled in or copied (NOTICE lists them).
+install(FILES "${LT_SOURCE_TREE}/LICENSE" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/licenses RENAME LICENSE-llama.cpp)
+install(FILES "${LT_SOURCE_TREE}/gguf-py/LICENSE" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/licenses RENAME LICENSE-gguf-py)
+install(DIRECTORY "${LT_SOURCE_TREE}/licenses/" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/licenses)
+file(GLOB_RECURSE LT_VENDORED_LICENSES RELATIVE "${LT_SOURCE_TREE}/vendor" "${LT_SOURCE_TREE}/vendor/LICENSE*")
+foreach (licence IN LISTS LT_VENDORED_LICENSES)
+    get_filename_component(component "${licence}" DIRECTORY)
+    get_filename_component(component "${component}" NAME)
+    install(FILES "${LT_SOURCE_TREE}/vendor/${licence}" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/licenses RENAME LICENSE-${component})
+endforeach()

@@ -1,0 +1,1 @@
+"""The native library and what runs on it: `library` finds and loads it, `api` binds its C API, `llama` is the `Llama` class."""

@@ -1,0 +1,115 @@
+"""Where the patched libraries and tools are, and llama-cpp-python on top of them.
+
+The build puts them into the installed package: `lib/` (shared libraries), `bin/` (llama.cpp's tools) and `upstream/`
+(its converter's Python files). A checkout has only the Python files of our own; imported from there, the package takes the
+rest from the installed distribution, so edits to Python need no new build.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+
+BINDING = "llama-cpp-python"
+BINDING_VERSION = "0.3.36"  # ggml-patch/UPSTREAM.toml: its ctypes structures must be those of our libllama
+LIBRARY = "libllama.dylib" if sys.platform == "darwin" else "libllama.so"
+OVERRIDE = "LT_GGUF_LIB_PATH"  # for development: a directory that holds libraries, and maybe tools, of another build
+
+
+class LibraryError(ImportError):
+    """The patched libraries are missing, or llama-cpp-python isn't the one that fits them."""
+
+
+def library_dir() -> Path:
+    """Directory of the shared libraries. Raises LibraryError if there is none."""
+    if override := os.environ.get(OVERRIDE):
+        if not (Path(override) / LIBRARY).exists():
+            raise LibraryError(f"{OVERRIDE}={override} holds no {LIBRARY}: name a directory that does, or unset it")
+        return Path(override).resolve()
+    return _package_part("lib")
+
+
+def tool_path(name: str) -> Path:
+    """Path of one of llama.cpp's tools, such as "llama-quantize". Raises LibraryError if it isn't there."""
+    directories = [library_dir()] if os.environ.get(OVERRIDE) else []
+    directories.append(_package_part("bin"))
+    for directory in directories:
+        if (directory / name).exists():
+            return directory / name
+    tools = ", ".join(sorted(path.name for path in directories[-1].iterdir()))
+    raise LibraryError(f"there is no tool {name!r} in {directories[-1]}; there are {tools}")
+
+
+def upstream_dir() -> Path:
+    """Directory of upstream's `conversion` package and of `gguf-py`. Raises LibraryError if it isn't there."""
+    return _package_part("upstream")
+
+
+def use_our_libraries() -> None:
+    """Make `import llama_cpp`, here or anywhere later in the process, load our libraries.
+
+    Raises LibraryError if it was imported with others before, or if its version doesn't fit. Where libraries or binding are
+    missing it does nothing: describing a file needs neither, and `load_llama_cpp` reports it when they are needed.
+    """
+    try:
+        directory = library_dir()
+    except LibraryError:
+        if os.environ.get(OVERRIDE):
+            raise
+        return
+    if (binding := sys.modules.get("llama_cpp")) is not None:
+        _check_libraries(binding, directory)
+    version = _binding_version()
+    if version not in (None, BINDING_VERSION):
+        raise LibraryError(f"{BINDING} {version} is installed, but the libraries of lt-gguf need {BINDING_VERSION}: {_how_to_install()}")
+    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(directory)
+
+
+@cache
+def load_llama_cpp() -> ModuleType:
+    """The `llama_cpp` package, running on our libraries. Raises LibraryError that says what is missing or doesn't fit."""
+    directory = library_dir()
+    if _binding_version() is None:
+        raise LibraryError(f"{BINDING} isn't installed: {_how_to_install()}")
+    use_our_libraries()
+    binding = import_module("llama_cpp")
+    _check_libraries(binding, directory)
+    if not hasattr(binding.llama_cpp._lib, "lt_model_spec"):
+        raise LibraryError(f"{directory / LIBRARY} is a llama.cpp without lt-gguf's patch: unset {OVERRIDE}, or install lt-gguf again")
+    return binding
+
+
+def _package_part(name: str) -> Path:
+    beside = Path(__file__).resolve().parent.parent / name
+    if beside.is_dir():
+        return beside
+    try:
+        installed = Path(str(metadata.distribution("lt-gguf").locate_file(f"lt_gguf/{name}")))
+    except metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or not installed.is_dir():
+        raise LibraryError(f"lt-gguf's {name}/ is missing: it is compiled by `pip install .` in the checkout (or `make build`)")
+    return installed.resolve()
+
+
+def _binding_version() -> str | None:
+    try:
+        return metadata.version(BINDING)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _check_libraries(binding: ModuleType, directory: Path) -> None:
+    loaded = getattr(sys.modules.get("llama_cpp.llama_cpp"), "_lib", None)
+    if loaded is None:  # imported in part: its own error is on its way
+        return
+    if Path(loaded._name).resolve().parent != directory:
+        raise LibraryError(f"llama_cpp was imported with {loaded._name} before lt_gguf, which needs {directory / LIBRARY}: import lt_gguf first")
+
+
+def _how_to_install() -> str:
+    return f"run CMAKE_ARGS=-DLLAMA_BUILD=OFF {Path(sys.executable).name} -m pip install {BINDING}=={BINDING_VERSION}"
