@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# llama.cpp's own C++ tests that need no download, on the patched tree; then the ones about memory once more with all
+# layers streaming, and tests/architectures on the model that upstream generates for each architecture.
+#
+#     scripts/upstream_tests.sh [MODEL.gguf]     a small model for the tests that want one (default: the demo's, see `make demo`)
+#
+# Takes about half an hour on 2 cores the first time. Builds in build/upstream-tests. Ends with "N passed, N failed".
+set -u
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-.venv/bin/python}
+model=$(realpath "${1:-build/demo/demo-f16.gguf}")
+dir=$PWD/build/upstream-tests
+bin=$dir/bin
+generated=$dir/models
+
+[ -x "$(command -v "$python")" ] || { echo "upstream_tests: $python isn't there: run 'make build' first" >&2; exit 1; }
+[ -f "$model" ] || { echo "upstream_tests: $model isn't there: run 'make demo' first, or name a GGUF file" >&2; exit 1; }
+PATH=$(dirname "$(realpath -s "$(command -v "$python")")"):$PATH # cmake and ninja, where pip put them
+
+memory_tests="test-save-load-state test-state-restore-fragmented test-thread-safety test-backend-sampler"
+model_tests="$memory_tests test-model-load-cancel test-autorelease"
+plain_tests="test-batch-alloc test-sampling test-opt test-alloc test-barrier test-quantize-fns test-rope test-gguf test-c"
+targets="test-llama-archs test-recurrent-state-rollback test-backend-ops $model_tests $plain_tests"
+
+"$python" ggml-patch/upstream.py sync "$dir/llama.cpp" || exit 1
+cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=ON -DLLAMA_BUILD_UI=OFF \
+    -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF >"$dir/cmake.log" 2>&1 ||
+    { echo "upstream_tests: cmake failed, see $dir/cmake.log" >&2; exit 1; }
+# shellcheck disable=SC2086 # the lists are words
+ninja -C "$dir" $targets || { echo "upstream_tests: the build failed, its output is above" >&2; exit 1; }
+
+passed=0 failed=0
+check() { # NAME COMMAND...
+    local name=$1 log="$dir/${1//[ \/=;]/_}.log"
+    shift
+    local start=$SECONDS
+    if "$@" >"$log" 2>&1; then
+        passed=$((passed + 1))
+        printf 'PASS  %-60s %4d s\n' "$name" $((SECONDS - start))
+    else
+        failed=$((failed + 1))
+        printf 'FAIL  %-60s %4d s  %s\n' "$name" $((SECONDS - start)) "$log"
+    fi
+}
+on_model() { # PREFIX-OF-NAME; the tests that take a model
+    local arguments
+    for test in $2; do
+        case $test in
+            test-thread-safety) arguments="-m $model -p Once -n 64 -c 256 -ub 32 -np 4 -t 2" ;;
+            test-save-load-state | test-state-restore-fragmented) arguments="-m $model" ;;
+            test-backend-sampler) arguments="--model $model" ;;
+            *) arguments="$model" ;;
+        esac
+        # shellcheck disable=SC2086
+        check "$1$test" "$bin/$test" $arguments
+    done
+}
+
+for test in $plain_tests; do check "$test" "$bin/$test"; done
+check "test-llama-archs" "$bin/test-llama-archs"
+mkdir -p "$generated"
+check "test-llama-archs -o (a model for each architecture)" "$bin/test-llama-archs" -s 1 -o "$generated"
+check "test-save-load-state, all architectures" "$bin/test-save-load-state" --models "$generated"
+check "test-recurrent-state-rollback, all architectures" "$bin/test-recurrent-state-rollback" --models "$generated"
+on_model "" "$model_tests"
+
+export LT_STREAMING="layers=all;sink=4;window=28"
+on_model "streaming: " "$memory_tests"
+unset LT_STREAMING
+
+check "tests/architectures" env LT_TEST_MODELS="$generated" "$python" -m pytest -q tests/architectures
+check "test-backend-ops, CPU" "$bin/test-backend-ops" test -b CPU
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
