@@ -7,6 +7,7 @@ that a single wrongly masked key is seen.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 
 import torch
@@ -35,9 +36,9 @@ class Family:
             options |= layers(n_layer)
         return getattr(transformers, self.config)(**options)
 
-    def build_model(self, n_layer: int = 4, seed: int = 0) -> PreTrainedModel:
-        """A float32 model in eval mode with weights that depend on `seed` only."""
-        torch.manual_seed(seed)
+    def build_model(self, n_layer: int = 4) -> PreTrainedModel:
+        """A float32 model in eval mode, the same weights in every run."""
+        torch.manual_seed(zlib.crc32(self.name.encode()))
         model = transformers.AutoModelForCausalLM.from_config(self.build_config(n_layer), dtype=torch.float32)
         randomize(model, self.mlp_gain)
         return model.eval()
@@ -79,10 +80,10 @@ FAMILIES = {
         ),
         Family("mixtral", "MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": None}),
         Family("phi3", "Phi3Config", {"sliding_window": None}),
-        Family("gemma", "GemmaConfig", {"head_dim": 64, "num_key_value_heads": 1, "tie_word_embeddings": True}, mlp_gain=0.02),
+        Family("gemma", "GemmaConfig", {"head_dim": 64, "num_key_value_heads": 1, "tie_word_embeddings": True}, mlp_gain=0.01),
         Family("smollm3", "SmolLM3Config"),  # every fourth layer without RoPE, here and in llama.cpp
         Family("stablelm", "StableLmConfig", {"partial_rotary_factor": 0.25}),
-        Family("gpt-neox", "GPTNeoXConfig", {"rotary_pct": 0.25}, hparams={"rotary_pct": 0.25}, mlp_gain=0.02),
+        Family("gpt-neox", "GPTNeoXConfig", {"rotary_pct": 0.25}, hparams={"rotary_pct": 0.25}, mlp_gain=0.01),
     )
 }
 
@@ -97,8 +98,10 @@ def randomize(model: PreTrainedModel, mlp_gain: float) -> None:
         with torch.no_grad():
             if parameter.dim() >= 2:
                 gain = 0.8
-                if any(part in name for part in ("q_proj", "k_proj", "query_key_value", "qkv_proj")):
+                if any(part in name for part in ("q_proj", "k_proj", "qkv")):
                     gain = 1.0
+                elif "query_key_value" in name:
+                    gain = 1.25
                 elif any(part in name for part in ("down_proj", "dense_4h_to_h")):
                     gain = mlp_gain
                 parameter.normal_(std=gain * parameter.shape[-1] ** -0.5)

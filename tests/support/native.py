@@ -1,6 +1,6 @@
 """A thin harness over llama.cpp's C API: models, contexts and what the tests ask of them, as Python values.
 
-It drives whichever libllama `llama_cpp` was pointed at: the patched one by default (importing `lt_gguf` does that), or
+It drives whichever libllama `llama_cpp` was pointed at: the patched one by default, or
 the one that LLAMA_CPP_LIB_PATH names, such as a stock build in a process of its own.
 """
 
@@ -13,10 +13,12 @@ from typing import Iterable, NamedTuple, Sequence
 
 import numpy as np
 
-if "LLAMA_CPP_LIB_PATH" not in os.environ:
-    import lt_gguf  # noqa: F401  points llama_cpp at the patched libraries
+if "LLAMA_CPP_LIB_PATH" in os.environ:
+    import llama_cpp as C
+else:
+    from lt_gguf.runtime.library import load_llama_cpp
 
-import llama_cpp as C
+    C = load_llama_cpp()
 
 FULL, STREAMING = 0, 1  # enum lt_kv_part
 PARTIAL = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY

@@ -1,0 +1,75 @@
+"""The logits oracle: what transformers says a hybrid model answers, and how far the runtime is from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lt_gguf.hf.streaming_attention import streaming_attention
+from lt_gguf.spec import StreamingSpec
+from support.checkpoints import save_gguf
+from support.families import FAMILIES, N_VOCAB
+from support.native import Model
+
+EXACT = 2e-4  # largest absolute logit difference with f32 KV and without flash attention
+RELATIVE = 2.5  # elsewhere: how many times the full model's own error a hybrid's may be
+
+
+@dataclass
+class Subject:
+    """One family's random model, in transformers and in the runtime."""
+
+    family: str
+    hf: torch.nn.Module
+    native: Model
+
+    @classmethod
+    def build(cls, family: str, n_layer: int, directory: Path) -> Subject:
+        hf = FAMILIES[family].build_model(n_layer)
+        return cls(family, hf, Model(save_gguf(hf, FAMILIES[family], directory)))
+
+    @property
+    def n_layer(self) -> int:
+        return self.native.n_layer
+
+    def spec(self, sink: int, window: int, layers=None, seed: int = 0) -> StreamingSpec:
+        """A spec with `layers`, or with random ones: at least one streams and at least one doesn't."""
+        if layers is None:
+            random = np.random.default_rng([seed, sink, window])
+            n = random.integers(1, self.n_layer)
+            layers = random.choice(self.n_layer, n, replace=False).tolist()
+        return StreamingSpec(layers=tuple(sorted(layers)), n_layer=self.n_layer, sink=sink, window=window)
+
+    def expected(self, tokens: np.ndarray, spec: StreamingSpec | None) -> np.ndarray:
+        """transformers' logits in float32, (len(tokens), n_vocab)."""
+        with torch.no_grad(), streaming_attention(self.hf, spec):
+            return self.hf(torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+
+    def context(self, spec: StreamingSpec | None, **settings):
+        self.native.set_streaming("off" if spec is None else str(spec))
+        try:
+            return self.native.context(**settings)
+        finally:
+            self.native.set_streaming(None)
+
+    def computed(self, tokens: np.ndarray, spec: StreamingSpec | None, n_prompt: int, **settings) -> np.ndarray:
+        """The runtime's logits: `n_prompt` tokens as a prompt, then one by one."""
+        with self.context(spec, **settings) as context:
+            prompt = context.decode(tokens[:n_prompt])
+            if n_prompt == len(tokens):
+                return prompt
+            return np.concatenate([prompt, context.decode_one_by_one(tokens[n_prompt:], n_prompt)])
+
+
+def random_tokens(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, N_VOCAB, n)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference; infinite where a number is missing or not finite."""
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return float("inf")
+    return float(np.abs(a.astype(np.float64) - b).max())
