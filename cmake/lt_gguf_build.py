@@ -30,7 +30,7 @@ get_requires_for_build_wheel = backend.get_requires_for_build_wheel
 get_requires_for_build_editable = backend.get_requires_for_build_editable
 
 BUILD_DIR = Path("build")
-BUILD_BYTES = 300e6  # objects and libraries of a build for the CPU
+BUILD_BYTES = 100e6  # objects and libraries of a build for the CPU, the smallest
 # What CMake keeps in its cache from one run to the next, though the user may have changed it since.
 CONFIGURATION = ("CMAKE_ARGS", "CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR", "CMAKE_PREFIX_PATH")
 
@@ -38,7 +38,7 @@ CONFIGURATION = ("CMAKE_ARGS", "CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "LD
 EXPLANATIONS = [
     (r"No space left on device|Disk quota exceeded", "the disk is full; free some space and run it again"),
     (
-        r"No CMAKE_C(XX)?_COMPILER could be found|compiler set in environment|is not a full path to an existing compiler|is not able to compile a simple test program",
+        r"CMAKE_C(XX)?_COMPILER (could be found|not set)|is not a full path to an existing compiler|is not able to compile a simple test program",
         "there is no working C and C++ compiler: install gcc and g++ (Debian: apt install build-essential; macOS: xcode-select --install), or set CC and CXX to one",
     ),
     (r"CUDA Toolkit not found|No CMAKE_CUDA_COMPILER|Failed to find nvcc|CMAKE_CUDA_COMPILER.*not found", "GGML_CUDA=ON needs the CUDA toolkit: install it, or set CUDACXX to its nvcc"),

@@ -25,6 +25,7 @@ foreach (library IN LISTS LT_LIBRARIES)
         # A wheel can't hold symbolic links, and would hold libllama.so, .so.0 and .so.0.5.0 as three copies.
         set_property(TARGET ${library} PROPERTY VERSION)
         set_property(TARGET ${library} PROPERTY SOVERSION)
+        set_property(TARGET ${library} PROPERTY PUBLIC_HEADER) # and needs no headers
     endif()
 endforeach()
 

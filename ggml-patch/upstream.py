@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -34,7 +35,7 @@ PUBLIC_HEADER = "lt.h"  # beside llama.h in include/; every other source of ours
 STATE = ".lt-gguf.json"  # in a synced tree: which upstream it is and what of it is ours
 NOT_COMPILED = ("docs/", "media/", "models/", "benches/", ".github/", ".devops/")  # two thirds of the source's bytes
 
-UNPACKED_BYTES = 80e6  # what sync() writes into a fresh tree
+UNPACKED_BYTES = 70e6  # what sync() writes into a fresh tree
 CACHED_BYTES = 80e6  # the source distribution and the binding's wheel
 UNPACKED_SDIST_BYTES = 260e6  # what pip unpacks of it in the temporary directory while it downloads
 
@@ -81,6 +82,7 @@ def cache_dir() -> Path:
 
 def need_space(directory: Path, size: float) -> None:
     """Raises BuildError if `directory`'s disk has less than `size` bytes free."""
+    directory = directory.resolve()
     while not directory.exists():
         directory = directory.parent
     free = shutil.disk_usage(directory).free
@@ -114,10 +116,11 @@ def fetch_sdist(pin: Pin) -> Path:
     need_space(Path(tempfile.gettempdir()), UNPACKED_SDIST_BYTES)
     with disk_errors(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as scratch:
         # pip checks the hash itself before it runs anything of what it downloaded. It then asks the source distribution for its
-        # metadata; that needs scikit-build-core, which is there because it builds us too: hence no isolation, and no second download.
+        # metadata with scikit-build-core, which is at hand where it builds us too; an isolated environment would fetch it again.
+        isolation = ["--no-build-isolation"] if importlib.util.find_spec("scikit_build_core") else []
         wanted = Path(scratch) / "requirements.txt"
         wanted.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
-        output, ok = _pip("download", "--no-deps", "--no-build-isolation", f"--no-binary={pin.package}", "--dest", scratch, "-r", str(wanted))
+        output, ok = _pip("download", "--no-deps", *isolation, f"--no-binary={pin.package}", "--dest", scratch, "-r", str(wanted))
         got = Path(scratch) / pin.sdist
         if not ok or not got.exists():
             raise _download_error(pin, path, output)
@@ -184,8 +187,8 @@ def _pip(*arguments: str) -> tuple[str, bool]:
 def sync(tree: Path, pin: Pin) -> None:
     """Make `tree` the pinned llama.cpp with our patch and sources.
 
-    A file whose content is already right is left alone, so a second build compiles only what changed. A tree that was
-    edited by hand in files of ours is put right again.
+    A file whose content is already right is left alone, so a second build compiles only what changed. One that our patch
+    touches and that was edited by hand is put right again.
     """
     sdist = fetch_sdist(pin)
     state = _read_state(tree)
