@@ -13,6 +13,9 @@
 
 static const llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
 
+// a sequence with at most so many tokens in a batch may be rolled back to the first of them: speculative decoding
+static const uint32_t LT_N_DRAFT_MAX = 64;
+
 // first word of a saved state
 static const uint32_t LT_STATE_MAGIC = 0x4c544b56; // "LTKV"
 
@@ -25,7 +28,9 @@ lt_kv_cache::lt_kv_cache(
         const lt_spec             & spec,
         const llama_memory_params & params,
         const llama_cparams       & cparams,
-        const layer_filter_cb     & filter) : spec(spec), mask(spec.mask()), unified(cparams.kv_unified) {
+        const layer_filter_cb     & filter) : spec(spec), mask({ spec.n_sink, spec.n_window, &pos_rollback }), unified(cparams.kv_unified) {
+    pos_rollback.fill(LT_POS_END);
+
     if (spec.prefill != LT_PREFILL_STREAM) {
         throw std::runtime_error(format("%s.attention.streaming.prefill = \"full\": this build reads prompts with streaming attention only, set it to \"stream\" (LT_STREAMING=prefill=stream) or use full attention in all layers (LT_STREAMING=off)",
                     model.arch_name().c_str()));
@@ -208,49 +213,106 @@ llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, ui
             continue;
         }
 
+        if (auto res = try_split(balloc, n_ubatch, simple)) {
+            return res;
+        }
+    }
+
+    return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool simple) {
+    const auto split = [&](uint32_t n) {
         balloc.split_reset();
 
-        std::vector<llama_ubatch> ubatches;
+        std::vector<llama_ubatch> res;
         while (true) {
-            auto ubatch = simple ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, !unified, 0);
+            auto ubatch = simple ? balloc.split_simple(n) : balloc.split_equal(n, !unified, 0);
 
             if (ubatch.n_tokens == 0) {
                 break;
             }
 
-            ubatches.push_back(std::move(ubatch)); // NOLINT
+            res.push_back(std::move(ubatch)); // NOLINT
         }
 
-        if (balloc.get_n_used() < balloc.get_n_tokens()) {
-            // failed to find a suitable split
-            continue;
-        }
+        return res;
+    };
 
-        for (const auto & ubatch : ubatches) {
-            for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-                if (!can_decode(ubatch.seq_id_unq[s])) {
-                    return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
-                }
-            }
-        }
+    auto ubatches = split(n_ubatch);
 
-        auto sinfos_full = kv_full->prepare(ubatches);
-        if (sinfos_full.empty()) {
-            continue;
-        }
-
-        auto sinfos_streaming = kv_streaming->prepare(ubatches);
-        if (sinfos_streaming.empty()) {
-            continue;
-        }
-
-        assert(sinfos_full.size() == sinfos_streaming.size());
-
-        return std::make_unique<lt_kv_cache_context>(
-                this, std::move(sinfos_full), std::move(sinfos_streaming), std::move(ubatches));
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        // failed to find a suitable split
+        return nullptr;
     }
 
-    return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+            if (!can_decode(ubatch.seq_id_unq[s])) {
+                return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+            }
+        }
+    }
+
+    // the cells for rollbacks come out of those that are there for one ubatch
+    const uint32_t n_rollback = set_rollback(ubatches);
+    if (n_rollback > 0) {
+        if (n_rollback < n_ubatch) {
+            ubatches = split(n_ubatch - n_rollback);
+        } else {
+            pos_rollback.fill(LT_POS_END);
+        }
+    }
+
+    auto sinfos_full      = kv_full->prepare(ubatches);
+    auto sinfos_streaming = sinfos_full.empty() ? llama_kv_cache::slot_info_vec_t() : kv_streaming->prepare(ubatches);
+
+    pos_rollback.fill(LT_POS_END);
+
+    if (sinfos_streaming.empty()) {
+        return nullptr;
+    }
+
+    assert(sinfos_full.size() == sinfos_streaming.size());
+
+    return std::make_unique<lt_kv_cache_context>(
+            this, std::move(sinfos_full), std::move(sinfos_streaming), std::move(ubatches));
+}
+
+uint32_t lt_kv_cache::set_rollback(const std::vector<llama_ubatch> & ubatches) {
+    if (ubatches.size() < 2) {
+        // the cells of an ubatch are chosen before any of its tokens moves a window
+        return 0;
+    }
+
+    std::array<uint32_t,  LLAMA_MAX_SEQ> n_tokens;
+    std::array<llama_pos, LLAMA_MAX_SEQ> pos_min;
+
+    n_tokens.fill(0);
+    pos_min .fill(LT_POS_END);
+
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                const llama_seq_id s = ubatch.seq_id[i][j];
+
+                n_tokens[s]++;
+                pos_min [s] = std::min(pos_min[s], ubatch.pos[i]);
+            }
+        }
+    }
+
+    uint32_t res = 0;
+
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        // note: the first token of a draft's check is not part of the draft
+        if (n_tokens[s] > 1 && n_tokens[s] <= LT_N_DRAFT_MAX) {
+            pos_rollback[s] = pos_min[s] + 1;
+            res += n_tokens[s] - 1;
+        }
+    }
+
+    return res;
 }
 
 llama_memory_context_ptr lt_kv_cache::init_full() {

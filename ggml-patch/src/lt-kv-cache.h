@@ -4,6 +4,7 @@
 
 #include "llama-kv-cache.h"
 
+#include <array>
 #include <bitset>
 #include <memory>
 #include <vector>
@@ -79,6 +80,10 @@ public:
 
 private:
     const lt_spec spec;
+
+    // see init_batch(). LT_POS_END: the sequence will not be rolled back
+    std::array<llama_pos, LLAMA_MAX_SEQ> pos_rollback;
+
     const lt_mask mask;
 
     const bool unified;
@@ -124,6 +129,14 @@ private:
 
     // false, with a line in the log, if the sequence is not fit to be decoded
     bool can_decode(llama_seq_id seq_id);
+
+    // split the batch and find its cells
+    // returns null if there is no room
+    llama_memory_context_ptr try_split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool simple);
+
+    // set pos_rollback for the sequences that have a short run of tokens in a batch of several ubatches
+    // returns the number of cells that this takes from the spare ones
+    uint32_t set_rollback(const std::vector<llama_ubatch> & ubatches);
 };
 
 class lt_kv_cache_context : public llama_memory_context_i {

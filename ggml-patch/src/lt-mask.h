@@ -2,11 +2,17 @@
 
 #include "llama-kv-cells.h"
 
+#include <algorithm>
+#include <array>
+
 // which cells of a streaming layer a query sees
 // note: n_sink counts positions - the learned per-head attention sinks of some models (gpt-oss) are something else
 struct lt_mask {
     uint32_t n_sink   = 0;
     uint32_t n_window = 0; // 0: not the cache of streaming layers
+
+    // for each sequence the position that it may yet be rolled back to, can be null
+    const std::array<llama_pos, LLAMA_MAX_SEQ> * pos_rollback = nullptr;
 
     bool enabled() const {
         return n_window > 0;
@@ -24,15 +30,22 @@ struct lt_mask {
         const llama_pos p0 = cells.pos_get(i);
 
         if (cells.seq_count(i) == 1) {
-            return is_masked(p0, cells.seq_pos_max(cells.seq_get(i)) + 1);
+            return is_masked(p0, pos_next(cells, cells.seq_get(i)));
         }
 
         for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (cells.seq_has(i, s) && !is_masked(p0, cells.seq_pos_max(s) + 1)) {
+            if (cells.seq_has(i, s) && !is_masked(p0, pos_next(cells, s))) {
                 return false;
             }
         }
 
         return true;
+    }
+
+private:
+    llama_pos pos_next(const llama_kv_cells & cells, llama_seq_id s) const {
+        const llama_pos p = cells.seq_pos_max(s) + 1;
+
+        return pos_rollback ? std::min(p, (*pos_rollback)[s]) : p;
     }
 };

@@ -71,10 +71,6 @@ bool lt_spec::is_streaming(int32_t il) const {
     return il >= 0 && (size_t) il < layers.size() && layers[il];
 }
 
-lt_mask lt_spec::mask() const {
-    return { n_sink, n_window };
-}
-
 std::string lt_spec::str() const {
     if (!any()) {
         return "off";

@@ -28,8 +28,6 @@ struct lt_spec {
     bool any() const;
     bool is_streaming(int32_t il) const;
 
-    lt_mask mask() const;
-
     // canonical text, "off" if no layer streams
     std::string str() const;
 
