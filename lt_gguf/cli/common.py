@@ -1,0 +1,61 @@
+"""What all commands share: how a command is run, and how its errors look."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn, Sequence
+
+import typer
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
+
+def new_app(**settings: Any) -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **settings)
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line, and exits: with 0, or with one line on stderr and another number."""
+    try:
+        status = app(arguments, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # note: the reader has gone (`| head`); Python would complain once more when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)
+    except Exception as error:
+        sys.exit(_report(error, name))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report(error: Exception, name: str) -> int:
+    """Prints the error in one line, returns the exit status."""
+    if isinstance(error, typer.Abort):
+        return EXIT_INTERRUPTED
+    # note: a wrong option; typer has had click inside and outside of it, so the class has no lasting name
+    if hasattr(error, "format_message"):
+        text, status = f"{error.format_message()} ({name} --help shows all options)", 2
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        text, status = f"{error.filename}: {error.strerror}", EXIT_ERROR
+    elif isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+        text, status = str(error), EXIT_ERROR
+    else:
+        raise error
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+def format_bytes(n_bytes: int) -> str:
+    """As llama.cpp writes memory: 544.00 MiB."""
+    size = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "TiB"
+    return f"{n_bytes} B" if unit == "B" else f"{size:.2f} {unit}"

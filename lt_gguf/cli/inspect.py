@@ -1,0 +1,157 @@
+"""`lt-gguf inspect`: which layers stream, and what that saves."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from lt_gguf.cli.common import format_bytes
+from lt_gguf.cli.model import CacheType, ModelFile, Streaming
+from lt_gguf.gguf_file import GGUFModel, check_can_stream, read_model
+from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, KVMemory, kv_memory
+from lt_gguf.spec import StreamingSpec, format_layers
+
+CONTEXTS = (4096, 32768, 131072)
+
+
+def inspect(
+    file: ModelFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cache_type: CacheType = DEFAULT_CACHE_TYPE,
+    streaming: Streaming = None,
+) -> None:
+    """Show which layers of a GGUF model stream, and the memory of its KV cache with and without that."""
+    model = read_model(file)
+    spec = model.spec
+    if streaming is not None:
+        spec = StreamingSpec.parse(streaming, model.n_layer, model.spec)
+        check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+    if as_json:
+        print(json.dumps(describe(model, spec, cache_type), indent=2))
+    else:
+        print_tables(model, spec, cache_type)
+
+
+def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEFAULT_CACHE_TYPE) -> dict[str, Any]:
+    """What `inspect --json` prints. Sizes are in bytes, contexts in tokens.
+
+    Raises:
+        ValueError: the cache type is unknown or doesn't fit the model.
+    """
+    return {
+        "path": str(model.path),
+        "name": model.name,
+        "architecture": model.architecture,
+        "bytes": model.n_bytes,
+        "files": model.n_files,
+        "n_layer": model.n_layer,
+        "n_ctx_train": model.n_ctx_train,
+        "head_size_k": model.head_size_k,
+        "head_size_v": model.head_size_v,
+        "cache_type": cache_type,
+        "streaming": _describe_spec(model, spec),
+        "why_not_streaming": model.why_not_streaming,
+        "layers": [
+            {
+                "layer": il,
+                "attention": _attention(spec, il),
+                "n_head": model.n_head[il],
+                "n_head_kv": model.n_head_kv[il],
+                "kv_bytes_per_token": _token_bytes(model, il, cache_type),
+            }
+            for il in range(model.n_layer)
+        ],
+        "kv_memory": [
+            {
+                "n_ctx": n_ctx,
+                "full": full.total,
+                "hybrid": hybrid.total,
+                "hybrid_full_layers": hybrid.full,
+                "hybrid_streaming_layers": hybrid.streaming,
+            }
+            for n_ctx, full, hybrid in _memory(model, spec, cache_type)
+        ],
+    }
+
+
+def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEFAULT_CACHE_TYPE) -> None:
+    """Prints what `inspect` shows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    files = f" in {model.n_files} files" if model.n_files > 1 else ""
+    console.print(f"[bold]{model.name}[/bold]: {model.architecture}, {model.n_layer} layers, {format_bytes(model.n_bytes)}{files}")
+    console.print(_summary(model, spec))
+
+    layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({cache_type})")
+    for column in (0, 2, 3):
+        layers.columns[column].justify = "right"
+    for il in range(model.n_layer):
+        style = "green" if _attention(spec, il) == "streaming" else None
+        token_bytes = _token_bytes(model, il, cache_type)
+        cells = (il, _attention(spec, il), model.n_head_kv[il], "-" if token_bytes is None else f"{token_bytes:,}")
+        layers.add_row(*map(str, cells), style=style)
+    console.print(layers)
+
+    if model.why_not_streaming:
+        console.print(f"KV memory: not shown for this architecture, {model.why_not_streaming}")
+        return
+    memory = Table("context", "KV full", "KV hybrid", "saved", title=f"KV cache, {cache_type}")
+    for column in memory.columns:
+        column.justify = "right"
+    for n_ctx, full, hybrid in _memory(model, spec, cache_type):
+        saved = f"{1 - hybrid.total / full.total:.0%}" if full.total else "-"
+        memory.add_row(f"{n_ctx // 1024}k", format_bytes(full.total), format_bytes(hybrid.total), saved)
+    console.print(memory)
+
+
+def _summary(model: GGUFModel, spec: StreamingSpec | None) -> str:
+    if model.why_not_streaming:
+        return f"can't have streaming layers: {model.why_not_streaming}"
+    if spec is None or not spec.layers:
+        return "no layer streams: an ordinary model"
+    chosen = f", chosen by {model.provenance.selection}" if model.provenance and spec == model.spec else ""
+    return (
+        f"{len(spec.layers)} layers stream{chosen}: {format_layers(spec.layers)}; "
+        f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
+    )
+
+
+def _describe_spec(model: GGUFModel, spec: StreamingSpec | None) -> dict[str, Any] | None:
+    if spec is None:
+        return None
+    provenance = model.provenance if spec == model.spec else None
+    return {
+        "spec": str(spec),
+        "layers": list(spec.layers),
+        "sink": spec.sink,
+        "window": spec.window,
+        "prefill": spec.prefill,
+        "selection": provenance.selection if provenance else None,
+    }
+
+
+def _attention(spec: StreamingSpec | None, il: int) -> str:
+    return "streaming" if spec is not None and spec.is_streaming(il) else "full"
+
+
+def _token_bytes(model: GGUFModel, il: int, cache_type: str) -> int | None:
+    """KV bytes that a token takes in a layer, `None` where there is no plain KV cache."""
+    if model.why_not_streaming:
+        return None
+    shape = model.kv_shape
+    return shape.token_bytes(il, cache_type) if il < len(shape.n_head_kv) else None
+
+
+def _memory(model: GGUFModel, spec: StreamingSpec | None, cache_type: str) -> list[tuple[int, KVMemory, KVMemory]]:
+    """Context size, memory of the ordinary model, memory of the hybrid one."""
+    if model.why_not_streaming:
+        return []
+    shape = model.kv_shape
+    return [
+        (n_ctx, kv_memory(shape, None, n_ctx, type_k=cache_type), kv_memory(shape, spec, n_ctx, type_k=cache_type))
+        for n_ctx in CONTEXTS
+    ]

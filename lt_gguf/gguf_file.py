@@ -1,0 +1,176 @@
+"""Describes a GGUF model: its shape, its KV cache and its streaming spec."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping
+
+from lt_gguf.architectures import LayerCount, layer_count, why_not_streaming
+from lt_gguf.gguf_header import GGUFHeader, read_header
+from lt_gguf.kv_memory import KVShape
+from lt_gguf.spec import Provenance, StreamingSpec, Typed
+
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """What a GGUF file says of its model.
+
+    Args:
+        path: of the file, of the first one if the model is split.
+        architecture: llama.cpp's name of it.
+        name: the model's own, or the file's.
+        n_layer: number of layers, those included that only predict ahead.
+        n_layer_main: of them, the first ones, which the main graph runs; only these have a KV cache and may stream.
+        n_ctx_train: context size that the model was trained for, in tokens.
+        n_head: attention heads, one number a layer.
+        n_head_kv: key-value heads, one number a layer.
+        head_size_k: elements of a key head.
+        head_size_v: elements of a value head.
+        n_bytes: of all the model's files together.
+        n_files: of a split model, else 1.
+        spec: the file's streaming spec, `None` for an ordinary model.
+        provenance: how its streaming layers were chosen, if the file says so.
+        why_not_streaming: the reason for which this model can't have streaming layers, `None` if it can.
+    """
+
+    path: Path
+    architecture: str
+    name: str
+    n_layer: int
+    n_layer_main: int
+    n_ctx_train: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+    head_size_k: int
+    head_size_v: int
+    n_bytes: int
+    n_files: int
+    spec: StreamingSpec | None
+    provenance: Provenance | None
+    why_not_streaming: str | None
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """The shape of the KV cache.
+
+        Raises:
+            ValueError: this architecture has no plain KV cache.
+        """
+        if self.why_not_streaming:
+            raise ValueError(
+                f"{self.path}: the KV cache of the architecture {self.architecture} isn't sinks, a window and full "
+                f"attention: {self.why_not_streaming}"
+            )
+        # note: the layer that Granite Switch adds to the main ones is in the cache too
+        n_cached = self.n_layer if self.architecture == "graniteswitch" else self.n_layer_main
+        return KVShape(self.n_head_kv[:n_cached], max(self.n_head_kv), self.head_size_k, self.head_size_v)
+
+
+def read_model(path: str | os.PathLike[str]) -> GGUFModel:
+    """Reads the description of the model at `path` (the first file of a split one).
+
+    Raises:
+        OSError: a file can't be opened.
+        ValueError: it isn't a GGUF model, its metadata is malformed, or a part of it is missing; one line that names
+            the file, the key and what is allowed.
+    """
+    path = Path(path)
+    header = read_header(path)
+    metadata = header.metadata
+    try:
+        arch = _string(metadata, "general.architecture")
+        files = _shards(path, header)
+        layers = layer_count(arch, metadata)
+        n_head = _per_layer(metadata, f"{arch}.attention.head_count", layers, default=(0,) * layers.all)
+        n_head_kv = _per_layer(metadata, f"{arch}.attention.head_count_kv", layers, default=n_head)
+        head_size = _integer(metadata, f"{arch}.embedding_length", 0) // n_head[0] if n_head[0] else 0
+        spec = StreamingSpec.from_metadata(metadata, arch, layers.all)
+        reason = why_not_streaming(arch, metadata)
+        check_can_stream(arch, spec, layers.main, reason)
+        return GGUFModel(
+            path=path,
+            architecture=arch,
+            name=str(metadata.get("general.name", Typed("string", path.stem)).value),
+            n_layer=layers.all,
+            n_layer_main=layers.main,
+            n_ctx_train=_integer(metadata, f"{arch}.context_length", 0),
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            head_size_k=_integer(metadata, f"{arch}.attention.key_length", head_size),
+            head_size_v=_integer(metadata, f"{arch}.attention.value_length", head_size),
+            n_bytes=sum(file.stat().st_size for file in files),
+            n_files=len(files),
+            spec=spec,
+            provenance=Provenance.from_metadata(metadata),
+            why_not_streaming=reason,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_can_stream(arch: str, spec: StreamingSpec | None, n_layer_main: int, reason: str | None) -> None:
+    """Raises ValueError if `spec` makes layers stream that can't.
+
+    Args:
+        reason: for which the architecture can't stream, `None` if it can.
+    """
+    if spec is None or not spec.layers:
+        return
+    if reason:
+        raise ValueError(f"models of the architecture {arch} can't have streaming layers: {reason}")
+    if spec.layers[-1] >= n_layer_main:
+        raise ValueError(
+            f"layer {spec.layers[-1]} can't stream: the main graph doesn't run it, only layers from 0 to {n_layer_main - 1} can"
+        )
+
+
+def _shards(path: Path, header: GGUFHeader) -> list[Path]:
+    """All files of the model whose first one is `path`."""
+    count = _integer(header.metadata, "split.count", 1)
+    if count <= 1:
+        return [path]
+    name = _SHARD_NAME.fullmatch(path.name)
+    if not name or int(name["count"]) != count:
+        raise ValueError(f"is the first of {count} files, must be named like model-00001-of-{count:05}.gguf")
+    if _integer(header.metadata, "split.no", 0) != 0 or int(name["number"]) != 1:
+        raise ValueError(f"is part {int(name['number'])} of {count}, name the first one: {name['stem']}-00001-of-{count:05}.gguf")
+    files = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"is the first of {count} files, of which {len(missing)} are not beside it: {', '.join(missing[:3])}")
+    return files
+
+
+def _string(metadata: Mapping[str, Typed], key: str) -> str:
+    if key not in metadata or metadata[key].type != "string":
+        raise ValueError(f"{key}: is missing or no string, the file isn't a model")
+    return metadata[key].value
+
+
+def _integer(metadata: Mapping[str, Typed], key: str, default: int) -> int:
+    found: Any = metadata.get(key, Typed("uint32", default)).value
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise ValueError(f"{key} = {found}: must be an integer of at least 0")
+    return found
+
+
+def _per_layer(
+    metadata: Mapping[str, Typed], key: str, layers: LayerCount, default: tuple[int, ...]
+) -> tuple[int, ...]:
+    """One number for each of all layers; a file gives either one for all or an array."""
+    found = metadata.get(key)
+    if found is None:
+        return default
+    numbers = found.value or [] if found.type.startswith("array") else [_integer(metadata, key, 0)] * layers.file
+    if len(numbers) != layers.file or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(
+            f"{key} = [{found.type}, {len(numbers)} items]: must be an integer of at least 0 for each of {layers.file} layers"
+        )
+    # note: layers that llama.cpp runs again are as in the file; the one that Granite Switch adds has a single head
+    repeated = tuple(numbers) * (layers.all // layers.file)
+    return (*repeated, *[1] * (layers.all - len(repeated)))

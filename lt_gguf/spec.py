@@ -1,0 +1,321 @@
+"""Which layers stream and what they see: `StreamingSpec`, its text form and its GGUF keys.
+
+A streaming layer lets the query at position q see the key at position p of the same sequence iff
+`p <= q and (p < sink or q - p < window)` (LightTransfer, arXiv 2410.13846). The same rules, in the same words, are in
+`ggml-patch/src/lt-spec.cpp`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Iterable, Mapping, NamedTuple, NoReturn
+
+DEFAULT_SINK = 4
+DEFAULT_WINDOW = 1020
+PREFILL_MODES = ("full", "stream")
+DEFAULT_PREFILL = "stream"
+
+# Environment variable that overrides the file's spec in every tool of the patched llama.cpp.
+ENVIRONMENT_VARIABLE = "LT_STREAMING"
+
+VERSION_KEY = "lighttransfer.version"
+SELECTION_KEY = "lighttransfer.selection"
+LAZY_RATIO_KEY = "lighttransfer.lazy_ratio"
+CALIBRATION_KEY = "lighttransfer.calibration"
+FORMAT_VERSION = 1
+
+_INT32_MAX = 2**31 - 1  # positions are int32 in llama.cpp
+
+
+class Typed(NamedTuple):
+    """A GGUF metadata value and its type: `uint32`, `string`, `array of bool`, ..."""
+
+    type: str
+    value: Any
+
+
+def layers_key(arch: str) -> str:
+    return f"{arch}.attention.streaming.layers"
+
+
+def sink_key(arch: str) -> str:
+    return f"{arch}.attention.streaming.sink"
+
+
+def window_key(arch: str) -> str:
+    return f"{arch}.attention.streaming.window"
+
+
+def prefill_key(arch: str) -> str:
+    return f"{arch}.attention.streaming.prefill"
+
+
+def streaming_keys(arch: str) -> tuple[str, str, str, str]:
+    """The keys that make a file a hybrid one; a file has all of them or none."""
+    return layers_key(arch), sink_key(arch), window_key(arch), prefill_key(arch)
+
+
+@dataclass(frozen=True)
+class StreamingSpec:
+    """Which layers of a model stream, and what a streaming layer sees.
+
+    Args:
+        layers: indices of the streaming layers, kept sorted and unique.
+        n_layer: number of layers of the model (prediction heads included, as in the file's `block_count`).
+        sink: number of first positions that stay visible.
+        window: number of last positions that stay visible, the query's own included.
+        prefill: `stream`, or `full` if a prompt is read with full attention in every layer.
+
+    Raises:
+        ValueError: a field is out of range; the message names it and says what is allowed.
+    """
+
+    layers: tuple[int, ...]
+    n_layer: int
+    sink: int = DEFAULT_SINK
+    window: int = DEFAULT_WINDOW
+    prefill: str = DEFAULT_PREFILL
+
+    def __post_init__(self) -> None:
+        n_layer = _check_integer("n_layer", self.n_layer, 1)
+        layers = tuple(sorted({_check_integer("layers", il, None) for il in self.layers}))
+        for il in layers:
+            if not 0 <= il < n_layer:
+                _bad_layers(str(il), n_layer)
+        object.__setattr__(self, "n_layer", n_layer)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "sink", _check_integer("sink", self.sink, 0))
+        object.__setattr__(self, "window", _check_integer("window", self.window, 1))
+        _check_prefill("prefill", self.prefill)
+
+    @classmethod
+    def off(cls, n_layer: int) -> StreamingSpec:
+        """The spec of an ordinary model: no layer streams."""
+        return cls((), n_layer)
+
+    @classmethod
+    def interleaved(
+        cls,
+        n_layer: int,
+        fraction: float = 0.5,
+        sink: int = DEFAULT_SINK,
+        window: int = DEFAULT_WINDOW,
+        prefill: str = DEFAULT_PREFILL,
+    ) -> StreamingSpec:
+        """Streaming layers spread evenly: with `fraction` 0.5 the odd layers, with 0.25 layers 3, 7, 11, ...
+
+        Raises:
+            ValueError: `fraction` is not a number from 0 to 1.
+        """
+        share = _check_fraction(fraction)
+        # note: exact, so that a rounding error never costs a layer
+        layers = (il for il in range(n_layer) if math.floor((il + 1) * share) > math.floor(il * share))
+        return cls(tuple(layers), n_layer, sink, window, prefill)
+
+    @classmethod
+    def parse(cls, text: str, n_layer: int, base: StreamingSpec | None = None) -> StreamingSpec:
+        """Reads `off` or `layers=1,3,5-9;sink=4;window=1020;prefill=stream`.
+
+        `layers` takes numbers, ranges, `all` or `none`. Keys that are left out are taken from `base` (the file's
+        spec), else from the defaults.
+
+        Raises:
+            ValueError: the text is malformed, or neither it nor `base` names layers.
+        """
+        if text.strip() == "off":
+            return cls.off(n_layer)
+
+        fields: dict[str, Any] = {}
+        for item in text.split(";"):
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not equals:
+                raise ValueError(
+                    f'"{item.strip()}": must be "off" or key=value pairs with ; between them, '
+                    "as in layers=1,3,5-9;sink=4;window=1020;prefill=stream"
+                )
+            if key in fields:
+                raise ValueError(f"{key}: is given twice")
+            if key == "layers":
+                fields[key] = parse_layers(value, n_layer)
+            elif key in ("sink", "window"):
+                fields[key] = _parse_integer(key, value)
+            elif key == "prefill":
+                fields[key] = value
+            else:
+                raise ValueError(f"{key}: unknown key, must be one of layers, sink, window, prefill")
+
+        if base is not None:
+            return replace(base, n_layer=n_layer, **fields)
+        if "layers" not in fields:
+            raise ValueError(f'"{text}": says no layers and the file names none, add for example layers=1,3,5-9')
+        return cls(n_layer=n_layer, **fields)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Typed], arch: str, n_layer: int) -> StreamingSpec | None:
+        """The spec that a GGUF file's metadata holds, `None` if it is an ordinary file.
+
+        Raises:
+            ValueError: a key is missing or wrong; the message names the key, its value and what is allowed.
+        """
+        if not any(key in metadata for key in streaming_keys(arch)):
+            return None
+
+        layers_type = f"an array of bool, one for each of the {n_layer} layers"
+        flags = _read(metadata, layers_key(arch), "array of bool", layers_type)
+        if len(flags) != n_layer:
+            _bad_value(layers_key(arch), f"[array of {len(flags)} bool]", layers_type)
+        sink = _read(metadata, sink_key(arch), "uint32", "an uint32 of at least 0")
+        window = _read(metadata, window_key(arch), "uint32", "an uint32 of at least 1")
+        prefill = _read(metadata, prefill_key(arch), "string", '"full" or "stream"')
+        return cls(
+            tuple(il for il, flag in enumerate(flags) if flag),
+            n_layer,
+            _check_integer(sink_key(arch), sink, 0),
+            _check_integer(window_key(arch), window, 1),
+            _check_prefill(prefill_key(arch), prefill),
+        )
+
+    def to_metadata(self, arch: str) -> dict[str, Typed]:
+        """The GGUF metadata of this spec, in the order in which it is written."""
+        return {
+            layers_key(arch): Typed("array of bool", [self.is_streaming(il) for il in range(self.n_layer)]),
+            sink_key(arch): Typed("uint32", self.sink),
+            window_key(arch): Typed("uint32", self.window),
+            prefill_key(arch): Typed("string", self.prefill),
+        }
+
+    def is_streaming(self, il: int) -> bool:
+        return il in self.layers
+
+    def visible(self, q: int, p: int) -> bool:
+        """True if the query at position `q` sees the key at position `p` in a streaming layer."""
+        return p <= q and (p < self.sink or q - p < self.window)
+
+    def __str__(self) -> str:
+        """The canonical text: `off` if no layer streams, else all four keys."""
+        if not self.layers:
+            return "off"
+        layers = format_layers(self.layers)
+        return f"layers={layers};sink={self.sink};window={self.window};prefill={self.prefill}"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the streaming layers of a file were chosen (the `lighttransfer.*` keys).
+
+    Args:
+        selection: the strategy, for example `manual` or `interleave`.
+        lazy_ratio: one number in [0, 1] a layer, if it was measured.
+        calibration: JSON that describes the texts it was measured on.
+    """
+
+    selection: str
+    lazy_ratio: tuple[float, ...] | None = None
+    calibration: str | None = None
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Typed]) -> Provenance | None:
+        if SELECTION_KEY not in metadata:
+            return None
+        ratios = metadata.get(LAZY_RATIO_KEY)
+        calibration = metadata.get(CALIBRATION_KEY)
+        return cls(
+            str(metadata[SELECTION_KEY].value),
+            tuple(ratios.value) if ratios and ratios.type == "array of float32" else None,
+            str(calibration.value) if calibration else None,
+        )
+
+    def to_metadata(self) -> dict[str, Typed]:
+        metadata = {VERSION_KEY: Typed("uint32", FORMAT_VERSION), SELECTION_KEY: Typed("string", self.selection)}
+        if self.lazy_ratio is not None:
+            metadata[LAZY_RATIO_KEY] = Typed("array of float32", list(self.lazy_ratio))
+        if self.calibration is not None:
+            metadata[CALIBRATION_KEY] = Typed("string", self.calibration)
+        return metadata
+
+
+def parse_layers(text: str, n_layer: int) -> tuple[int, ...]:
+    """Reads `1,3,5-9`, `all` or `none`.
+
+    Raises:
+        ValueError: the text is malformed or names a layer that the model doesn't have.
+    """
+    text = text.strip()
+    if text in ("all", "none"):
+        return tuple(range(n_layer)) if text == "all" else ()
+    layers: set[int] = set()
+    for item in text.split(","):
+        ends = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
+        if not ends:
+            _bad_layers(item.strip(), n_layer)
+        first = int(ends[1])
+        last = int(ends[2] or ends[1])
+        if not first <= last < n_layer:
+            _bad_layers(item.strip(), n_layer)
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """The shortest text for layers: `1,3,5-9`."""
+    runs: list[list[int]] = []
+    for il in sorted(layers):
+        if runs and il == runs[-1][1] + 1:
+            runs[-1][1] = il
+        else:
+            runs.append([il, il])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _bad_value(what: str, value: str, allowed: str) -> NoReturn:
+    raise ValueError(f"{what} = {value}: must be {allowed}")
+
+
+def _bad_layers(item: str, n_layer: int) -> NoReturn:
+    _bad_value(
+        "layers",
+        f'"{item}"',
+        f'"all", "none", or layers and ranges of layers from 0 to {n_layer - 1}, as in 1,3,5-9',
+    )
+
+
+def _check_integer(what: str, value: Any, minimum: int | None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        _bad_value(what, repr(value), "an integer")
+    if minimum is not None and not minimum <= number <= _INT32_MAX:
+        _bad_value(what, str(number), f"an integer from {minimum} to {_INT32_MAX}")
+    return number
+
+
+def _parse_integer(what: str, text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        _bad_value(what, f'"{text}"', "an integer")
+    return int(text)
+
+
+def _check_prefill(what: str, value: Any) -> str:
+    if value not in PREFILL_MODES:
+        _bad_value(what, f'"{value}"', '"full" or "stream"')
+    return value
+
+
+def _check_fraction(value: float) -> Fraction:
+    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 <= value <= 1:
+        _bad_value("fraction", str(value), "a number from 0 to 1, the share of the layers that stream")
+    return Fraction(value).limit_denominator(10_000)
+
+
+def _read(metadata: Mapping[str, Typed], key: str, type_: str, allowed: str) -> Any:
+    found = metadata.get(key)
+    if found is None:
+        raise ValueError(f"{key}: is missing, must be {allowed} in a file with streaming layers")
+    if found.type != type_:
+        value = "" if found.type.startswith("array") else f"{found.value} "
+        _bad_value(key, f"{value}({found.type})", allowed)
+    return found.value
