@@ -59,10 +59,11 @@ log = Log()
 C.llama_backend_init()
 
 
-def _lt(name: str, result, *arguments):
-    function = getattr(C.llama_cpp._lib, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
+def api():
+    """The patch's own functions, which a stock libllama doesn't have."""
+    from lt_gguf.runtime import api
+
+    return api
 
 
 class Model:
@@ -83,15 +84,10 @@ class Model:
 
     def set_streaming(self, spec: str | None) -> None:
         """Overrides the spec of contexts made from now on; None goes back to the file's. Raises ValueError."""
-        set_spec = _lt(
-            "lt_model_set_spec", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t
-        )
-        error = ctypes.create_string_buffer(1024)
-        if not set_spec(self.handle, None if spec is None else str(spec).encode(), error, len(error)):
-            raise ValueError(error.value.decode())
+        api().set_model_spec(self.handle, spec)
 
     def streaming(self) -> str:
-        return _spec_text("lt_model_spec", self.handle)
+        return api().model_spec(self.handle)
 
     def lora(self, path: Path) -> int:
         adapter = C.llama_adapter_lora_init(self.handle, str(path).encode())
@@ -205,30 +201,19 @@ class Context:
         return C.llama_memory_can_shift(self.memory)
 
     def streaming(self) -> str:
-        return _spec_text("lt_context_spec", self.handle)
+        return api().context_spec(self.handle)
 
     def kv_bytes(self, part: int) -> int:
-        return _lt("lt_kv_bytes", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int)(self.handle, part)
+        return api().kv_bytes(self.handle, part)
 
     def kv_cells(self, part: int) -> int:
-        return _lt("lt_kv_cells", ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int)(self.handle, part)
+        return api().kv_cells(self.handle, part)
 
     def positions(self, part: int, seq: int = 0) -> list[int]:
         """The positions of a sequence that the part holds, ascending."""
-        positions = _lt(
-            "lt_seq_positions",
-            ctypes.c_int32,
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_int32,
-            ctypes.POINTER(ctypes.c_int32),
-            ctypes.c_int32,
-        )
-        n = positions(self.handle, part, seq, None, 0)
-        assert n >= 0, "this memory has no view of positions"
-        buffer = (ctypes.c_int32 * max(1, n))()
-        assert positions(self.handle, part, seq, buffer, n) == n
-        return list(buffer[:n])
+        positions = api().seq_positions(self.handle, part, seq)
+        assert positions is not None, "this memory has no view of positions"
+        return positions
 
     # -- states
 
@@ -236,7 +221,8 @@ class Context:
         """The whole state: every sequence."""
         size = C.llama_state_get_size(self.handle)
         buffer = (ctypes.c_uint8 * size)()
-        return bytes(buffer)[: C.llama_state_get_data(self.handle, buffer, size)]
+        n = C.llama_state_get_data(self.handle, buffer, size)
+        return bytes(buffer[:n])
 
     def restore(self, state: bytes) -> bool:
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
@@ -246,7 +232,8 @@ class Context:
         """The state of one sequence. With `PARTIAL` only what a rewind can't bring back: the streaming part."""
         size = C.llama_state_seq_get_size_ext(self.handle, seq, flags)
         buffer = (ctypes.c_uint8 * max(1, size))()
-        return bytes(buffer)[: C.llama_state_seq_get_data_ext(self.handle, buffer, size, seq, flags)]
+        n = C.llama_state_seq_get_data_ext(self.handle, buffer, size, seq, flags)
+        return bytes(buffer[:n])
 
     def restore_seq(self, state: bytes, seq: int = 0, flags: int = 0) -> bool:
         buffer = (ctypes.c_uint8 * max(1, len(state))).from_buffer_copy(state or b"\0")
@@ -264,9 +251,3 @@ class Context:
     def __exit__(self, *_) -> None:
         self.close()
 
-
-def _spec_text(function: str, handle) -> str:
-    read = _lt(function, ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
-    buffer = ctypes.create_string_buffer(read(handle, None, 0) + 1)
-    read(handle, buffer, len(buffer))
-    return buffer.value.decode()
