@@ -35,13 +35,13 @@ def library_dir() -> Path:
 
 def tool_path(name: str) -> Path:
     """Path of one of llama.cpp's tools, such as "llama-quantize". Raises LibraryError if it isn't there."""
-    directories = [library_dir()] if os.environ.get(OVERRIDE) else []
-    directories.append(_package_part("bin"))
-    for directory in directories:
-        if (directory / name).exists():
-            return directory / name
-    tools = ", ".join(sorted(path.name for path in directories[-1].iterdir()))
-    raise LibraryError(f"there is no tool {name!r} in {directories[-1]}; there are {tools}")
+    if os.environ.get(OVERRIDE) and (tool := library_dir() / name).exists():
+        return tool
+    directory = _package_part("bin")
+    if (tool := directory / name).exists():
+        return tool
+    tools = ", ".join(sorted(path.name for path in directory.iterdir()))
+    raise LibraryError(f"there is no tool {name!r} in {directory}; there are {tools}")
 
 
 def upstream_dir() -> Path:
