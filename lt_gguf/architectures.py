@@ -21,11 +21,11 @@ _NO_KV_CACHE = (
     "clip bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
     "llama-embed wavtokenizer-dec"
 ).split()
-_SPARSE = "minimax-m3 glm-dsa deepseek32 hy_v4 dots3note".split()
+_SPARSE = "minimax-m3 glm-dsa deepseek32 hy_v4".split()
 
 # These have a sliding window whatever the file says,
 _ALWAYS_SLIDING = (
-    "cohere2 cohere2moe exaone-moe gemma2 gemma3n gemma4 gemma4-assistant gpt-oss granite_swa maple mimo2 muse-glimmer "
+    "cohere2 cohere2moe dots3note exaone-moe gemma2 gemma3n gemma4 gemma4-assistant gpt-oss granite_swa maple mimo2 muse-glimmer "
     "spark2_5 step35"
 ).split()
 # these if the file names one. The others ignore the key (Phi-3's converter writes it, llama.cpp doesn't use it).
@@ -37,7 +37,6 @@ _REASONS = {
     "its attention is not causal": _NOT_CAUSAL,
     "it has a sliding window of its own": _ALWAYS_SLIDING,
     "it has no KV cache": _NO_KV_CACHE,
-    "it has a sparse attention of its own": _SPARSE,
 }
 _REASON_OF = {arch: reason for reason, archs in _REASONS.items() for arch in archs}
 
@@ -82,6 +81,8 @@ def why_not_streaming(arch: str, metadata: Mapping[str, Typed]) -> str | None:
         return "it has a sliding window of its own"
     if _number(metadata, f"{arch}.attention.key_length_mla", 0) > 0:
         return "it uses multi-head latent attention (MLA)"
+    if arch in _SPARSE:
+        return "it has a sparse attention of its own"
     return None
 
 

@@ -83,8 +83,8 @@ def read_model(path: str | os.PathLike[str]) -> GGUFModel:
     header = read_header(path)
     metadata = header.metadata
     try:
-        arch = _string(metadata, "general.architecture")
         files = _shards(path, header)
+        arch = _string(metadata, "general.architecture")
         layers = layer_count(arch, metadata)
         n_head = _per_layer(metadata, f"{arch}.attention.head_count", layers, default=(0,) * layers.all)
         n_head_kv = _per_layer(metadata, f"{arch}.attention.head_count_kv", layers, default=n_head)

@@ -1,0 +1,175 @@
+"""StreamingSpec: its text, its rule, its GGUF keys."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt_gguf.spec import Provenance, StreamingSpec, Typed, format_layers, layers_key, parse_layers
+
+N_LAYER = 12
+CANONICAL = "layers=1,3,5-9;sink=4;window=1020;prefill=stream"
+
+specs = st.builds(
+    StreamingSpec,
+    layers=st.lists(st.integers(0, N_LAYER - 1), min_size=1).map(tuple),
+    n_layer=st.just(N_LAYER),
+    sink=st.integers(0, 2**31 - 1),
+    window=st.integers(1, 2**31 - 1),
+    prefill=st.sampled_from(["full", "stream"]),
+)
+
+
+@given(specs)
+def test_text_and_metadata_give_the_same_spec_back(spec):
+    assert StreamingSpec.parse(str(spec), N_LAYER) == spec
+    assert StreamingSpec.from_metadata(spec.to_metadata("llama"), "llama", N_LAYER) == spec
+    assert parse_layers(format_layers(spec.layers), N_LAYER) == spec.layers
+
+
+def test_defaults_and_canonical_text():
+    spec = StreamingSpec((9, 3, 1, 5, 6, 7, 8, 3), N_LAYER)
+    assert str(spec) == CANONICAL
+    assert spec.layers == (1, 3, 5, 6, 7, 8, 9)
+    assert str(StreamingSpec.off(N_LAYER)) == "off"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("off", StreamingSpec.off(N_LAYER)),
+        (" layers = 5 - 7 , 1 ; window = 9 ", StreamingSpec((1, 5, 6, 7), N_LAYER, window=9)),
+        ("layers=all;sink=0", StreamingSpec(tuple(range(N_LAYER)), N_LAYER, sink=0)),
+        ("layers=none;sink=2", StreamingSpec((), N_LAYER, sink=2)),
+        ("prefill=full;layers=0", StreamingSpec((0,), N_LAYER, prefill="full")),
+    ],
+)
+def test_parse(text, expected):
+    assert StreamingSpec.parse(text, N_LAYER) == expected
+
+
+def test_parse_takes_missing_keys_from_the_base():
+    base = StreamingSpec((2,), N_LAYER, sink=7, window=64, prefill="full")
+    assert StreamingSpec.parse("window=9", N_LAYER, base) == StreamingSpec((2,), N_LAYER, 7, 9, "full")
+    assert StreamingSpec.parse("layers=0-1", N_LAYER, base) == StreamingSpec((0, 1), N_LAYER, 7, 64, "full")
+    assert StreamingSpec.parse("off", N_LAYER, base) == StreamingSpec.off(N_LAYER)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", '"": must be "off" or key=value'),
+        ("layers", '"layers": must be "off" or key=value'),
+        ("layers=1;", '"": must be "off" or key=value'),
+        ("layers=12", 'layers = "12": must be "all", "none", or layers and ranges of layers from 0 to 11'),
+        ("layers=-1", 'layers = "-1"'),
+        ("layers=5-3", 'layers = "5-3"'),
+        ("layers=1,,2", 'layers = ""'),
+        ("layers=1;layers=2", "layers: is given twice"),
+        ("layers=1;sinks=2", "sinks: unknown key"),
+        ("layers=1;sink=-1", "sink = -1: must be an integer from 0 to 2147483647"),
+        ("layers=1;sink=four", 'sink = "four": must be an integer'),
+        ("layers=1;window=0", "window = 0: must be an integer from 1"),
+        ("layers=1;window=4294967296", "window = 4294967296: must be an integer from 1 to 2147483647"),
+        ("layers=1;prefill=maybe", 'prefill = "maybe": must be "full" or "stream"'),
+        ("sink=4", "says no layers"),
+    ],
+)
+def test_bad_text_is_named_in_one_line(text, complaint):
+    with pytest.raises(ValueError) as error:
+        StreamingSpec.parse(text, N_LAYER)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, complaint",
+    [
+        ("layers", Typed("array of bool", [True] * 11), "[array of 11 bool]: must be an array of bool, one for each of the 12"),
+        ("layers", Typed("array of int32", [1] * 12), "(array of int32): must be an array of bool"),
+        ("layers", None, "is missing"),
+        ("sink", Typed("int32", -1), "-1 (int32): must be an uint32"),
+        ("sink", Typed("uint32", 2**32 - 1), "must be an integer from 0 to 2147483647"),
+        ("window", Typed("uint32", 0), "window = 0: must be an integer from 1"),
+        ("window", None, "is missing"),
+        ("prefill", Typed("string", "half"), '"half": must be "full" or "stream"'),
+        ("prefill", Typed("uint32", 1), "1 (uint32)"),
+    ],
+)
+def test_bad_metadata_is_named_by_key(key, value, complaint):
+    metadata = StreamingSpec((1,), N_LAYER).to_metadata("qwen2")
+    key = f"qwen2.attention.streaming.{key}"
+    metadata[key] = value
+    if value is None:
+        del metadata[key]
+    with pytest.raises(ValueError) as error:
+        StreamingSpec.from_metadata(metadata, "qwen2", N_LAYER)
+    assert str(error.value).startswith(key)
+    assert complaint in str(error.value)
+
+
+def test_metadata_of_an_ordinary_file_or_another_architecture_is_no_spec():
+    metadata = StreamingSpec((1,), N_LAYER).to_metadata("qwen2")
+    assert StreamingSpec.from_metadata({}, "llama", N_LAYER) is None
+    assert StreamingSpec.from_metadata(metadata, "llama", N_LAYER) is None
+
+
+@pytest.mark.parametrize(
+    "n_layer, fraction, layers",
+    [
+        (6, 0.5, (1, 3, 5)),
+        (7, 0.5, (1, 3, 5)),
+        (8, 0.25, (3, 7)),
+        (9, 1 / 3, (2, 5, 8)),
+        (4, 0, ()),
+        (4, 1, (0, 1, 2, 3)),
+        (10, 0.3, (3, 6, 9)),
+        (80, 0.1, (9, 19, 29, 39, 49, 59, 69, 79)),
+    ],
+)
+def test_interleaved(n_layer, fraction, layers):
+    assert StreamingSpec.interleaved(n_layer, fraction).layers == layers
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan"), float("inf"), "0.5", True, None])
+def test_bad_fraction(fraction):
+    with pytest.raises(ValueError, match="fraction = .* must be a number from 0 to 1"):
+        StreamingSpec.interleaved(8, fraction)
+
+
+@pytest.mark.parametrize("bad", [{"layers": (8,)}, {"layers": (-1,)}, {"layers": (1.5,)}, {"sink": -1}, {"window": 0}, {"prefill": ""}])
+def test_bad_fields(bad):
+    fields = {"layers": (1,), "n_layer": 8} | bad
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        StreamingSpec(**fields)
+
+
+@given(specs, st.integers(0, 300), st.integers(0, 300))
+def test_visible_is_the_rule(spec, q, p):
+    keys = set(range(min(spec.sink, q + 1))) | set(range(max(0, q - spec.window + 1), q + 1))
+    assert spec.visible(q, p) == (p in keys)
+
+
+def test_provenance_keys():
+    provenance = Provenance("lazy-ratio", (0.25, 0.5), '{"samples": 8}')
+    metadata = provenance.to_metadata()
+    assert {key: type_ for key, (type_, _) in metadata.items()} == {
+        "lighttransfer.version": "uint32",
+        "lighttransfer.selection": "string",
+        "lighttransfer.lazy_ratio": "array of float32",
+        "lighttransfer.calibration": "string",
+    }
+    assert Provenance.from_metadata(metadata) == provenance
+    assert Provenance.from_metadata({}) is None
+    assert Provenance.from_metadata(Provenance("manual").to_metadata()) == Provenance("manual")
+
+
+def test_keys_are_those_of_the_file_format():
+    assert list(StreamingSpec((1,), 2).to_metadata("llama")) == [
+        "llama.attention.streaming.layers",
+        "llama.attention.streaming.sink",
+        "llama.attention.streaming.window",
+        "llama.attention.streaming.prefill",
+    ]
+    assert layers_key("phi3") == "phi3.attention.streaming.layers"
