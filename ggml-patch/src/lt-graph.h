@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lt-kv-cache.h"
+#include "lt-kv-cache-context.h"
 
 #include "llama-graph.h"
 

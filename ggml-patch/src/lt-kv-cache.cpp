@@ -1,6 +1,9 @@
 #include "lt-kv-cache.h"
 
+#include "lt-kv-cache-context.h"
+
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -8,10 +11,7 @@
 
 #include <algorithm>
 #include <cassert>
-#include <limits>
 #include <stdexcept>
-
-static const llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
 
 // a sequence with at most so many tokens in a batch may be rolled back to the first of them: speculative decoding
 static const uint32_t LT_N_DRAFT_MAX = 64;
@@ -172,8 +172,18 @@ void lt_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d
         return;
     }
 
-    kv_full  ->seq_div(seq_id, p0, p1, d);
-    kv_streaming->seq_div(seq_id, p0, p1, d);
+    // note: one by one, because llama_kv_cells::pos_div() turns the keys the wrong way
+    std::vector<llama_pos> pos;
+    for (const auto & [p, _] : pos_full(seq_id)) {
+        if (p >= p0 && p < p1) {
+            pos.push_back(p);
+        }
+    }
+
+    for (const llama_pos p : pos) {
+        kv_full     ->seq_add(seq_id, p, p + 1, p / d - p);
+        kv_streaming->seq_add(seq_id, p, p + 1, p / d - p);
+    }
 }
 
 llama_pos lt_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
@@ -320,6 +330,8 @@ llama_memory_context_ptr lt_kv_cache::init_full() {
 }
 
 llama_memory_context_ptr lt_kv_cache::init_update(llama_context * lctx, bool optimize) {
+    this->lctx = lctx;
+
     return std::make_unique<lt_kv_cache_context>(this, lctx, optimize);
 }
 
@@ -329,6 +341,9 @@ bool lt_kv_cache::get_can_shift() const {
 }
 
 void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    // the cells already have the new positions, so the keys must be turned to them first
+    update();
+
     io.write(&LT_STATE_MAGIC, sizeof(LT_STATE_MAGIC));
     io.write_string(spec.str());
 
@@ -351,6 +366,9 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     if (spec_state != spec.str()) {
         throw std::runtime_error(format("the state is of a context with %s, this one has %s", spec_state.c_str(), spec.str().c_str()));
     }
+
+    // a copy that is made later would overwrite what is read now
+    update();
 
     const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
@@ -404,229 +422,8 @@ llama_seq_id lt_kv_cache::n_seq_ids() const {
     return n_stream == 1 ? LLAMA_MAX_SEQ : (llama_seq_id) n_stream;
 }
 
-bool lt_kv_cache::is_subset(llama_seq_id seq_id) const {
-    const auto & f = pos_full(seq_id);
-
-    auto it_f = f.begin();
-    for (const auto & [p, _] : pos_streaming(seq_id)) {
-        while (it_f != f.end() && it_f->first < p) {
-            ++it_f;
-        }
-        if (it_f == f.end() || it_f->first != p) {
-            return false;
-        }
-        ++it_f;
+void lt_kv_cache::update() const {
+    if (lctx) {
+        lctx->memory_update(false);
     }
-
-    return true;
-}
-
-bool lt_kv_cache::holds(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
-    if (p0 >= p1) {
-        return true;
-    }
-
-    const auto & f = pos_full  (seq_id);
-    const auto & s = pos_streaming(seq_id);
-
-    auto it_f = f.lower_bound({ p0, 0 });
-    auto it_s = s.lower_bound({ p0, 0 });
-
-    for (; it_f != f.end() && it_f->first < p1; ++it_f, ++it_s) {
-        if (it_s == s.end() || it_s->first != it_f->first) {
-            return false;
-        }
-    }
-
-    return it_s == s.end() || it_s->first >= p1;
-}
-
-bool lt_kv_cache::holds_visible(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const {
-    const llama_pos sink  = std::min((llama_pos) mask.n_sink, q);
-    const llama_pos first = std::max((int64_t) sink, (int64_t) q + 1 - mask.n_window);
-
-    return
-        holds(seq_id, 0,                    std::min(sink, p0)) &&
-        holds(seq_id, std::min(p1, sink),   sink) &&
-        holds(seq_id, first,                std::min(q, p0)) &&
-        holds(seq_id, std::max(first, p1),  q);
-}
-
-template<typename F>
-void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, F && visit) const {
-    const auto & s = pos_streaming(seq_id);
-
-    auto it_s = s.begin();
-    for (const auto & [p, _] : pos_full(seq_id)) {
-        if (it_s != s.end() && it_s->first == p) {
-            ++it_s;
-        } else {
-            visit(p);
-        }
-    }
-}
-
-template<typename F>
-bool lt_kv_cache::can_map(llama_seq_id seq_id, F && map) const {
-    if (refused[seq_id]) {
-        return false;
-    }
-
-    llama_pos q = 0;
-    for (const auto & [p, _] : pos_full(seq_id)) {
-        q = std::max(q, map(p) + 1);
-    }
-
-    bool res = true;
-    for_each_dropped(seq_id, [&](llama_pos p) {
-        res = res && (map(p) < 0 || mask.is_masked(map(p), q));
-    });
-
-    return res;
-}
-
-bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const {
-    llama_pos q = kv_full->seq_pos_max(seq_id_dst) + 1;
-    for (const auto & [p, _] : pos_full(seq_id_src)) {
-        if (p >= p0 && p < p1) {
-            q = std::max(q, p + 1);
-        }
-    }
-
-    bool res = true;
-    for_each_dropped(seq_id_src, [&](llama_pos p) {
-        res = res && (p < p0 || p >= p1 || mask.is_masked(p, q));
-    });
-
-    return res;
-}
-
-bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
-    const auto & f = pos_full(seq_id);
-
-    if (f.empty()) {
-        return true;
-    }
-
-    // the last position that remains
-    llama_pos p_last = f.rbegin()->first;
-    if (p_last >= p0 && p_last < p1) {
-        const auto it = f.lower_bound({ p0, 0 });
-        if (it == f.begin()) {
-            return true; // nothing remains
-        }
-        p_last = std::prev(it)->first;
-    }
-
-    return !refused[seq_id] && holds_visible(seq_id, p_last + 1, p0, p1);
-}
-
-void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers have dropped would become visible again (sink = %u, window = %u). "
-            "To shift the context, keep at least the first %u tokens (n_keep >= sink). The sequence can't be continued before it is removed and processed again\n",
-            func, seq_id, p0, p1, mask.n_sink, mask.n_window, mask.n_sink);
-
-    refused.set(seq_id);
-}
-
-bool lt_kv_cache::can_decode(llama_seq_id seq_id) {
-    if (refused[seq_id]) {
-        LLAMA_LOG_ERROR("%s: sequence %d can't be continued: an operation on it was refused, remove the sequence and process it again\n", __func__, seq_id);
-        return false;
-    }
-
-    if (restored[seq_id]) {
-        if (!is_subset(seq_id) || !holds_visible(seq_id, seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END)) {
-            LLAMA_LOG_ERROR("%s: sequence %d can't be continued: it ends at position %d and the state that was restored into it at %d, remove what follows that position\n",
-                    __func__, seq_id, seq_pos_max(seq_id), kv_streaming->seq_pos_max(seq_id));
-            return false;
-        }
-
-        restored.reset(seq_id);
-    }
-
-    return true;
-}
-
-//
-// lt_kv_cache_context
-//
-
-lt_kv_cache_context::lt_kv_cache_context(llama_memory_status status) : status(status) {}
-
-lt_kv_cache_context::lt_kv_cache_context(lt_kv_cache * kv) :
-    kv(kv),
-    ctx_full  (kv->get_full  ()->init_full()),
-    ctx_streaming(kv->get_streaming()->init_full()),
-    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
-}
-
-lt_kv_cache_context::lt_kv_cache_context(
-        lt_kv_cache * kv,
-        llama_context * lctx,
-        bool optimize) :
-    kv(kv),
-    ctx_full  (kv->get_full  ()->init_update(lctx, optimize)),
-    ctx_streaming(kv->get_streaming()->init_update(lctx, optimize)),
-    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
-}
-
-lt_kv_cache_context::lt_kv_cache_context(
-        lt_kv_cache * kv,
-        slot_info_vec_t sinfos_full,
-        slot_info_vec_t sinfos_streaming,
-        std::vector<llama_ubatch> ubatches) :
-    kv(kv),
-    ubatches(std::move(ubatches)),
-    ctx_full  (new llama_kv_cache_context(kv->get_full  (), std::move(sinfos_full),   this->ubatches)),
-    ctx_streaming(new llama_kv_cache_context(kv->get_streaming(), std::move(sinfos_streaming), this->ubatches)),
-    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
-}
-
-lt_kv_cache_context::~lt_kv_cache_context() = default;
-
-bool lt_kv_cache_context::next() {
-    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
-
-    ctx_full  ->next();
-    ctx_streaming->next();
-
-    return ++i_next < ubatches.size();
-}
-
-bool lt_kv_cache_context::apply() {
-    assert(!llama_memory_status_is_fail(status));
-
-    bool res = true;
-
-    res = res & ctx_full  ->apply();
-    res = res & ctx_streaming->apply();
-
-    return res;
-}
-
-llama_memory_status lt_kv_cache_context::get_status() const {
-    return status;
-}
-
-const llama_ubatch & lt_kv_cache_context::get_ubatch() const {
-    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
-
-    return ubatches[i_next];
-}
-
-const lt_spec & lt_kv_cache_context::get_spec() const {
-    return kv->get_spec();
-}
-
-const llama_kv_cache_context * lt_kv_cache_context::get_full() const {
-    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
-
-    return static_cast<const llama_kv_cache_context *>(ctx_full.get());
-}
-
-const llama_kv_cache_context * lt_kv_cache_context::get_streaming() const {
-    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
-
-    return static_cast<const llama_kv_cache_context *>(ctx_streaming.get());
 }

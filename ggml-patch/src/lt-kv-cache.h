@@ -1,15 +1,21 @@
 #pragma once
 
+#include "lt-mask.h"
 #include "lt-spec.h"
 
 #include "llama-kv-cache.h"
 
 #include <array>
 #include <bitset>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <vector>
 
 struct llama_cparams;
+
+// the end of a range of positions that has none
+static constexpr llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
 
 //
 // lt_kv_cache
@@ -88,6 +94,9 @@ private:
 
     const bool unified;
 
+    // known from the first update on, before which there is nothing to update
+    llama_context * lctx = nullptr;
+
     std::unique_ptr<llama_kv_cache> kv_full;
     std::unique_ptr<llama_kv_cache> kv_streaming;
 
@@ -115,15 +124,19 @@ private:
     // the streaming part holds all that a query at position q sees, where [p0, p1) doesn't count
     bool holds_visible(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const;
 
-    // call visit(p) for each dropped position, ascending
-    template<typename F> void for_each_dropped(llama_seq_id seq_id, F && visit) const;
+    // call visit(p, i) for each dropped position and its cell in the full part, ascending
+    void for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const;
 
-    // true if dropped positions stay hidden when the position of each cell changes from p to map(p), negative: removed
-    template<typename F> bool can_map(llama_seq_id seq_id, F && map) const;
+    // true if dropped positions stay hidden when the position of each cell of the sequence changes from p to map(p)
+    // negative: removed. note that other sequences can share these cells
+    bool can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const;
 
     bool can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const;
 
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // apply pending shifts and copies
+    void update() const;
 
     void refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
@@ -137,62 +150,4 @@ private:
     // set pos_rollback for the sequences that have a short run of tokens in a batch of several ubatches
     // returns the number of cells that this takes from the spare ones
     uint32_t set_rollback(const std::vector<llama_ubatch> & ubatches);
-};
-
-class lt_kv_cache_context : public llama_memory_context_i {
-public:
-    using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
-
-    // used for errors
-    lt_kv_cache_context(llama_memory_status status);
-
-    // used to create a full-cache context
-    lt_kv_cache_context(lt_kv_cache * kv);
-
-    // used to create an update context
-    lt_kv_cache_context(
-            lt_kv_cache * kv,
-            llama_context * lctx,
-            bool optimize);
-
-    // used to create a batch processing context from a batch
-    lt_kv_cache_context(
-            lt_kv_cache * kv,
-            slot_info_vec_t sinfos_full,
-            slot_info_vec_t sinfos_streaming,
-            std::vector<llama_ubatch> ubatches);
-
-    virtual ~lt_kv_cache_context();
-
-    //
-    // llama_memory_context_i
-    //
-
-    bool next()  override;
-    bool apply() override;
-
-    llama_memory_status  get_status() const override;
-    const llama_ubatch & get_ubatch() const override;
-
-    //
-    // lt_kv_cache_context specific API
-    //
-
-    const lt_spec & get_spec() const;
-
-    const llama_kv_cache_context * get_full()   const;
-    const llama_kv_cache_context * get_streaming() const;
-
-private:
-    const lt_kv_cache * kv = nullptr;
-
-    // the index of the next ubatch to process
-    size_t i_next = 0;
-
-    std::vector<llama_ubatch> ubatches;
-
-    const llama_memory_context_ptr ctx_full;
-    const llama_memory_context_ptr ctx_streaming;
-
-    const llama_memory_status status;
 };

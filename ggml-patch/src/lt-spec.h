@@ -1,15 +1,8 @@
 #pragma once
 
-#include "lt-mask.h"
-
-#include <optional>
+#include <cstdint>
 #include <string>
 #include <vector>
-
-struct gguf_context;
-
-struct llama_model;
-struct llama_model_loader;
 
 enum lt_prefill {
     LT_PREFILL_STREAM, // streaming layers stream while the prompt is read, too
@@ -37,25 +30,19 @@ struct lt_spec {
     static lt_spec parse(const std::string & text, uint32_t n_layer, const lt_spec * base);
 };
 
-// the specs of a model
-class lt_model_specs {
-public:
-    // read the metadata and LT_STREAMING
-    // throws std::runtime_error if either is malformed, or if the model can't stream and would have to
-    void load(llama_model_loader & ml, const llama_model & model);
+//
+// the keys of the text form and of the metadata, and checks of their values
+// what: the key as the user knows it. these throw std::invalid_argument
+//
 
-    // write the metadata of the file's spec, if it has one
-    void save(gguf_context * gguf, const llama_model & model) const;
+static const char * const LT_KEY_LAYERS  = "layers";
+static const char * const LT_KEY_SINK    = "sink";
+static const char * const LT_KEY_WINDOW  = "window";
+static const char * const LT_KEY_PREFILL = "prefill";
 
-    // replace the spec of contexts to come, null: back to what load() found
-    // throws std::invalid_argument
-    void set(const char * text, const llama_model & model);
+const char * lt_prefill_name(lt_prefill prefill);
 
-    const lt_spec & get() const { return cur; }
+[[noreturn]] void lt_bad_value(const std::string & what, const std::string & value, const std::string & allowed);
 
-private:
-    std::optional<lt_spec> file; // the file's metadata
-
-    lt_spec init; // the file's metadata with LT_STREAMING applied
-    lt_spec cur;
-};
+uint32_t   lt_check_u32    (const std::string & what, int64_t value, int64_t min);
+lt_prefill lt_check_prefill(const std::string & what, const std::string & value);

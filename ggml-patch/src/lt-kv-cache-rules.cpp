@@ -1,0 +1,164 @@
+// what may be done to a sequence without a dropped position becoming visible again, see lt-kv-cache.h
+
+#include "lt-kv-cache.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+
+bool lt_kv_cache::is_subset(llama_seq_id seq_id) const {
+    const auto & f = pos_full(seq_id);
+
+    auto it_f = f.begin();
+    for (const auto & [p, _] : pos_streaming(seq_id)) {
+        while (it_f != f.end() && it_f->first < p) {
+            ++it_f;
+        }
+        if (it_f == f.end() || it_f->first != p) {
+            return false;
+        }
+        ++it_f;
+    }
+
+    return true;
+}
+
+bool lt_kv_cache::holds(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (p0 >= p1) {
+        return true;
+    }
+
+    const auto & f = pos_full  (seq_id);
+    const auto & s = pos_streaming(seq_id);
+
+    auto it_f = f.lower_bound({ p0, 0 });
+    auto it_s = s.lower_bound({ p0, 0 });
+
+    for (; it_f != f.end() && it_f->first < p1; ++it_f, ++it_s) {
+        if (it_s == s.end() || it_s->first != it_f->first) {
+            return false;
+        }
+    }
+
+    return it_s == s.end() || it_s->first >= p1;
+}
+
+bool lt_kv_cache::holds_visible(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const {
+    const llama_pos sink  = std::min((llama_pos) mask.n_sink, q);
+    const llama_pos first = std::max((int64_t) sink, (int64_t) q + 1 - mask.n_window);
+
+    return
+        holds(seq_id, 0,                    std::min(sink, p0)) &&
+        holds(seq_id, std::min(p1, sink),   sink) &&
+        holds(seq_id, first,                std::min(q, p0)) &&
+        holds(seq_id, std::max(first, p1),  q);
+}
+
+void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const {
+    const auto & s = pos_streaming(seq_id);
+
+    auto it_s = s.begin();
+    for (const auto & [p, i] : pos_full(seq_id)) {
+        if (it_s != s.end() && it_s->first == p) {
+            ++it_s;
+        } else {
+            visit(p, i);
+        }
+    }
+}
+
+bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const {
+    if (refused[seq_id]) {
+        return false;
+    }
+
+    const auto & cells = kv_full->get_cells(seq_id);
+
+    const auto map_cell = [&](llama_pos p, uint32_t i) {
+        return cells.seq_has(i, seq_id) ? map(p) : p;
+    };
+
+    bool res = true;
+
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        if (kv_full->get_stream(s) != kv_full->get_stream(seq_id)) {
+            continue;
+        }
+
+        llama_pos q = 0;
+        for (const auto & [p, i] : pos_full(s)) {
+            q = std::max(q, map_cell(p, i) + 1);
+        }
+
+        for_each_dropped(s, [&](llama_pos p, uint32_t i) {
+            const llama_pos p_new = map_cell(p, i);
+
+            res = res && (p_new < 0 || mask.is_masked(p_new, q));
+        });
+    }
+
+    return res;
+}
+
+bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const {
+    llama_pos q = kv_full->seq_pos_max(seq_id_dst) + 1;
+    for (const auto & [p, _] : pos_full(seq_id_src)) {
+        if (p >= p0 && p < p1) {
+            q = std::max(q, p + 1);
+        }
+    }
+
+    bool res = true;
+    for_each_dropped(seq_id_src, [&](llama_pos p, uint32_t) {
+        res = res && (p < p0 || p >= p1 || mask.is_masked(p, q));
+    });
+
+    return res;
+}
+
+bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto & f = pos_full(seq_id);
+
+    if (f.empty()) {
+        return true;
+    }
+
+    // the last position that remains
+    llama_pos p_last = f.rbegin()->first;
+    if (p_last >= p0 && p_last < p1) {
+        const auto it = f.lower_bound({ p0, 0 });
+        if (it == f.begin()) {
+            return true; // nothing remains
+        }
+        p_last = std::prev(it)->first;
+    }
+
+    return !refused[seq_id] && holds_visible(seq_id, p_last + 1, p0, p1);
+}
+
+void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers have dropped would become visible again (sink = %u, window = %u). "
+            "To shift the context, keep at least the first %u tokens (n_keep >= sink). The sequence can't be continued before it is removed and processed again\n",
+            func, seq_id, p0, p1, mask.n_sink, mask.n_window, mask.n_sink);
+
+    refused.set(seq_id);
+}
+
+bool lt_kv_cache::can_decode(llama_seq_id seq_id) {
+    if (refused[seq_id]) {
+        LLAMA_LOG_ERROR("%s: sequence %d can't be continued: an operation on it was refused, remove the sequence and process it again\n", __func__, seq_id);
+        return false;
+    }
+
+    if (restored[seq_id]) {
+        if (!is_subset(seq_id) || !holds_visible(seq_id, seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END)) {
+            LLAMA_LOG_ERROR("%s: sequence %d can't be continued: it ends at position %d and the state that was restored into it at %d, remove what follows that position\n",
+                    __func__, seq_id, seq_pos_max(seq_id), kv_streaming->seq_pos_max(seq_id));
+            return false;
+        }
+
+        restored.reset(seq_id);
+    }
+
+    return true;
+}

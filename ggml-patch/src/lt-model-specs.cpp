@@ -1,0 +1,220 @@
+#include "lt-model-specs.h"
+
+#include "llama-arch.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+#include "llama-model-loader.h"
+
+#include "gguf.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+static const char * const LT_ENV = "LT_STREAMING";
+
+static std::string lt_gguf_key(const llama_model & model, const char * key) {
+    return model.arch_name() + ".attention.streaming." + key;
+}
+
+// why this model can't have streaming layers, nullptr if it can
+// the rule: the graph takes its K and V from the ordinary KV attention input, see llm_graph_context::build_attn_inp_kv()
+static const char * lt_why_not(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
+        return "it has recurrent layers";
+    }
+    if (llama_model_has_encoder(&model)) {
+        return "it has an encoder";
+    }
+    if (llm_arch_is_diffusion(model.arch) || !hparams.causal_attn) {
+        return "its attention is not causal";
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "it has a sliding window of its own";
+    }
+    if (hparams.is_mla()) {
+        return "it uses multi-head latent attention (MLA)";
+    }
+
+    switch (model.arch) {
+        case LLM_ARCH_BERT:
+        case LLM_ARCH_JINA_BERT_V2:
+        case LLM_ARCH_JINA_BERT_V3:
+        case LLM_ARCH_NOMIC_BERT:
+        case LLM_ARCH_NOMIC_BERT_MOE:
+        case LLM_ARCH_NEO_BERT:
+        case LLM_ARCH_EUROBERT:
+        case LLM_ARCH_MODERN_BERT:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_LLAMA_EMBED:
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+            return "it has no KV cache";
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE:
+            return "it has a sparse attention of its own";
+        default:
+            return nullptr;
+    }
+}
+
+static void lt_check_model(const lt_spec & spec, const llama_model & model) {
+    if (!spec.any()) {
+        return;
+    }
+
+    if (const char * reason = lt_why_not(model)) {
+        throw std::invalid_argument(format("%s: models of the architecture \"%s\" can't have streaming layers: %s (LT_STREAMING=off loads it with full attention)",
+                    lt_gguf_key(model, LT_KEY_LAYERS).c_str(), model.arch_name().c_str(), reason));
+    }
+
+    for (uint32_t il = model.hparams.n_layer(); il < spec.layers.size(); ++il) {
+        if (spec.layers[il]) {
+            lt_bad_value(lt_gguf_key(model, LT_KEY_LAYERS), format("{%u: true}", il),
+                    format("false from layer %u on, which the main graph doesn't run", model.hparams.n_layer()));
+        }
+    }
+}
+
+// -1 if the file doesn't have the key
+static int64_t lt_find(const llama_model_loader & ml, const std::string & key) {
+    return gguf_find_key(ml.metadata, key.c_str());
+}
+
+static uint32_t lt_read_u32(const llama_model_loader & ml, const std::string & key, int64_t min) {
+    // as for other integers, --override-kv wins
+    const auto it = ml.kv_overrides.find(key);
+    if (it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_INT) {
+        return lt_check_u32(key, it->second.val_i64, min);
+    }
+
+    const int64_t kid = lt_find(ml, key);
+    if (kid < 0) {
+        throw std::invalid_argument(format("%s: is missing, must be an uint32 where the file says which layers stream", key.c_str()));
+    }
+
+    const auto type = gguf_get_kv_type(ml.metadata, kid);
+    if (type != GGUF_TYPE_UINT32) {
+        const std::string value = type == GGUF_TYPE_ARRAY ? "[...]" : gguf_kv_to_str(ml.metadata, kid);
+
+        lt_bad_value(key, format("%s (%s)", value.c_str(), gguf_type_name(type)), format("an uint32 of at least %lld", (long long) min));
+    }
+
+    return lt_check_u32(key, gguf_get_val_u32(ml.metadata, kid), min);
+}
+
+static std::vector<bool> lt_read_layers(const llama_model_loader & ml, const std::string & key, uint32_t n_layer) {
+    const int64_t kid = lt_find(ml, key);
+    if (kid < 0) {
+        throw std::invalid_argument(format("%s: is missing, must be an array of %u bool where the file gives the sink or the window", key.c_str(), n_layer));
+    }
+
+    const auto type = gguf_get_kv_type(ml.metadata, kid);
+
+    const bool is_bool = type == GGUF_TYPE_ARRAY && gguf_get_arr_type(ml.metadata, kid) == GGUF_TYPE_BOOL;
+    const size_t n_arr = type == GGUF_TYPE_ARRAY ?  gguf_get_arr_n   (ml.metadata, kid) : 0;
+
+    if (!is_bool || n_arr != n_layer) {
+        const std::string value = type == GGUF_TYPE_ARRAY ?
+            format("[array of %zu %s]", n_arr, gguf_type_name(gguf_get_arr_type(ml.metadata, kid))) :
+            format("%s (%s)", gguf_kv_to_str(ml.metadata, kid).c_str(), gguf_type_name(type));
+
+        lt_bad_value(key, value, format("an array of bool, one for each of the %u layers", n_layer));
+    }
+
+    const int8_t * data = (const int8_t *) gguf_get_arr_data(ml.metadata, kid);
+
+    std::vector<bool> res(n_layer);
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        res[il] = data[il] != 0;
+    }
+
+    return res;
+}
+
+static lt_prefill lt_read_prefill(const llama_model_loader & ml, const std::string & key) {
+    const auto it = ml.kv_overrides.find(key);
+    if (it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_STR) {
+        return lt_check_prefill(key, it->second.val_str);
+    }
+
+    const int64_t kid = lt_find(ml, key);
+    if (kid < 0) {
+        throw std::invalid_argument(format("%s: is missing, must be \"full\" or \"stream\" where the file says which layers stream", key.c_str()));
+    }
+
+    const auto type = gguf_get_kv_type(ml.metadata, kid);
+    if (type != GGUF_TYPE_STRING) {
+        lt_bad_value(key, format("(%s)", gguf_type_name(type)), "\"full\" or \"stream\"");
+    }
+
+    return lt_check_prefill(key, gguf_get_val_str(ml.metadata, kid));
+}
+
+void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
+    const uint32_t n_layer = model.hparams.n_layer_all;
+
+    const std::string key_layers  = lt_gguf_key(model, LT_KEY_LAYERS);
+    const std::string key_sink    = lt_gguf_key(model, LT_KEY_SINK);
+    const std::string key_window  = lt_gguf_key(model, LT_KEY_WINDOW);
+    const std::string key_prefill = lt_gguf_key(model, LT_KEY_PREFILL);
+
+    file.reset();
+
+    if (lt_find(ml, key_layers) >= 0 || lt_find(ml, key_sink) >= 0 || lt_find(ml, key_window) >= 0 || lt_find(ml, key_prefill) >= 0) {
+        lt_spec spec;
+
+        spec.layers   = lt_read_layers (ml, key_layers, n_layer);
+        spec.n_sink   = lt_read_u32    (ml, key_sink,   0);
+        spec.n_window = lt_read_u32    (ml, key_window, 1);
+        spec.prefill  = lt_read_prefill(ml, key_prefill);
+
+        file = std::move(spec);
+    }
+
+    init = file.value_or(lt_spec());
+    init.layers.resize(n_layer, false);
+
+    const char * env = getenv(LT_ENV);
+    if (env && *env) {
+        try {
+            init = lt_spec::parse(env, n_layer, file ? &*file : nullptr);
+        } catch (const std::invalid_argument & err) {
+            throw std::invalid_argument(format("%s: %s", LT_ENV, err.what()));
+        }
+    }
+
+    lt_check_model(init, model);
+
+    cur = init;
+
+    if (cur.any()) {
+        LLAMA_LOG_INFO("%s: streaming layers: %s (%s)\n", __func__, cur.str().c_str(), env && *env ? LT_ENV : "from the file");
+    } else if (file && file->any()) {
+        LLAMA_LOG_INFO("%s: streaming layers: off (%s)\n", __func__, LT_ENV);
+    }
+}
+
+void lt_model_specs::save(gguf_context * gguf, const llama_model & model) const {
+    if (!file) {
+        return;
+    }
+
+    const std::vector<int8_t> layers(file->layers.begin(), file->layers.end());
+
+    gguf_set_arr_data(gguf, lt_gguf_key(model, LT_KEY_LAYERS) .c_str(), GGUF_TYPE_BOOL, layers.data(), layers.size());
+    gguf_set_val_u32 (gguf, lt_gguf_key(model, LT_KEY_SINK)   .c_str(), file->n_sink);
+    gguf_set_val_u32 (gguf, lt_gguf_key(model, LT_KEY_WINDOW) .c_str(), file->n_window);
+    gguf_set_val_str (gguf, lt_gguf_key(model, LT_KEY_PREFILL).c_str(), lt_prefill_name(file->prefill));
+}
+
+void lt_model_specs::set(const char * text, const llama_model & model) {
+    lt_spec spec = text ? lt_spec::parse(text, model.hparams.n_layer_all, file ? &*file : nullptr) : init;
+
+    lt_check_model(spec, model);
+
+    cur = std::move(spec);
+}
