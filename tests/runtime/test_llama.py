@@ -1,0 +1,204 @@
+"""`lt_gguf.Llama`: the spec it runs with, going back, saved states, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from tiny_checkpoint import N_LAYER, N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
+
+import lt_gguf  # before llama_cpp, to which it shows the libraries
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from lt_gguf.gguf_file import read_model
+from lt_gguf.kv_memory import kv_memory
+from lt_gguf.runtime import api
+from lt_gguf.spec import StreamingSpec
+
+SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW)
+# A micro-batch is 8 tokens: the streaming layers then hold at most 256 cells, fewer than the prompt's tokens.
+SETTINGS = {"n_ctx": 1024, "n_batch": 32, "n_ubatch": 8, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+PROMPT = np.random.default_rng(0).integers(3, N_VOCAB, 400).tolist()
+
+
+def load(path, **settings) -> lt_gguf.Llama:
+    return lt_gguf.Llama(str(path), **(SETTINGS | settings))
+
+
+def continuation(llm: lt_gguf.Llama, prompt: list[int], n: int = 12) -> list[int]:
+    return [token for token, _ in zip(llm.generate(prompt, temp=0), range(n))]
+
+
+def last_logits(llm: lt_gguf.Llama) -> np.ndarray:
+    return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,)).copy()
+
+
+# ------------------------------------------------------------------------------------------- the spec
+
+
+def test_the_files_spec(hybrid_file):
+    llm = load(hybrid_file)
+    assert llm.streaming == SPEC
+    kv = llm.kv_bytes()
+    expected = kv_memory(read_model(hybrid_file).kv_shape, SPEC, 1024, n_ubatch=8, flash_attn=False)
+    assert kv == {"full": expected.full, "streaming": expected.streaming, "total": expected.total}
+    assert 0 < kv["streaming"] < kv["full"]
+
+
+@pytest.mark.parametrize(
+    "streaming, expected",
+    [
+        ("off", None),
+        ("layers=none", None),
+        ("window=9", StreamingSpec((1, 3), N_LAYER, SINK, 9)),
+        ("layers=0-2;sink=0;window=1", StreamingSpec((0, 1, 2), N_LAYER, 0, 1)),
+        (StreamingSpec((2,), N_LAYER, 1, 2), StreamingSpec((2,), N_LAYER, 1, 2)),
+        (StreamingSpec.off(N_LAYER), None),
+    ],
+)
+def test_another_spec(hybrid_file, monkeypatch, streaming, expected):
+    monkeypatch.setenv("LT_STREAMING", "layers=all;sink=5;window=77")
+    llm = load(hybrid_file, streaming=streaming)
+    assert llm.streaming == expected
+    assert (llm.kv_bytes()["streaming"] == 0) == (expected is None)
+
+
+def test_environment(hybrid_file, monkeypatch):
+    monkeypatch.setenv("LT_STREAMING", "window=77")
+    assert load(hybrid_file).streaming == StreamingSpec((1, 3), N_LAYER, SINK, 77)
+    monkeypatch.setenv("LT_STREAMING", "off")
+    assert load(hybrid_file).streaming is None
+
+
+def test_swa_full_does_not_undo_the_saving(hybrid_file):
+    assert load(hybrid_file, swa_full=True).kv_bytes() == load(hybrid_file, swa_full=False).kv_bytes()
+
+
+def test_streaming_changes_what_a_long_prompt_gives_and_nothing_for_a_short_one(hybrid_file):
+    hybrid, full = load(hybrid_file), load(hybrid_file, streaming="off")
+    for n, is_same in ((SINK + WINDOW, True), (400, False)):
+        for llm in (hybrid, full):
+            llm.reset()
+            llm.eval(PROMPT[:n])
+        assert np.allclose(last_logits(hybrid), last_logits(full), atol=1e-4) == is_same
+    assert api.seq_positions(hybrid.ctx, api.KVPart.FULL, 0) == list(range(400))
+    assert len(api.seq_positions(hybrid.ctx, api.KVPart.STREAMING, 0)) < 400
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "streaming, complaint",
+    [
+        ("layers=4", f'streaming: layers = "4": must be .* layers from 0 to {N_LAYER - 1}'),
+        ("window=0", "streaming: window = 0"),
+        ("prefill=full", "prefill"),
+        (StreamingSpec((1,), 99), f"streaming: is for a model of 99 layers, must be for {N_LAYER}"),
+        (3, "streaming = 3: must be a StreamingSpec, a string"),
+    ],
+)
+def test_bad_spec(hybrid_file, streaming, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        load(hybrid_file, streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_have_llama_cpps_reason(hybrid_file, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"tiny\.gguf: .*llama\.attention\.streaming\.window = 0: must be"):
+        load(hybrid_file, kv_overrides={"llama.attention.streaming.window": 0})
+    with pytest.raises(ValueError, match="quantized V cache requires flash_attn"):
+        load(hybrid_file, type_v=8)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(hybrid_file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut\.gguf: .*not within the file bounds"):
+        load(cut)
+    with pytest.raises(ValueError, match="Model path does not exist"):
+        load(tmp_path / "none.gguf")
+    monkeypatch.setenv("LT_STREAMING", "layers=banana")
+    with pytest.raises(ValueError, match='LT_STREAMING: layers = "banana"'):
+        load(hybrid_file)
+
+
+def test_the_log_goes_where_it_went_before(hybrid_file, capfd):
+    load(hybrid_file, verbose=True)
+    assert "streaming layers: layers=1,3" in capfd.readouterr().err
+    load(hybrid_file, verbose=False)
+    assert not capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- going back
+
+
+@pytest.mark.parametrize("n_kept", [0, 1, 10, 100, 250, 395, 399])
+def test_another_prompt_after_a_long_one(hybrid_file, n_kept):
+    """The first `n_kept` tokens stay: what upstream would take from the cache, streaming layers may have dropped."""
+    llm = load(hybrid_file)
+    continuation(llm, PROMPT)
+    other = PROMPT[:n_kept] + PROMPT[50:100]
+    assert continuation(llm, other) == continuation(load(hybrid_file), other)
+    assert continuation(llm, other) == continuation(load(hybrid_file), other)  # and once more the same
+
+
+@pytest.mark.parametrize("n_kept", [0, 1, 100, 390, 400])
+def test_eval_after_setting_n_tokens_back(hybrid_file, n_kept):
+    llm, fresh = load(hybrid_file), load(hybrid_file)
+    llm.eval(PROMPT)
+    llm.n_tokens = n_kept
+    llm.eval(PROMPT[:30])
+    fresh.eval(PROMPT[:n_kept] + PROMPT[:30])
+    assert llm.n_tokens == fresh.n_tokens == n_kept + 30
+    assert llm._input_ids.tolist() == fresh._input_ids.tolist()
+    np.testing.assert_allclose(last_logits(llm), last_logits(fresh), atol=1e-4)
+
+
+class WrongDraft:
+    """A draft model whose guesses are wrong, so that each is taken back: more of them than streaming layers can."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __call__(self, input_ids, /, **_):
+        return np.full(self.n, 5, dtype=np.intc)
+
+
+@pytest.mark.parametrize("draft_model", [LlamaPromptLookupDecoding(num_pred_tokens=4), WrongDraft(3), WrongDraft(300)])
+def test_drafts_change_nothing(hybrid_file, draft_model):
+    settings = {"logits_all": True, "n_batch": 512}
+    expected = continuation(load(hybrid_file, **settings), PROMPT)
+    assert continuation(load(hybrid_file, draft_model=draft_model, **settings), PROMPT) == expected
+
+
+# ------------------------------------------------------------------------------------- saved states
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_been(hybrid_file):
+    llm = load(hybrid_file)
+    continuation(llm, PROMPT)
+    state = llm.save_state()
+    expected = continuation(llm, PROMPT + [7, 8, 9])
+    continuation(llm, PROMPT[::-1])
+    llm.load_state(state)
+    assert continuation(llm, PROMPT + [7, 8, 9]) == expected
+    other = load(hybrid_file)
+    other.load_state(state)
+    assert continuation(other, PROMPT + [7, 8, 9]) == expected
+
+
+@pytest.mark.parametrize("settings", [{"n_ctx": 512}, {"streaming": "off"}, {"streaming": "layers=0"}], ids=str)
+def test_a_state_that_does_not_fit_leaves_an_empty_context(hybrid_file, settings):
+    llm = load(hybrid_file)
+    llm.eval(PROMPT + PROMPT)
+    state = llm.save_state()
+    other = load(hybrid_file, **settings)
+    with pytest.raises(RuntimeError, match="the state doesn't fit this context"):
+        other.load_state(state)
+    assert other.n_tokens == 0
+    assert continuation(other, PROMPT) == continuation(load(hybrid_file, **settings), PROMPT)
+
+
+def test_pickle(hybrid_file):
+    llm = load(hybrid_file, streaming="window=9")
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.streaming == llm.streaming == StreamingSpec((1, 3), N_LAYER, SINK, 9)
+    assert continuation(copy, PROMPT) == continuation(llm, PROMPT)
