@@ -1,7 +1,7 @@
 """What has to be known of llama.cpp's architectures before a model is loaded: how its layers are counted, and why some
 can't stream.
 
-The runtime decides (`lt_why_not` in `ggml-patch/src/lt-spec.cpp`); this says the same from a file's metadata alone, so that
+The runtime decides (`lt_why_not` in `ggml-patch/src/lt-model-specs.cpp`); this says the same from a file's metadata alone, so that
 the converter can refuse before it has written gigabytes.
 """
 

@@ -1,0 +1,131 @@
+"""Measures what a hybrid model gains in decoding speed over the full model, on the same file, in one run.
+
+    python scripts/bench.py [--model FILE.gguf] [--depths 2048,8192,16384] [--repeats 3]
+
+For each depth it runs llama-bench on the full and on the hybrid model in turn, several times, and prints a Markdown table with the
+median of the ratios beside the ratio that the bytes read predict: for each token the weights, and of the KV cache all
+positions in a full layer and at most sink + window in a streaming one. Without --model it makes one with random weights whose shape
+lets the cache matter (16 layers of 8 KV heads of 64, half of them streaming).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+from rich.console import Console
+from rich.progress import track
+
+from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.runtime.library import tool_path
+from lt_gguf.spec import StreamingSpec
+
+DEFAULT_MODEL = Path("build/bench/random-16x8x64-f16.gguf")
+N_LAYER, N_HEAD, N_HEAD_KV, HEAD_SIZE, N_FF, N_VOCAB = 16, 16, 8, 64, 2048, 4096
+N_EMBD = N_HEAD * HEAD_SIZE
+
+
+def write_random_model(path: Path) -> None:
+    """A Llama with random weights in float16, half of its layers streaming; appears under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        writer = GGUFWriter(Path(scratch) / path.name, "llama")
+        writer.add_name("random weights, for benchmarks only")
+        writer.add_vocab_size(N_VOCAB)
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_context_length(131072)
+        writer.add_embedding_length(N_EMBD)
+        writer.add_block_count(N_LAYER)
+        writer.add_feed_forward_length(N_FF)
+        writer.add_head_count(N_HEAD)
+        writer.add_head_count_kv(N_HEAD_KV)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_dimension_count(HEAD_SIZE)
+
+        def matrix(name: str, n_in: int, n_out: int) -> None:
+            writer.add_tensor(name, (random.standard_normal((n_out, n_in)) / n_in**0.5).astype(np.float16))
+
+        matrix("token_embd.weight", N_EMBD, N_VOCAB)
+        writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
+        for layer in range(N_LAYER):
+            prefix = f"blk.{layer}."
+            for norm in ("attn_norm", "ffn_norm"):
+                writer.add_tensor(f"{prefix}{norm}.weight", np.ones(N_EMBD, np.float32))
+            matrix(f"{prefix}attn_q.weight", N_EMBD, N_HEAD * HEAD_SIZE)
+            matrix(f"{prefix}attn_k.weight", N_EMBD, N_HEAD_KV * HEAD_SIZE)
+            matrix(f"{prefix}attn_v.weight", N_EMBD, N_HEAD_KV * HEAD_SIZE)
+            matrix(f"{prefix}attn_output.weight", N_HEAD * HEAD_SIZE, N_EMBD)
+            matrix(f"{prefix}ffn_gate.weight", N_EMBD, N_FF)
+            matrix(f"{prefix}ffn_up.weight", N_EMBD, N_FF)
+            matrix(f"{prefix}ffn_down.weight", N_FF, N_EMBD)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (Path(scratch) / path.name).rename(path)
+
+
+def bytes_read(model: GGUFModel, spec: StreamingSpec | None, depth: int) -> int:
+    """By one decoded token at `depth`: the weights, and K and V in f16."""
+    cells = [min(depth, spec.sink + spec.window) if spec and spec.is_streaming(il) else depth for il in range(model.n_layer_main)]
+    return model.n_bytes + sum(n * model.kv_shape.token_bytes(il) for il, n in enumerate(cells))
+
+
+def tokens_per_second(model: Path, spec: str, depth: int, n_tokens: int, threads: int) -> float:
+    """llama-bench's figure for decoding `n_tokens` after `depth`."""
+    command = [tool_path("llama-bench"), "-m", model, "-p", "0", "-n", n_tokens, "-d", depth, "-r", "1", "-fa", "1",
+               "-t", threads, "-ub", "512", "-o", "json"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "LT_STREAMING": spec})
+    if done.returncode:
+        sys.exit(f"bench: llama-bench failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout)[0]["avg_ts"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a GGUF file (default: one with random weights)")
+    parser.add_argument("--streaming", help="spec of the hybrid (default: the file's, else every other layer, sink 4, window 1020)")
+    parser.add_argument("--depths", default="2048,8192,16384", help="numbers of tokens already in the cache")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--n-tokens", type=int, default=32, help="to decode and time in each run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+
+    path = options.model or DEFAULT_MODEL
+    if not options.model and not path.exists():
+        write_random_model(path)
+    model = read_model(path)
+    if options.streaming:
+        spec = StreamingSpec.parse(options.streaming, model.n_layer, model.spec)
+    else:
+        spec = model.spec or StreamingSpec.interleaved(model.n_layer, 0.5)
+
+    console = Console(stderr=True)
+    rows = []
+    for depth in map(int, options.depths.split(",")):
+        speeds = []
+        for _ in track(range(options.repeats), f"depth {depth}", console=console):
+            speeds.append([tokens_per_second(path, s, depth, options.n_tokens, options.threads) for s in ("off", str(spec))])
+        ratios = [hybrid / full for full, hybrid in speeds]
+        predicted = bytes_read(model, None, depth) / bytes_read(model, spec, depth)
+        full, hybrid = (statistics.median(column) for column in zip(*speeds))
+        ratio = statistics.median(ratios)
+        rows.append(f"| {depth} | {full:.1f} | {hybrid:.1f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {predicted:.2f} | {ratio / predicted:.0%} |")
+
+    print(f"{path.name}, {spec}, f16 cache, flash attention, {options.threads} threads, {options.repeats} pairs of runs\n")
+    print("| tokens in the cache | full, tokens/s | hybrid, tokens/s | hybrid ÷ full, median (range) | predicted from bytes | measured ÷ predicted |")
+    print("| --: | --: | --: | --: | --: | --: |")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
