@@ -50,8 +50,6 @@ class MemoryWalk(RuleBasedStateMachine):
         self.saved: list[tuple[bytes, list[Entry]]] = []
         self.saved_partial: list[tuple[bytes, list[Entry]]] = []
         self.n_tokens = 0
-        # llama.cpp turns keys and copies caches at the next decode, and a state saved or restored before is wrong
-        self.pending = False
 
     def teardown(self):
         self.context.close()
@@ -105,7 +103,6 @@ class MemoryWalk(RuleBasedStateMachine):
             conversation = Conversation(self.llama, sequence.entries)
             expected = conversation.decode(tokens, range(start, start + len(tokens)))
             assert difference(self.context.decode(tokens, start, seq), expected) < EXACT
-            self.pending = False
             sequence.entries = conversation.entries
 
     @rule(n=st.integers(1, 40))
@@ -116,7 +113,6 @@ class MemoryWalk(RuleBasedStateMachine):
             starts = {seq: self.model.sequences[seq].next() for seq in usable}
             turns = [Token(int(tokens[seq][i]), starts[seq] + i, (seq,)) for i in range(n) for seq in usable]
             computed = self.context.decode_batch(turns)
-            self.pending = False
             for index, seq in enumerate(usable):
                 conversation = Conversation(self.llama, self.model.sequences[seq].entries)
                 expected = conversation.decode(tokens[seq], range(starts[seq], starts[seq] + n))
@@ -133,7 +129,6 @@ class MemoryWalk(RuleBasedStateMachine):
             expected = conversation.decode(tokens, range(n))
             computed = self.context.decode_batch(Token(int(t), i, (a, b)) for i, t in enumerate(tokens))
             assert difference(computed, expected) < EXACT
-            self.pending = False
             first.entries, second.entries = list(conversation.entries), list(conversation.entries)
 
     def expect_refusal(self, seq: int):
@@ -185,7 +180,8 @@ class MemoryWalk(RuleBasedStateMachine):
         sequence = self.model.sequences[seq]
         if all(p0 <= entry.pos < p1 for entry in sequence.entries):
             return True
-        return not sequence.refused and self.model.allows(seq, self.held[seq], lambda p: None if p0 <= p < p1 else p)
+        after = [entry.at(-1) if p0 <= entry.pos < p1 else entry for entry in sequence.entries]
+        return not sequence.refused and self.model.allows(seq, self.held[seq], after)
 
     @staticmethod
     def keep_entries(sequence: Sequence, condition):
@@ -217,7 +213,6 @@ class MemoryWalk(RuleBasedStateMachine):
         q = max([copied.next()] + [entry.pos + 1 for entry in taken])
         dropped = [p for p in self.model.dropped(source, self.held[source]) if p0 <= p < high]
         self.context.seq_cp(source, destination, p0, p1)
-        self.pending = self.pending or not self.unified
         if self.model.visible(dropped, q):
             copied.refused = True
         else:
@@ -244,45 +239,37 @@ class MemoryWalk(RuleBasedStateMachine):
     def divide_positions(self, seq, first, last, by):
         end = self.model.sequences[seq].next() + 1
         p0, p1 = sorted((int(first * end), int(last * end)))
-        self.move(seq, p0, p1, lambda entry: entry.divided(by), lambda *span: self.context.seq_div(*span, by))
+        self.move(seq, p0, p1, lambda entry: entry.at(entry.pos // by), lambda *span: self.context.seq_div(*span, by))
 
     def move(self, seq: int, p0: int, p1: int, mapping, operation):
-        """An operation that maps the entries within [p0, p1); what gets a negative position is removed."""
+        """An operation that maps the entries within [p0, p1); what gets a negative position is removed.
+
+        Cells that other sequences share move there, too.
+        """
         high = END if p1 < 0 else p1
         sequence = self.model.sequences[seq]
-        if self.model.shares_cells(seq, p0, high):
-            return  # llama.cpp would move the shared cells in the other sequence, too
-        entries = [mapping(entry) if p0 <= entry.pos < high else entry for entry in sequence.entries]
-        moved = {before.pos: after.pos if after.pos >= 0 else None for before, after in zip(sequence.entries, entries)}
-        allowed = not sequence.refused and self.model.allows(seq, self.held[seq], moved.get)
+        moved = {id(entry): mapping(entry) for entry in sequence.entries if p0 <= entry.pos < high}
+        conversations = [[moved.get(id(entry), entry) for entry in other.entries] for other in self.model.sequences]
+        allowed = not sequence.refused and all(
+            self.model.allows(other, self.held[other], conversation) for other, conversation in enumerate(conversations)
+        )
         operation(seq, p0, p1)
-        self.pending = True
         if allowed:
-            sequence.entries = [entry for entry in entries if entry.pos >= 0]
+            for other, conversation in zip(self.model.sequences, conversations):
+                other.entries = [entry for entry in conversation if entry.pos >= 0]
         else:
             sequence.refused = True
 
     # -- states
 
-    def settle(self) -> bool:
-        """Makes llama.cpp do what is pending: some sequence goes on by a token. False if none can."""
-        for seq, sequence in enumerate(self.model.sequences):
-            if self.pending and not sequence.refused and self.room(seq):
-                self.decode(seq, 1)
-                self.held[seq] = self.context.positions(STREAMING, seq)
-        return not self.pending
-
     @rule()
     def save_everything(self):
-        if self.settle():
-            conversations = [list(sequence.entries) for sequence in self.model.sequences]
-            self.saved_whole.append((self.context.save(), conversations))
+        conversations = [list(sequence.entries) for sequence in self.model.sequences]
+        self.saved_whole.append((self.context.save(), conversations))
 
     @precondition(lambda self: self.saved_whole)
     @rule(which=fractions)
     def restore_everything(self, which):
-        if not self.settle():
-            return
         state, conversations = pick(self.saved_whole, which)
         assert self.context.restore(state)
         # a cell that two sequences shared is still shared, but it is no longer one that is shared with anything else
@@ -293,30 +280,29 @@ class MemoryWalk(RuleBasedStateMachine):
 
     @rule(seq=sequences)
     def save_a_sequence(self, seq):
-        if self.settle():
-            self.saved.append((self.context.save_seq(seq), list(self.model.sequences[seq].entries)))
+        self.saved.append((self.context.save_seq(seq), list(self.model.sequences[seq].entries)))
 
     @precondition(lambda self: self.saved)
     @rule(seq=sequences, which=fractions)
     def restore_a_sequence(self, seq, which):
         state, entries = pick(self.saved, which)
-        settled = self.settle()
         self.remove(seq, -1, -1)
-        if settled and len(entries) <= self.room(seq):
+        if len(entries) <= self.room(seq):
             assert self.context.restore_seq(state, seq)
             self.model.sequences[seq].end()
             self.model.sequences[seq].entries = [entry.at(entry.pos) for entry in entries]
 
-    @rule(seq=sequences)
-    def save_a_checkpoint(self, seq):
-        if self.settle() and self.model.sequences[seq].entries:
+    @rule(seq=sequences, n=st.one_of(st.integers(1, 20), st.integers(200, 300)))
+    def save_a_checkpoint_and_go_on(self, seq, n):
+        if self.model.sequences[seq].entries:
             self.saved_partial.append((self.context.save_seq(seq, PARTIAL), list(self.model.sequences[seq].entries)))
+            self.decode(seq, n)
 
     @precondition(lambda self: self.saved_partial)
     @rule(seq=sequences, which=fractions, back=st.integers(0, 6))
     def return_to_a_checkpoint(self, seq, which, back):
         """As llama-server does it: restore the streaming part, then remove what came after it from the full part."""
-        if not self.settle() or self.model.sequences[seq].refused:
+        if self.model.sequences[seq].refused:
             return
         checkpoints = [saved for saved in self.saved_partial if self.goes_on(seq, saved[1])]
         if not checkpoints:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Callable, Iterable
+from typing import Iterable
 
 from lt_gguf.spec import StreamingSpec
 from support.reference import Entry
@@ -55,17 +55,15 @@ class MemoryModel:
         dropped = self.dropped(seq, held)
         return max(dropped) + 1 if dropped else min(self.sequences[seq].positions(), default=-1)
 
-    def allows(self, seq: int, held: list[int], mapping: Callable[[int], int | None]) -> bool:
-        """Whether dropped positions stay hidden if every position p becomes mapping(p), None where it is removed."""
-        mapped = [p for p in map(mapping, self.sequences[seq].positions()) if p is not None]
-        dropped = [p for p in map(mapping, self.dropped(seq, held)) if p is not None]
-        return not mapped or not self.visible(dropped, max(mapped) + 1)
+    def allows(self, seq: int, held: list[int], after: list[Entry]) -> bool:
+        """Whether dropped positions stay hidden if the sequence's entries become `after`, in the same order.
 
-    def shares_cells(self, seq: int, p0: int, p1: int) -> bool:
-        """Whether an entry of the sequence within [p0, p1) is in another sequence too."""
-        moved = {id(entry) for entry in self.sequences[seq].entries if p0 <= entry.pos < p1}
-        others = (other for other in self.sequences if other is not self.sequences[seq])
-        return any(id(entry) in moved for other in others for entry in other.entries)
+        A negative position says that the entry is removed.
+        """
+        now = {entry.pos: changed.pos for entry, changed in zip(self.sequences[seq].entries, after)}
+        remaining = [entry.pos for entry in after if entry.pos >= 0]
+        dropped = [now[p] for p in self.dropped(seq, held) if now[p] >= 0]
+        return not remaining or not self.visible(dropped, max(remaining) + 1)
 
     def cells(self) -> int:
         return len({id(entry) for sequence in self.sequences for entry in sequence.entries})

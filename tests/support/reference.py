@@ -14,24 +14,15 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One token of a conversation: its position now, and per layer its key before RoPE and its value, (n_kv, dim).
-
-    `angle` is the position that RoPE has turned the key to. It is `pos`, but not after a division of positions:
-    llama.cpp at this version then turns keys the wrong way (`llama_kv_cells::pos_div`: p_old - pos, not pos - p_old).
-    """
+    """One token of a conversation: its position now, and per layer its key before RoPE and its value, (n_kv, dim)."""
 
     pos: int
     token: int
     keys: tuple[np.ndarray, ...]
     values: tuple[np.ndarray, ...]
-    angle: int
 
     def at(self, pos: int) -> Entry:
-        return replace(self, pos=pos, angle=self.angle + pos - self.pos)
-
-    def divided(self, by: int) -> Entry:
-        pos = self.pos // by
-        return replace(self, pos=pos, angle=self.angle + self.pos - pos)
+        return replace(self, pos=pos)
 
 
 class NumpyLlama:
@@ -80,7 +71,6 @@ class Conversation:
         w = m.weights
         q_pos = np.asarray(list(positions))
         k_pos = np.concatenate([[entry.pos for entry in self.entries], q_pos]).astype(int)
-        k_angle = np.concatenate([[entry.angle for entry in self.entries], q_pos]).astype(int)
         x = w["model.embed_tokens.weight"][np.asarray(tokens)]
         new_keys, new_values = [], []
         for layer in range(m.n_layer):
@@ -94,7 +84,7 @@ class Conversation:
             if self.entries:
                 k = np.concatenate([np.stack([entry.keys[layer] for entry in self.entries]), k])
                 v = np.concatenate([np.stack([entry.values[layer] for entry in self.entries]), v])
-            k = np.repeat(m.rope(k, k_angle), m.n_head // m.n_kv, axis=1)
+            k = np.repeat(m.rope(k, k_pos), m.n_head // m.n_kv, axis=1)
             v = np.repeat(v, m.n_head // m.n_kv, axis=1)
             scores = np.einsum("qhd,khd->hqk", m.rope(q, q_pos), k) / np.sqrt(m.head_dim)
             scores[:, ~m.visible(layer, q_pos[:, None], k_pos[None])] = -np.inf
@@ -107,5 +97,5 @@ class Conversation:
             x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{name}.mlp.down_proj.weight"].T
         for i, (token, pos) in enumerate(zip(tokens, q_pos)):
             keys, values = tuple(k[i] for k in new_keys), tuple(v[i] for v in new_values)
-            self.entries.append(Entry(int(pos), int(token), keys, values, angle=int(pos)))
+            self.entries.append(Entry(int(pos), int(token), keys, values))
         return m.norm(x, "model.norm") @ w["lm_head.weight"].T
