@@ -123,14 +123,19 @@ bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const 
         return true;
     }
 
+    // note: llama-cpp-python removes all that follows before each token, which is nothing as a rule
+    const auto it_rm = f.lower_bound({ p0, 0 });
+    if ((it_rm == f.end() || it_rm->first >= p1) && !restored[seq_id]) {
+        return !refused[seq_id];
+    }
+
     // the last position that remains
     llama_pos p_last = f.rbegin()->first;
     if (p_last >= p0 && p_last < p1) {
-        const auto it = f.lower_bound({ p0, 0 });
-        if (it == f.begin()) {
+        if (it_rm == f.begin()) {
             return true; // nothing remains
         }
-        p_last = std::prev(it)->first;
+        p_last = std::prev(it_rm)->first;
     }
 
     return !refused[seq_id] && holds_visible(seq_id, p_last + 1, p0, p1);

@@ -25,7 +25,7 @@ Context = Annotated[int, typer.Option("--ctx", "-c", help="Context size in token
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature of sampling; 0: always the most likely token.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling; -1: another one each time.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="CPU threads; 0: half of the machine's.")]
-GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", "-ngl", help="Layers to run on the GPU; -1: all.")]
+GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", "-ngl", help="Layers to run on the GPU, where the build has one; -1: all.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Tokens of a prompt that are read at once.")]
 FlashAttention = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log on stderr.")]

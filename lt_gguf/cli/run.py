@@ -21,7 +21,7 @@ def run(
     streaming: model.Streaming = None,
     cache_type: model.CacheType = DEFAULT_CACHE_TYPE,
     threads: model.Threads = 0,
-    n_gpu_layers: model.GpuLayers = 0,
+    n_gpu_layers: model.GpuLayers = -1,
     batch_size: model.BatchSize = model.DEFAULT_BATCH_SIZE,
     flash_attn: model.FlashAttention = True,
     verbose: model.Verbose = False,
