@@ -41,7 +41,10 @@ EXPLANATIONS = [
         r"CMAKE_C(XX)?_COMPILER (could be found|not set)|is not a full path to an existing compiler|is not able to compile a simple test program",
         "there is no working C and C++ compiler: install gcc and g++ (Debian: apt install build-essential; macOS: xcode-select --install), or set CC and CXX to one",
     ),
-    (r"CUDA Toolkit not found|No CMAKE_CUDA_COMPILER|Failed to find nvcc|CMAKE_CUDA_COMPILER.*not found", "GGML_CUDA=ON needs the CUDA toolkit: install it, or set CUDACXX to its nvcc"),
+    (
+        r"CUDA Toolkit not found|CMAKE_CUDA_COMPILER (could be found|not set)|Failed to find nvcc|CUDA::cublas",
+        "GGML_CUDA=ON needs the CUDA toolkit with nvcc and cuBLAS: install it, or set CUDACXX to its nvcc",
+    ),
     (r"Could NOT find Vulkan|glslc.*not found", "GGML_VULKAN=ON needs Vulkan's headers, loader and glslc (Debian: apt install libvulkan-dev glslc)"),
     (r"Killed signal terminated program|virtual memory exhausted|out of memory", "the compiler ran out of memory: run it again with CMAKE_BUILD_PARALLEL_LEVEL=1"),
 ]
@@ -96,6 +99,9 @@ def _build(build, wheel_directory: str, config_settings: Mapping[str, Any] | Non
         if not any(BUILD_DIR.glob("*/bin/*llama*")):  # else most of it is there already
             upstream.need_space(BUILD_DIR, BUILD_BYTES)
         os.environ["CMAKE_ARGS"] = f"-DLT_UPSTREAM_COMMIT={pin.commit} {os.environ.get('CMAKE_ARGS', '')}"
+        # ccache, where it is installed, then knows an object again that another checkout compiled.
+        os.environ.setdefault("CCACHE_BASEDIR", str(Path.cwd()))
+        os.environ.setdefault("CCACHE_NOHASHDIR", "1")
         with _watched_output() as output:
             wheel = None
             try:
@@ -175,5 +181,6 @@ def _explain(output: list[str]) -> str:
     for pattern, what_to_do in EXPLANATIONS:
         if re.search(pattern, text):
             return what_to_do
-    first = next((line.strip() for line in output if re.search(r"\berror:", line, re.IGNORECASE)), None)
-    return f"the build failed with: {first}" if first else "the build failed: its output is above"
+    if first := re.search(r"^.*\berror: .*$", text, re.MULTILINE) or re.search(r"CMake Error[^\n]*:\n\s*([^\n]+)", text):
+        return f"the build failed with: {first[first.lastindex or 0].strip()}"
+    return "the build failed: its output is above"
