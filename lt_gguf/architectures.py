@@ -1,13 +1,13 @@
-"""What has to be known of llama.cpp's architectures before a model is loaded: how its layers are counted, and why some
-can't stream.
+"""What has to be known of an architecture of llama.cpp before a model is loaded: how layers are counted, why some can't stream.
 
-The runtime decides (`lt_why_not` in `ggml-patch/src/lt-model-specs.cpp`); this says the same from a file's metadata alone, so that
-the converter can refuse before it has written gigabytes.
+The runtime decides (`lt_why_not` in `ggml-patch/src/lt-model-specs.cpp`); this says the same from a file's metadata alone,
+so that the converter can refuse before it has written gigabytes.
 """
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from lt_gguf.spec import Typed
 

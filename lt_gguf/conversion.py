@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec, parse_layers
@@ -70,7 +71,7 @@ def convert(
     _check_arguments(outtype, layers, fraction, sink, window, prefill)
     _check_checkpoint(checkpoint)
     folder, name = _destination(checkpoint, outfile, overwrite)
-    request = {
+    request: dict[str, Any] = {
         "layers": layers,
         "fraction": fraction,
         "sink": sink,

@@ -77,7 +77,7 @@ def _use_streaming_writer(request: dict[str, Any]) -> None:
         def write_header_to_file(self, path: Path | None = None) -> None:
             if not any(self.tensors):
                 raise ValueError("has no tensors that llama.cpp knows")
-            _check_destination(self.format_shard_names(Path(path or self.path)), request)
+            _check_destination(self.format_shard_names(path or self.path), request)
             metadata = {key: Typed(value.type.name.lower(), value.value) for key, value in self.kv_data[0].items()}
             for key, (type_, value) in _streaming_metadata(self.arch, metadata, request).items():
                 add = {"uint32": self.add_uint32, "string": self.add_string}.get(type_, self.add_array)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from lt_gguf.architectures import LayerCount, layer_count, why_not_streaming
 from lt_gguf.gguf_header import GGUFHeader, read_header

@@ -62,7 +62,9 @@ class KVShape:
         block_k, block_v = cache_type(type_k).block, cache_type(type_v).block
         for name, block, head_size in ((type_k, block_k, self.head_size_k), (type_v, block_v, self.head_size_v)):
             if head_size % block:
-                raise ValueError(f"cache type = {name}: its blocks of {block} elements don't divide this model's heads of {head_size}")
+                raise ValueError(
+                    f"cache type = {name}: its blocks of {block} elements don't divide this model's heads of {head_size}"
+                )
         if block_v > 1 and not flash_attn:
             raise ValueError(f"cache type = {type_v}: a quantized V cache needs flash attention")
         n_head_kv_v = self.n_head_kv[il] if flash_attn else self.n_head_kv_max

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Iterable, Mapping, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 DEFAULT_SINK = 4
 DEFAULT_WINDOW = 1020

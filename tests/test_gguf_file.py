@@ -47,9 +47,8 @@ def write_gguf(path: Path, arch: str = "llama", *, spec: StreamingSpec | None = 
 
 
 def test_header_equals_that_of_gguf_py(tmp_path):
-    path = write_gguf(
-        tmp_path / "a.gguf", spec=StreamingSpec((1, 3), N_LAYER), n_tokens=LONGEST_ARRAY_READ + 1, numbers=[1, -2], words=["a", "ß"]
-    )
+    spec = StreamingSpec((1, 3), N_LAYER)
+    path = write_gguf(tmp_path / "a.gguf", spec=spec, n_tokens=LONGEST_ARRAY_READ + 1, numbers=[1, -2], words=["a", "ß"])
     header = read_header(path)
     reader = gguf.GGUFReader(path)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -141,7 +140,7 @@ def test_why_an_architecture_cannot_stream(tmp_path, arch, keys, reason):
     with pytest.raises(ValueError, match=f"architecture {arch} can't have streaming layers: .*{reason}"):
         read_model(write_gguf(tmp_path / "b.gguf", arch, spec=StreamingSpec((1,), N_LAYER), **keys))
     with pytest.raises(ValueError, match=reason):
-        model.kv_shape
+        _ = model.kv_shape
 
 
 def test_layers_that_predict_ahead_cannot_stream(tmp_path):

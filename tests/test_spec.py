@@ -138,7 +138,9 @@ def test_bad_fraction(fraction):
         StreamingSpec.interleaved(8, fraction)
 
 
-@pytest.mark.parametrize("bad", [{"layers": (8,)}, {"layers": (-1,)}, {"layers": (1.5,)}, {"sink": -1}, {"window": 0}, {"prefill": ""}])
+@pytest.mark.parametrize(
+    "bad", [{"layers": (8,)}, {"layers": (-1,)}, {"layers": (1.5,)}, {"sink": -1}, {"window": 0}, {"prefill": ""}]
+)
 def test_bad_fields(bad):
     fields = {"layers": (1,), "n_layer": 8} | bad
     with pytest.raises(ValueError, match=next(iter(bad))):

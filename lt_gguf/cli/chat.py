@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 def chat(
     file: model.ModelFile,
-    system: Annotated[Optional[str], typer.Option("--system", "-s", help="What the model is told first.")] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="What the model is told first.")] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer; -1: no limit.")] = -1,
     temperature: model.Temperature = model.DEFAULT_TEMPERATURE,
     seed: model.Seed = -1,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn, Sequence
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import typer
 
@@ -38,7 +39,8 @@ def _report(error: Exception, name: str) -> int:
         return EXIT_INTERRUPTED
     # note: a wrong option; typer has had click inside and outside of it, so the class has no lasting name
     if hasattr(error, "format_message"):
-        text, status = f"{error.format_message()} ({name} --help shows all options)", 2
+        command = getattr(getattr(error, "ctx", None), "command_path", name)
+        text, status = f"{error.format_message()} ({command} --help shows what there is)", 2
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text, status = f"{error.filename}: {error.strerror}", EXIT_ERROR
     elif isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
@@ -51,11 +53,7 @@ def _report(error: Exception, name: str) -> int:
 
 def format_bytes(n_bytes: int) -> str:
     """As llama.cpp writes memory: 544.00 MiB."""
-    size = float(n_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{n_bytes} B" if unit == "B" else f"{size:.2f} {unit}"
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n_bytes >= 1 << power:
+            return f"{n_bytes / (1 << power):.2f} {unit}"
+    return f"{n_bytes} B"

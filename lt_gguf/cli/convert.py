@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,14 +15,14 @@ from lt_gguf.spec import DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, format_l
 def convert(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a Hugging Face checkpoint.")],
     outfile: Annotated[
-        Optional[Path], typer.Option(help="File to write, or a folder to write it into; else the checkpoint's folder.")
+        Path | None, typer.Option(help="File to write, or a folder to write it into; else the checkpoint's folder.")
     ] = None,
     outtype: Annotated[str, typer.Option(help="Type of the weights: f32, f16, bf16, q8_0 or auto.")] = "auto",
     streaming_layers: Annotated[
-        Optional[str], typer.Option(metavar="LAYERS", help="Layers that stream: 1,3,5-9, all or none.")
+        str | None, typer.Option(metavar="LAYERS", help="Layers that stream: 1,3,5-9, all or none.")
     ] = None,
     streaming_fraction: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(metavar="SHARE", help="Or the share of layers that stream, spread evenly; 0.5: the odd layers."),
     ] = None,
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK,

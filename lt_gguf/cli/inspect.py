@@ -56,7 +56,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
         "layers": [
             {
                 "layer": il,
-                "attention": _attention(spec, il),
+                "attention": _attention(model, spec, il),
                 "n_head": model.n_head[il],
                 "n_head_kv": model.n_head_kv[il],
                 "kv_bytes_per_token": _token_bytes(model, il, cache_type),
@@ -77,23 +77,25 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
 
 
 def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEFAULT_CACHE_TYPE) -> None:
-    """Prints what `inspect` shows."""
+    """Prints what `inspect` shows. Raises ValueError as `describe` does."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    memory_rows = _memory(model, spec, cache_type)  # raises before anything is printed
     console = Console(highlight=False)
     files = f" in {model.n_files} files" if model.n_files > 1 else ""
-    console.print(f"[bold]{model.name}[/bold]: {model.architecture}, {model.n_layer} layers, {format_bytes(model.n_bytes)}{files}")
+    size = f"{model.n_layer} layers, {format_bytes(model.n_bytes)}{files}"
+    console.print(f"[bold]{escape(model.name)}[/bold]: {model.architecture}, {size}")
     console.print(_summary(model, spec))
 
     layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({cache_type})")
-    for column in (0, 2, 3):
-        layers.columns[column].justify = "right"
+    for index in (0, 2, 3):
+        layers.columns[index].justify = "right"
     for il in range(model.n_layer):
-        style = "green" if _attention(spec, il) == "streaming" else None
-        token_bytes = _token_bytes(model, il, cache_type)
-        cells = (il, _attention(spec, il), model.n_head_kv[il], "-" if token_bytes is None else f"{token_bytes:,}")
-        layers.add_row(*map(str, cells), style=style)
+        attention, token_bytes = _attention(model, spec, il), _token_bytes(model, il, cache_type)
+        cells = (il, attention or "-", model.n_head_kv[il], "-" if token_bytes is None else f"{token_bytes:,}")
+        layers.add_row(*map(str, cells), style="green" if attention == "streaming" else None)
     console.print(layers)
 
     if model.why_not_streaming:
@@ -102,7 +104,7 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
     memory = Table("context", "KV full", "KV hybrid", "saved", title=f"KV cache, {cache_type}")
     for column in memory.columns:
         column.justify = "right"
-    for n_ctx, full, hybrid in _memory(model, spec, cache_type):
+    for n_ctx, full, hybrid in memory_rows:
         saved = f"{1 - hybrid.total / full.total:.0%}" if full.total else "-"
         memory.add_row(f"{n_ctx // 1024}k", format_bytes(full.total), format_bytes(hybrid.total), saved)
     console.print(memory)
@@ -134,7 +136,10 @@ def _describe_spec(model: GGUFModel, spec: StreamingSpec | None) -> dict[str, An
     }
 
 
-def _attention(spec: StreamingSpec | None, il: int) -> str:
+def _attention(model: GGUFModel, spec: StreamingSpec | None, il: int) -> str | None:
+    """`full` or `streaming`, `None` in a model with an attention of its own."""
+    if model.why_not_streaming:
+        return None
     return "streaming" if spec is not None and spec.is_streaming(il) else "full"
 
 

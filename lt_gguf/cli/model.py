@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lt_gguf.gguf_file import read_model
-from lt_gguf.kv_memory import CACHE_TYPES, cache_type as cache_type_of
+from lt_gguf.kv_memory import CACHE_TYPES
+from lt_gguf.kv_memory import cache_type as cache_type_of
 
 if TYPE_CHECKING:
     from lt_gguf.runtime.llama import Llama
 
 ModelFile = Annotated[str, typer.Argument(metavar="FILE", help="GGUF file, the first one of a split model.")]
 Streaming = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         metavar="SPEC",
         help="Which layers stream, instead of what the file says: off, or layers=1,3,5-9;sink=4;window=1020.",
     ),
 ]
 CacheType = Annotated[str, typer.Option(help=f"Type of the KV cache: {', '.join(CACHE_TYPES)}.")]
-Context = Annotated[int, typer.Option("--ctx", "-c", help="Context size in tokens; 0: as large as the model was trained for.")]
+Context = Annotated[
+    int, typer.Option("--ctx", "-c", help="Context size in tokens, at most what the model was trained for; 0: as much.")
+]
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature of sampling; 0: always the most likely token.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling; -1: another one each time.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="CPU threads; 0: half of the machine's.")]
-GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", "-ngl", help="Layers to run on the GPU, where the build has one; -1: all.")]
+GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", "-ngl", help="Layers to run on the GPU, if there is one; -1: all.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Tokens of a prompt that are read at once.")]
 FlashAttention = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log on stderr.")]

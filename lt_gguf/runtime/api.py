@@ -6,8 +6,9 @@ Importing this module loads the native library and raises `LibraryError` if it i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Callable
+from typing import Any
 
 from lt_gguf.runtime.library import load_llama_cpp
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from lt_gguf.runtime import api
 from lt_gguf.runtime.library import load_llama_cpp
@@ -46,11 +47,11 @@ class Llama(_binding.Llama):
     # only moment at which the spec can be overridden
     @property
     def _model(self) -> Any:
-        return vars(self)["_model"]
+        return self.__dict__["_model"]
 
     @_model.setter
     def _model(self, model: Any) -> None:
-        vars(self)["_model"] = model
+        self.__dict__["_model"] = model
         spec = self._streaming_argument
         if spec is None:
             return

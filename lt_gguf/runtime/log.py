@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 from lt_gguf.runtime.library import load_llama_cpp
 

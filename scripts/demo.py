@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""The demo: the small checkpoint in models/demo becomes hybrid GGUF files, which then answer with and without streaming.
+
+Converts it with every second layer streaming, quantizes it, shows what `lt-gguf inspect` shows, and lets each file answer
+questions about texts longer than its window: once with full attention (`streaming="off"`), once as the hybrid that it is.
+What is made stays in build/demo, so that a second run begins with the answers.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from demo_data import ASSISTANT, END, retrieval  # beside this file
+from rich.console import Console
+from rich.table import Table
+
+from lt_gguf import Llama, StreamingSpec
+from lt_gguf.cli.common import format_bytes
+from lt_gguf.cli.inspect import print_tables
+from lt_gguf.conversion import convert
+from lt_gguf.gguf_file import read_model
+from lt_gguf.runtime.library import tool_path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "models" / "demo"
+FOLDER = ROOT / "build" / "demo"
+
+N_CTX = 2048  # what the model was trained for
+SINK, WINDOW = 4, 252  # 256 positions of a context of 2048: streaming layers forget most of each text
+QUANTIZATIONS = ("q8_0", "q4_K_M")
+
+# One thread: a model this small gains nothing from more.
+SETTINGS = {"n_ctx": N_CTX, "n_batch": 128, "n_ubatch": 128, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
+
+N_QUESTIONS = 8
+N_CHARS = 3000  # of each text: some thousand tokens, four windows
+N_ANSWER = 24  # tokens at most
+N_TIMED = 128
+
+console = Console(highlight=False)
+
+
+class Question(NamedTuple):
+    """A text, a question about it, and the word that the answer must have."""
+
+    prompt: str
+    asked: str
+    expected: str
+
+
+class Run(NamedTuple):
+    """What came of one file with one kind of attention."""
+
+    kv_bytes: int
+    prompt_speed: float  # tokens/s
+    answer_speed: float  # tokens/s
+    answers: list[str]
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    files = [make_f16()]
+    files += [quantize(files[0], name) for name in QUANTIZATIONS]
+    model = read_model(files[0])
+    print_tables(model, model.spec)
+
+    questions = make_questions()
+    speeds = ("prompt\ntokens/s", "answer\ntokens/s")
+    table = Table("weights", "attention", "KV cache", *speeds, "right", "as full", title="Full beside hybrid")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    runs = {}
+    for file in files:
+        for attention, streaming in (("full", "off"), ("hybrid", None)):
+            with console.status(f"{file.name}, {attention}: answering {N_QUESTIONS} questions"):
+                run = runs[file, attention] = answer_all(file, streaming, questions)
+            right = sum(question.expected in answer for question, answer in zip(questions, run.answers))
+            agreeing = sum(a == b for a, b in zip(run.answers, runs[file, "full"].answers))
+            table.add_row(
+                file.stem.removeprefix("demo-") if attention == "full" else format_bytes(file.stat().st_size),
+                attention,
+                format_bytes(run.kv_bytes),
+                f"{run.prompt_speed:.0f}",
+                f"{run.answer_speed:.0f}",
+                f"{right}/{len(questions)}",
+                f"{agreeing}/{len(questions)}",
+                end_section=attention == "hybrid",
+            )
+    show_an_answer(questions, {attention: runs[files[0], attention].answers for attention in ("full", "hybrid")})
+    console.print(table)
+    console.print(
+        f"Context {N_CTX} tokens, {N_QUESTIONS} texts of about {N_CHARS} characters, greedy answers. right: the answer has the "
+        "word that was asked for. as full: it is, letter by letter, what full attention answers."
+    )
+    console.print(f"The files are in {FOLDER.relative_to(ROOT)}; talk with one: lt-gguf chat {files[1].relative_to(ROOT)}")
+
+
+def make_f16() -> Path:
+    """Converts the checkpoint, if that hasn't been done with the same spec."""
+    file = FOLDER / "demo-f16.gguf"
+    newest = max(path.stat().st_mtime for path in CHECKPOINT.iterdir())
+    if file.exists() and file.stat().st_mtime > newest:
+        model = read_model(file)
+        if model.spec == StreamingSpec.interleaved(model.n_layer, 0.5, SINK, WINDOW):
+            return file
+    console.print(f"Converting {CHECKPOINT.relative_to(ROOT)}")
+    return convert(CHECKPOINT, file, outtype="f16", fraction=0.5, sink=SINK, window=WINDOW, overwrite=True)[0]
+
+
+def quantize(source: Path, name: str) -> Path:
+    """Quantizes with llama-quantize, if that hasn't been done since `source` was made."""
+    file = FOLDER / f"demo-{name}.gguf"
+    if file.exists() and file.stat().st_mtime > source.stat().st_mtime:
+        return file
+    console.print(f"Quantizing to {name}")
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        command = [tool_path("llama-quantize"), source, unfinished, name]
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return unfinished.replace(file)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: llama-quantize: {error.output.decode(errors='replace').strip().splitlines()[-1]}")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def make_questions() -> list[Question]:
+    """Texts like those that the model was trained on, with keys that it never saw in training."""
+    rng = np.random.default_rng(20241)
+    questions = []
+    for _ in range(N_QUESTIONS):
+        segments, (fact,) = retrieval(rng, N_CHARS, [], held_out=True, n_facts=6, n_questions=1, chat=True)
+        text = "".join(part for part, _ in segments)
+        prompt = text[: text.index(f"{END}{ASSISTANT}") + len(END + ASSISTANT)]
+        questions.append(Question(prompt, fact.question, fact.value))
+    return questions
+
+
+def answer_all(file: Path, streaming: str | None, questions: list[Question]) -> Run:
+    """Answers each question with a fresh cache, then goes on writing to measure the speed at the end of a long text."""
+    llm = Llama(str(file), streaming=streaming, verbose=False, **SETTINGS)
+    end = llm.token_eos()
+    answers, n_read, read_seconds = [], 0, 0.0
+    for question in questions:
+        tokens = llm.tokenize(question.prompt.encode(), special=True)
+        llm.reset()
+        start = time.perf_counter()
+        llm.eval(tokens)
+        read_seconds += time.perf_counter() - start
+        n_read += len(tokens)
+        answer: list[int] = []
+        while len(answer) < N_ANSWER and (token := llm.sample(temp=0)) != end:
+            answer.append(token)
+            llm.eval([token])
+        answers.append(llm.detokenize(answer).decode(errors="replace").strip())
+    start = time.perf_counter()
+    for _ in range(N_TIMED):
+        llm.eval([llm.sample(temp=0)])
+    seconds = time.perf_counter() - start
+    run = Run(llm.kv_bytes()["total"], n_read / read_seconds, N_TIMED / seconds, answers)
+    llm.close()
+    return run
+
+
+def show_an_answer(questions: list[Question], answers: dict[str, list[str]]) -> None:
+    """The first question, as an example."""
+    console.print(f"[bold]For example[/bold], after a text of {len(questions[0].prompt)} characters: {questions[0].asked}")
+    for attention, given in answers.items():
+        console.print(f"  {attention:6} [italic]{given[0]}[/italic]")
+
+
+if __name__ == "__main__":
+    main()

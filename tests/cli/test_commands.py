@@ -1,0 +1,207 @@
+"""The commands as a user types them: what they print, and one line for each error."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
+
+from lt_gguf.cli import app, chat
+from lt_gguf.cli.common import format_bytes, run
+from lt_gguf.gguf_file import read_model
+from lt_gguf.kv_memory import kv_memory
+
+QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
+
+
+@pytest.fixture
+def lt_gguf_command(capfd):
+    """Runs `lt-gguf ARGUMENTS` in this process; returns its exit status, stdout and stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(app, "lt-gguf", [str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return command
+
+
+# ---------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_json(lt_gguf_command, hybrid_file):
+    status, out, err = lt_gguf_command("inspect", hybrid_file, "--json", "--cache-type", "f32")
+    assert (status, err) == (0, "")
+    described = json.loads(out)
+    assert described["architecture"] == "llama"
+    assert described["streaming"] == {
+        "spec": f"layers=1,3;sink={SINK};window={WINDOW};prefill=stream",
+        "layers": [1, 3],
+        "sink": SINK,
+        "window": WINDOW,
+        "prefill": "stream",
+        "selection": "interleave",
+    }
+    assert [layer["attention"] for layer in described["layers"]] == ["full", "streaming"] * 2
+    assert [layer["kv_bytes_per_token"] for layer in described["layers"]] == [2 * 2 * 16 * 4] * N_LAYER
+    model = read_model(hybrid_file)
+    assert [entry["n_ctx"] for entry in described["kv_memory"]] == [4096, 32768, 131072]
+    for entry in described["kv_memory"]:
+        hybrid = kv_memory(model.kv_shape, model.spec, entry["n_ctx"], type_k="f32")
+        assert (entry["hybrid_full_layers"], entry["hybrid_streaming_layers"], entry["hybrid"]) == (*hybrid, hybrid.total)
+        assert entry["full"] == N_LAYER * 2 * 2 * 16 * 4 * entry["n_ctx"]
+
+
+def test_inspect_tables(lt_gguf_command, hybrid_file):
+    status, out, _ = lt_gguf_command("inspect", hybrid_file)
+    assert status == 0
+    assert "2 layers stream, chosen by interleave: 1,3; sink 2, window 40" in " ".join(out.split())
+    # 4 layers x 128 bytes x 4096 cells; 2 x 128 x 4096 + 2 x 128 x 768
+    assert "2.00 MiB" in out and "1.19 MiB" in out and "41%" in out
+    status, out, _ = lt_gguf_command("inspect", hybrid_file, "--streaming", "off")
+    assert status == 0
+    assert "no layer streams" in out
+    status, out, _ = lt_gguf_command("inspect", hybrid_file, "--streaming", "layers=all;sink=0;window=1", "--json")
+    assert [layer["attention"] for layer in json.loads(out)["layers"]] == ["streaming"] * N_LAYER
+
+
+# -------------------------------------------------------------------------------------------------- run
+
+
+def test_run_continues_a_prompt(lt_gguf_command, hybrid_file, monkeypatch):
+    status, first, err = lt_gguf_command("run", hybrid_file, "-p", "the quick", "-n", 8, "--temp", 0, *QUICK)
+    assert (status, err) == (0, "")
+    assert first.strip()
+    status, again, _ = lt_gguf_command("run", hybrid_file, "-p", "the quick", "-n", 8, "--temp", 0, *QUICK, "--streaming", "off")
+    assert again == first  # the prompt is shorter than the window
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick"))
+    _, piped, _ = lt_gguf_command("run", hybrid_file, "-p", "-", "-n", 8, "--temp", 0, *QUICK)
+    assert piped == first
+
+
+def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
+    status, _, err = lt_gguf_command("run", hybrid_file, "-p", "the", "-n", 1, *QUICK, "--verbose")
+    assert status == 0
+    assert "streaming layers: layers=1,3" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, status, complaint",
+    [
+        (["run", "FILE"], 2, "Missing option '--prompt'"),
+        (["run", "none.gguf", "-p", "x"], 1, "none.gguf: No such file or directory"),
+        (["run", "FILE", "-p", "x", "--streaming", "layers=9"], 1, 'layers = "9": must be'),
+        (["run", "FILE", "-p", "x", "--ctx", "-1"], 1, "--ctx = -1: must be at least 0"),
+        (["run", "FILE", "-p", "x", "--cache-type", "q9"], 1, 'cache type = "q9": must be one of f32'),
+        (["run", "FILE", "-p", "x" * 3000, *QUICK], 1, "exceed context window of 512"),
+        (["chat", "FILE", "--temp", "warm"], 2, "(lt-gguf chat --help shows what there is)"),
+        (["inspect", "FILE", "--streaming", "window=0"], 1, "window = 0: must be"),
+        (["inspect", "FILE", "--cache-type", "q8_0"], 1, "don't divide this model's heads of 16"),
+        (["inspect", __file__], 1, "is not a GGUF file"),
+        (["convert", "none", "--streaming-fraction", "0.5"], 1, "none: must be the folder of a Hugging Face checkpoint"),
+        (["convert", "none"], 1, "which layers stream: give either"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_an_error_is_one_line(lt_gguf_command, hybrid_file, arguments, status, complaint):
+    arguments = [hybrid_file if argument == "FILE" else argument for argument in arguments]
+    code, out, err = lt_gguf_command(*arguments)
+    errors = [line for line in err.splitlines() if not line.startswith("Converting")]
+    assert (code, out, len(errors)) == (status, "", 1)
+    assert errors[0].startswith("error: ") and complaint in errors[0]
+
+
+def test_a_reader_that_leaves_is_no_error(hybrid_file):
+    command = [sys.executable, "-c", "from lt_gguf.cli import main; main()", "inspect", str(hybrid_file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+
+
+# ------------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_through_a_pipe(lt_gguf_command, hybrid_file, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nonce more\n/reset\nhello\n/exit\nnever read\n"))
+    status, out, err = lt_gguf_command("chat", hybrid_file, "-n", 6, "--temp", 0, *QUICK)
+    assert status == 0
+    lines = err.splitlines()
+    kv = "KV 192.00 KiB hybrid, 256.00 KiB full (25% saved)"  # 512 cells; 256 in the streaming layers
+    assert lines[0] == kv
+    answers = [line for line in lines if line.endswith(kv) and "of 512 tokens" in line]
+    assert len(answers) == 3
+    assert answers[0].split(" of ")[0] == answers[2].split(" of ")[0] != answers[1].split(" of ")[0]
+    assert out.count("\n") >= 3
+
+
+class FakeLlama:
+    """Answers with `chunks`; an exception among them is raised."""
+
+    n_tokens = 0
+
+    def __init__(self, *chunks: object) -> None:
+        self.chunks = chunks
+        self.seen: list[list[dict[str, str]]] = []
+
+    def n_ctx(self) -> int:
+        return 100
+
+    def create_chat_completion(self, messages, **_):
+        self.seen.append([dict(message) for message in messages])
+        for chunk in self.chunks:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            self.n_tokens += 1
+            yield {"choices": [{"delta": {"content": chunk}, "finish_reason": None}]}
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(capsys):
+    llm = FakeLlama("Once ", "upon", KeyboardInterrupt())
+    conversation = chat.Conversation(llm, "Be brief.", -1, 0.0)
+    assert conversation.answer("Tell").endswith("(stopped)")
+    assert capsys.readouterr().out == "Once upon\n"
+    llm.chunks = ("Well.",)
+    conversation.answer("Go on")
+    assert llm.seen[1] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Tell"},
+        {"role": "assistant", "content": "Once upon"},
+        {"role": "user", "content": "Go on"},
+    ]
+    conversation.reset()
+    conversation.answer("Anew")
+    assert llm.seen[2] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Anew"}]
+
+
+def test_a_message_that_does_not_fit_is_taken_back():
+    llm = FakeLlama(ValueError("Requested tokens (200) exceed context window of 100"))
+    conversation = chat.Conversation(llm, None, -1, 0.0)
+    assert "exceed context window of 100; /reset begins anew" in conversation.answer("much")
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize("stops", [EOFError, KeyboardInterrupt])
+def test_ctrl_c_and_ctrl_d_leave_while_waiting(monkeypatch, stops):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def interrupted(_prompt: str) -> str:
+        raise stops
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert chat.read_line() is None
+
+
+@pytest.mark.parametrize(
+    "n_bytes, text", [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (544 * 2**20, "544.00 MiB"), (3 * 2**40, "3.00 TiB")]
+)
+def test_format_bytes(n_bytes, text):
+    assert format_bytes(n_bytes) == text
