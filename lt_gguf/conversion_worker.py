@@ -128,6 +128,8 @@ def _in_our_words(line: str) -> str:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, ImportError) and error.name:
+        return f"upstream's converter needs {error.name}: pip install 'lt-gguf[convert]'"
     # note: numpy's tofile() says so if the disk is full
     if isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
         return "the disk is full, or the file is larger than allowed"

@@ -14,6 +14,7 @@ import gguf
 import pytest
 from tiny_checkpoint import N_LAYER, write_checkpoint
 
+from lt_gguf import conversion_worker
 from lt_gguf.conversion import convert
 from lt_gguf.gguf_file import read_model
 from lt_gguf.runtime.library import upstream_dir
@@ -177,6 +178,19 @@ def test_what_is_known_only_when_upstream_has_read_the_checkpoint(llama, tmp_pat
     # with nothing wrong, --overwrite replaces it
     convert(llama, outfile, layers="1", overwrite=True)
     assert read_model(outfile).spec == StreamingSpec((1,), N_LAYER)
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ModuleNotFoundError(name="torch"), "upstream's converter needs torch: pip install 'lt-gguf[convert]'"),
+        (OSError("1024 requested and 512 written"), "the disk is full, or the file is larger than allowed"),
+        (ValueError("Missing\nmodel files"), "Missing model files"),
+        (KeyError("lm_head"), "upstream's converter failed: KeyError: 'lm_head'; --verbose shows its log"),
+    ],
+)
+def test_what_upstream_raises_becomes_one_line(error, line):
+    assert conversion_worker._describe(error) == line
 
 
 # --------------------------------------------------------------------------------------- interruptions
