@@ -35,7 +35,7 @@ $(STAMP): $(INPUTS) build/make-options.txt | $(PY)
 	@set -o pipefail; \
 	$(PY) -m pip install -v --disable-pip-version-check -e '.[test]' '$(TORCH)' 2>&1 | tee $(LOG) \
 	    | grep --line-buffered -v -e 'Link requires a different Python' -e 'WARNING: Location' \
-	|| { echo; grep -h 'lt-gguf: error:' $(LOG) | tail -n 1 | grep . \
+	|| { echo; grep -h 'lt-gguf: error:' $(LOG) | tail -n 1 | sed 's:^ *::' | grep . \
 	     || echo "lt-gguf: error: $$(grep -h 'ERROR: ' $(LOG) | tail -n 1): check the network and pip's settings, then run make again"; \
 	     exit 1; }
 	@touch $@

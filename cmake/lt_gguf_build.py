@@ -36,7 +36,7 @@ CONFIGURATION = ("CMAKE_ARGS", "CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "LD
 
 # The first pattern that a failed build's output has gives the last line, which says what to do.
 EXPLANATIONS = [
-    (r"No space left on device|Disk quota exceeded", "the disk is full; free some space and run it again"),
+    (r"No space left on device|Disk quota exceeded", "the disk of build/ or of the temporary directory is full; free some space and run it again"),
     (
         r"CMAKE_C(XX)?_COMPILER (could be found|not set)|is not a full path to an existing compiler|is not able to compile a simple test program",
         "there is no working C and C++ compiler: install gcc and g++ (Debian: apt install build-essential; macOS: xcode-select --install), or set CC and CXX to one",
