@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstdint>
 #include <stdexcept>
 
 // a sequence with at most so many tokens in a batch may be rolled back to the first of them: speculative decoding
@@ -55,11 +56,11 @@ lt_kv_cache::lt_kv_cache(
     //       https://github.com/ggml-org/llama.cpp/issues/17037
     const uint32_t size_streaming = GGML_PAD((uint32_t) std::min<uint64_t>(size_full, n_max), 256);
 
-    const auto create = [&](uint32_t size, uint32_t n_swa, llama_swa_type swa_type, const layer_filter_cb & filter_part, const lt_mask & mask_part) {
+    const auto create = [&](uint32_t size, uint32_t n_swa_part, llama_swa_type swa_type, const layer_filter_cb & filter_part, const lt_mask & mask_part) {
         return std::make_unique<llama_kv_cache>(
                 model, model.hparams, params.type_k, params.type_v,
                 !cparams.flash_attn, cparams.offload_kqv, cparams.kv_unified, size, cparams.n_seq_max, 1,
-                n_swa, swa_type, nullptr, filter_part, nullptr, nullptr, "", mask_part);
+                n_swa_part, swa_type, nullptr, filter_part, nullptr, nullptr, "", mask_part);
     };
 
     LLAMA_LOG_INFO("%s: creating full      KV cache, size = %u cells\n", __func__, size_full);
@@ -68,7 +69,10 @@ lt_kv_cache::lt_kv_cache(
 
     LLAMA_LOG_INFO("%s: creating streaming KV cache, size = %u cells (%s)\n", __func__, size_streaming, spec.str().c_str());
 
-    kv_streaming = create(size_streaming, spec.n_window, LLAMA_SWA_TYPE_STANDARD, filter_streaming, mask);
+    // note: llama_kv_cache adds positions to it
+    const uint32_t n_swa = std::min<uint32_t>(spec.n_window, INT32_MAX/2);
+
+    kv_streaming = create(size_streaming, n_swa, LLAMA_SWA_TYPE_STANDARD, filter_streaming, mask);
 }
 
 void lt_kv_cache::clear(bool data) {
