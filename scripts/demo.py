@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +40,7 @@ SETTINGS = {"n_ctx": N_CTX, "n_batch": 128, "n_ubatch": 128, "flash_attn": True,
 
 N_QUESTIONS = 8
 N_CHARS = 3000  # of each text: some thousand tokens, four windows
-N_ANSWER = 24  # tokens at most
-N_TIMED = 128
+N_TIMED = 96  # tokens that are written after each, more than an answer takes
 
 console = Console(highlight=False)
 
@@ -53,12 +53,20 @@ class Question(NamedTuple):
     expected: str
 
 
+class Answer(NamedTuple):
+    """An answer, and how fast the prompt was read and it was written, in tokens a second."""
+
+    text: str
+    prompt_speed: float
+    speed: float
+
+
 class Run(NamedTuple):
-    """What came of one file with one kind of attention."""
+    """What came of one file with one kind of attention; speeds are medians, in tokens a second."""
 
     kv_bytes: int
-    prompt_speed: float  # tokens/s
-    answer_speed: float  # tokens/s
+    prompt_speed: float
+    answer_speed: float
     answers: list[str]
 
 
@@ -74,13 +82,14 @@ def main() -> None:
     table = Table("weights", "attention", "KV cache", *speeds, "right", "as full", title="Full beside hybrid")
     for column in table.columns[2:]:
         column.justify = "right"
-    runs = {}
     for file in files:
-        for attention, streaming in (("full", "off"), ("hybrid", None)):
-            with console.status(f"{file.name}, {attention}: answering {N_QUESTIONS} questions"):
-                run = runs[file, attention] = answer_all(file, streaming, questions)
+        with console.status(f"{file.name}: answering {N_QUESTIONS} questions, twice each"):
+            runs = answer_all(file, questions)
+        if file == files[0]:
+            show_an_answer(questions, runs)
+        for attention, run in runs.items():
             right = sum(question.expected in answer for question, answer in zip(questions, run.answers))
-            agreeing = sum(a == b for a, b in zip(run.answers, runs[file, "full"].answers))
+            agreeing = sum(a == b for a, b in zip(run.answers, runs["full"].answers))
             table.add_row(
                 file.stem.removeprefix("demo-") if attention == "full" else format_bytes(file.stat().st_size),
                 attention,
@@ -91,7 +100,6 @@ def main() -> None:
                 f"{agreeing}/{len(questions)}",
                 end_section=attention == "hybrid",
             )
-    show_an_answer(questions, {attention: runs[files[0], attention].answers for attention in ("full", "hybrid")})
     console.print(table)
     console.print(
         f"Context {N_CTX} tokens, {N_QUESTIONS} texts of about {N_CHARS} characters, greedy answers. right: the answer has the "
@@ -141,37 +149,53 @@ def make_questions() -> list[Question]:
     return questions
 
 
-def answer_all(file: Path, streaming: str | None, questions: list[Question]) -> Run:
-    """Answers each question with a fresh cache, then goes on writing to measure the speed at the end of a long text."""
-    llm = Llama(str(file), streaming=streaming, verbose=False, **SETTINGS)
-    end = llm.token_eos()
-    answers, n_read, read_seconds = [], 0, 0.0
+def answer_all(file: Path, questions: list[Question]) -> dict[str, Run]:
+    """Lets the file answer with full attention and as a hybrid, in turns, so that whatever else runs slows down both."""
+    models = {
+        attention: Llama(str(file), streaming=streaming, verbose=False, **SETTINGS)
+        for attention, streaming in (("full", "off"), ("hybrid", None))
+    }
+    given: dict[str, list[Answer]] = {attention: [] for attention in models}
     for question in questions:
-        tokens = llm.tokenize(question.prompt.encode(), special=True)
-        llm.reset()
-        start = time.perf_counter()
-        llm.eval(tokens)
-        read_seconds += time.perf_counter() - start
-        n_read += len(tokens)
-        answer: list[int] = []
-        while len(answer) < N_ANSWER and (token := llm.sample(temp=0)) != end:
-            answer.append(token)
-            llm.eval([token])
-        answers.append(llm.detokenize(answer).decode(errors="replace").strip())
+        for attention, llm in models.items():
+            given[attention].append(answer(llm, question.prompt))
+    runs = {
+        attention: Run(
+            llm.kv_bytes()["total"],
+            median(answer.prompt_speed for answer in given[attention]),
+            median(answer.speed for answer in given[attention]),
+            [answer.text for answer in given[attention]],
+        )
+        for attention, llm in models.items()
+    }
+    for llm in models.values():
+        llm.close()
+    return runs
+
+
+def answer(llm: Llama, prompt: str) -> Answer:
+    """Reads the prompt into an empty cache and answers greedily, then goes on writing to measure the speed."""
+    tokens = llm.tokenize(prompt.encode(), special=True)
+    llm.reset()
     start = time.perf_counter()
-    for _ in range(N_TIMED):
-        llm.eval([llm.sample(temp=0)])
+    llm.eval(tokens)
+    prompt_seconds = time.perf_counter() - start
+    text: list[int] = []
+    start = time.perf_counter()
+    for i in range(N_TIMED):
+        token = llm.sample(temp=0)
+        if len(text) == i and token != llm.token_eos():
+            text.append(token)
+        llm.eval([token])
     seconds = time.perf_counter() - start
-    run = Run(llm.kv_bytes()["total"], n_read / read_seconds, N_TIMED / seconds, answers)
-    llm.close()
-    return run
+    return Answer(llm.detokenize(text).decode(errors="replace").strip(), len(tokens) / prompt_seconds, N_TIMED / seconds)
 
 
-def show_an_answer(questions: list[Question], answers: dict[str, list[str]]) -> None:
+def show_an_answer(questions: list[Question], runs: dict[str, Run]) -> None:
     """The first question, as an example."""
     console.print(f"[bold]For example[/bold], after a text of {len(questions[0].prompt)} characters: {questions[0].asked}")
-    for attention, given in answers.items():
-        console.print(f"  {attention:6} [italic]{given[0]}[/italic]")
+    for attention, run in runs.items():
+        console.print(f"  {attention:6} [italic]{run.answers[0]}[/italic]")
 
 
 if __name__ == "__main__":
