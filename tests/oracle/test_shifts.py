@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.native import STREAMING, DecodeError, log
-from support.oracle import EXACT, difference, random_tokens
+from support.oracle import EXACT, RELATIVE, Subject, difference, random_tokens
 from support.reference import NumpyLlama
+
+from lt_gguf.spec import StreamingSpec
 
 SINK, WINDOW = 6, 40
 LAYERS = pytest.mark.parametrize("layers", [[1, 2], range(4)], ids=["half", "all"])
@@ -17,11 +19,25 @@ LAYERS = pytest.mark.parametrize("layers", [[1, 2], range(4)], ids=["half", "all
 def test_context_shift(subject, measured, layers, n_keep, n_discard):
     """Three shifts, as llama.cpp's tools make them; the discarded part may reach into the window."""
     model = subject("llama")
-    spec = model.spec(SINK, WINDOW, layers)
+    worst = error_of_shifts(model, model.spec(SINK, WINDOW, layers), n_keep, n_discard)
+    measured("llama", "context shift", worst, EXACT, layers=list(layers), n_keep=n_keep, n_discard=n_discard)
+
+
+@LAYERS
+@pytest.mark.parametrize("kv, flash", [("f16", False), ("f16", True), ("q8_0", True), ("q4_0", True)])
+def test_context_shift_of_smaller_types(subject, measured, layers, kv, flash):
+    """With a quantized K llama.cpp dequantizes, turns and quantizes again: compared with the full model's error."""
+    model = subject("llama-mha")
+    full = error_of_shifts(model, model.spec(SINK, WINDOW, []), 20, 250, kv=kv, flash=flash)
+    hybrid = error_of_shifts(model, model.spec(SINK, WINDOW, layers), 20, 250, kv=kv, flash=flash)
+    measured("llama-mha", f"context shift, {kv} KV", hybrid, RELATIVE * full, full=full, flash=flash)
+
+
+def error_of_shifts(model: Subject, spec: StreamingSpec, n_keep: int, n_discard: int, **settings) -> float:
     conversation = NumpyLlama(model.hf, spec).conversation()
     n_past, n_tokens = 0, 0
     worst = 0.0
-    with model.context(spec, n_ctx=512, n_batch=512, n_ubatch=32) as context:
+    with model.context(spec, n_ctx=512, n_batch=512, n_ubatch=32, **settings) as context:
         assert context.can_shift()
         for _ in range(3):
             text = random_tokens(440 - n_past, seed=n_tokens)
@@ -41,7 +57,7 @@ def test_context_shift(subject, measured, layers, n_keep, n_discard):
                 worst, difference(context.decode_one_by_one(more, n_past), conversation.decode(more, range(n_past, n_past + 20)))
             )
             n_past += 20
-    measured("llama", "context shift", worst, EXACT, layers=list(layers), n_keep=n_keep, n_discard=n_discard)
+    return worst
 
 
 @LAYERS

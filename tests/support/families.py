@@ -61,7 +61,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "LlamaConfig"),
-        Family("llama-mha", "LlamaConfig", {"num_key_value_heads": 4}),
+        Family("llama-mha", "LlamaConfig", {"num_key_value_heads": 4, "head_dim": 64}),
         Family("mistral", "MistralConfig", {"sliding_window": None}),
         Family("qwen2", "Qwen2Config"),
         Family("qwen3", "Qwen3Config", {"head_dim": 64}),
