@@ -15,7 +15,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 LOG    := build/install.log
 # What decides what is compiled. Our Python files aren't among them: the package is installed editable, so they are used in place.
-INPUTS := CMakeLists.txt pyproject.toml $(wildcard cmake/*.* ggml-patch/*.* ggml-patch/src/*)
+INPUTS := CMakeLists.txt pyproject.toml $(wildcard cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)
 
 .PHONY: help demo test build worktree patch clean FORCE
 
@@ -36,7 +36,7 @@ $(STAMP): $(INPUTS) build/make-options.txt | $(PY)
 	$(PY) -m pip install -v --disable-pip-version-check -e '.[test]' '$(TORCH)' 2>&1 | tee $(LOG) \
 	    | grep --line-buffered -v -e 'Link requires a different Python' -e 'WARNING: Location' \
 	|| { echo; grep -h 'lt-gguf: error:' $(LOG) | tail -n 1 | sed 's:^ *::' | grep . \
-	     || echo "lt-gguf: error: $$(grep -h 'ERROR: ' $(LOG) | tail -n 1): check the network and pip's settings, then run make again"; \
+	     || echo "lt-gguf: error: $$(grep -h 'ERROR: ' $(LOG) | tail -n 1 | sed 's:.*ERROR. ::'): check the network and pip's settings, then run make again"; \
 	     exit 1; }
 	@touch $@
 

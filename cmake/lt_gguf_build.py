@@ -96,7 +96,7 @@ def _build(build, wheel_directory: str, config_settings: Mapping[str, Any] | Non
             raise BuildError(f"ggml-patch/UPSTREAM.toml pins {pin.version}, BINDING_VERSION in lt_gguf/runtime/library.py another: make them equal")
         upstream.sync(BUILD_DIR / "llama.cpp", pin)
         _drop_stale_configuration()
-        if not any(BUILD_DIR.glob("*/bin/*llama*")):  # else most of it is there already
+        if not any(BUILD_DIR.glob("py3-*/bin/*llama*")):  # else most of it is there already
             upstream.need_space(BUILD_DIR, BUILD_BYTES)
         os.environ["CMAKE_ARGS"] = f"-DLT_UPSTREAM_COMMIT={pin.commit} {os.environ.get('CMAKE_ARGS', '')}"
         # ccache, where it is installed, then knows an object again that another checkout compiled.
@@ -131,7 +131,7 @@ def _drop_stale_configuration() -> None:
     now = "".join(f"{name}={os.environ.get(name, '')}\n" for name in CONFIGURATION)
     record = BUILD_DIR / "configuration.txt"
     if not record.exists() or record.read_text() != now:
-        for cache in BUILD_DIR.glob("*/CMakeCache.txt"):
+        for cache in BUILD_DIR.glob("py3-*/CMakeCache.txt"):
             cache.unlink()
             shutil.rmtree(cache.parent / "CMakeFiles", ignore_errors=True)
         record.write_text(now)

@@ -196,7 +196,7 @@ def sync(tree: Path, pin: Pin) -> None:
         say(f"unpacking llama.cpp {pin.commit} into {tree}")
         need_space(tree, UNPACKED_BYTES)
         with disk_errors(tree):
-            _unpack_all(sdist, pin, tree)
+            unpack(sdist, pin, tree)
         state = {"sha256": pin.sha256, "hooks": "", "patched": {}, "sources": []}
 
     hooks, patched = _hooks(), state["patched"]
@@ -220,7 +220,7 @@ def worktree(directory: Path, pin: Pin) -> None:
     """A git tree to edit: the pristine source is its first commit, our patch and sources lie on top, uncommitted."""
     if directory.exists():
         raise BuildError(f"{directory} is there already: name a directory that isn't")
-    _unpack_all(fetch_sdist(pin), pin, directory, skip=())
+    unpack(fetch_sdist(pin), pin, directory, skip=())
     _git(directory, "init", "--quiet")
     _git(directory, "add", "--all", "--force")
     _git(directory, "-c", "user.name=upstream", "-c", "user.email=", "commit", "--quiet", "-m", f"llama.cpp {pin.commit}, pristine")
@@ -297,7 +297,7 @@ def _apply(tree: Path, patch: bytes, *options: str) -> None:
         raise BuildError(f"ggml-patch/hooks.patch does not apply to the pinned llama.cpp ({where[0].removeprefix('error: ')}): regenerate the patch, see ggml-patch/README.md")
 
 
-def _unpack_all(sdist: Path, pin: Pin, tree: Path, skip: tuple[str, ...] = NOT_COMPILED) -> None:
+def unpack(sdist: Path, pin: Pin, tree: Path, skip: tuple[str, ...] = NOT_COMPILED) -> None:
     """Replace `tree` by llama.cpp's part of the archive; an interrupted run leaves the old tree or none, never half of one."""
     fresh = tree.with_name(tree.name + ".unpacking")
     shutil.rmtree(fresh, ignore_errors=True)
