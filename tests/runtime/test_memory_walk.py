@@ -49,6 +49,7 @@ class MemoryWalk(RuleBasedStateMachine):
         self.saved_whole: list[tuple[bytes, list[list[Entry]]]] = []
         self.saved: list[tuple[bytes, list[Entry]]] = []
         self.saved_partial: list[tuple[bytes, list[Entry]]] = []
+        self.restored_partial = False
         self.n_tokens = 0
 
     def teardown(self):
@@ -123,7 +124,8 @@ class MemoryWalk(RuleBasedStateMachine):
     @rule(a=sequences, b=sequences, n=st.integers(1, 60))
     def decode_a_common_prompt(self, a, b, n):
         first, second = self.model.sequences[a], self.model.sequences[b]
-        if a != b and not first.entries and not second.entries and self.room(a) >= n:
+        fresh = not (first.entries or first.refused or second.entries or second.refused)
+        if a != b and fresh and self.room(a) >= n:
             tokens = self.tokens(n)
             conversation = Conversation(self.llama)
             expected = conversation.decode(tokens, range(n))
@@ -248,6 +250,8 @@ class MemoryWalk(RuleBasedStateMachine):
         """
         high = END if p1 < 0 else p1
         sequence = self.model.sequences[seq]
+        if self.restored_partial and self.model.shares_cells(seq, p0, high):
+            return
         moved = {id(entry): mapping(entry) for entry in sequence.entries if p0 <= entry.pos < high}
         conversations = [[moved.get(id(entry), entry) for entry in other.entries] for other in self.model.sequences]
         allowed = not sequence.refused and all(
@@ -310,6 +314,7 @@ class MemoryWalk(RuleBasedStateMachine):
         state, entries = pick(checkpoints, which)
         end = max(entry.pos for entry in entries) + 1
         assert self.context.restore_seq(state, seq, PARTIAL)
+        self.restored_partial = True
         self.held[seq] = self.context.positions(STREAMING, seq)
         assert set(self.held[seq]) <= {entry.pos for entry in entries}
         if self.model.must_hold(seq) - Counter(self.held[seq]):

@@ -17,14 +17,14 @@ from support.native import Model, log  # noqa: E402
 
 def load(path: str, decode: list[int] | None) -> dict:
     answer = {"error": None, "spec": None, "logits": None}
-    first_line = len(log.lines)
+    start = log.mark()
     try:
         with Model(path) as model, model.context(n_ctx=256) as context:
             answer["spec"] = model.streaming()
             if decode:
                 answer["logits"] = context.decode(decode)[-1].tolist()
     except ValueError:
-        answer["error"] = "\n".join(log.lines[first_line:])
+        answer["error"] = "\n".join(log.since(start))
     return answer
 
 

@@ -65,5 +65,11 @@ class MemoryModel:
         dropped = [now[p] for p in self.dropped(seq, held) if now[p] >= 0]
         return not remaining or not self.visible(dropped, max(remaining) + 1)
 
+    def shares_cells(self, seq: int, p0: int, p1: int) -> bool:
+        """Whether an entry of the sequence within [p0, p1) is in another sequence too."""
+        moved = {id(entry) for entry in self.sequences[seq].entries if p0 <= entry.pos < p1}
+        others = (other for other in self.sequences if other is not self.sequences[seq])
+        return any(id(entry) in moved for other in others for entry in other.entries)
+
     def cells(self) -> int:
         return len({id(entry) for sequence in self.sequences for entry in sequence.entries})

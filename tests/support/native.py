@@ -42,17 +42,29 @@ class DecodeError(RuntimeError):
 
 
 class Log:
-    """The library's log, kept in memory instead of on stderr."""
+    """The library's log, kept in memory; it still goes where it went before, for tests of just that."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self._n_forgotten = 0
+        self._before, self._before_data = C.llama_log_callback(), ctypes.c_void_p()
+        C.llama_log_get(ctypes.byref(self._before), ctypes.byref(self._before_data))
         self._callback = C.llama_log_callback(self._write)
         C.llama_log_set(self._callback, None)
 
     def _write(self, level: int, text: bytes, _user_data) -> None:
+        self._before(level, text, self._before_data)
         self.lines.append(text.decode(errors="replace").rstrip("\n"))
         if len(self.lines) > 4000:
             del self.lines[:2000]
+            self._n_forgotten += 2000
+
+    def mark(self) -> int:
+        """Where the log is now, for `since`."""
+        return self._n_forgotten + len(self.lines)
+
+    def since(self, mark: int) -> list[str]:
+        return self.lines[max(0, mark - self._n_forgotten) :]
 
 
 log = Log()
@@ -71,13 +83,13 @@ class Model:
 
     def __init__(self, path: Path | str, **params):
         self.path = Path(path)
-        first_line = len(log.lines)
+        start = log.mark()
         parameters = C.llama_model_default_params()
         for name, value in params.items():
             setattr(parameters, name, value)
         self.handle = C.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.handle:
-            raise ValueError(f"{self.path.name} was not loaded: {' | '.join(log.lines[first_line:][-4:])}")
+            raise ValueError(f"{self.path.name} was not loaded: {' | '.join(log.since(start)[-4:])}")
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.handle))
         self.n_layer = C.llama_model_n_layer(self.handle)
         self.n_swa = C.llama_model_n_swa(self.handle)
@@ -121,11 +133,11 @@ class Context:
         for name, value in settings.items():
             setattr(parameters, name, value)
         parameters.n_threads_batch = parameters.n_threads
-        first_line = len(log.lines)
+        start = log.mark()
         self.handle = C.llama_init_from_model(model.handle, parameters)
         if not self.handle:
-            raise ValueError(f"no context: {' | '.join(log.lines[first_line:][-4:])}")
-        self.log = log.lines[first_line:]
+            raise ValueError(f"no context: {' | '.join(log.since(start)[-4:])}")
+        self.log = log.since(start)
         self.n_batch = C.llama_n_batch(self.handle)
         self.memory = C.llama_get_memory(self.handle)
         self._batch = C.llama_batch_init(self.n_batch, 0, max(1, parameters.n_seq_max))

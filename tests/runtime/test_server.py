@@ -1,0 +1,92 @@
+"""llama-server on a hybrid model: an edited or regenerated conversation goes on from a checkpoint, and answers the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from support.oracle import Subject, random_tokens
+
+from lt_gguf.runtime.library import LibraryError, tool_path
+
+WINDOW, N_UBATCH = 40, 64
+# The streaming part has 256 cells: after an answer of 300 tokens it holds nothing of the prompt but the sinks.
+N_PROMPT, N_ANSWER = 600, 300
+PROMPT = random_tokens(N_PROMPT).tolist()
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    return Subject.build("llama", 4, tmp_path_factory.mktemp("server"))
+
+
+@contextlib.contextmanager
+def running(model: Path, streaming: str, log: Path) -> Iterator[str]:
+    """A server on a free port of this machine; its address."""
+    try:
+        tool = tool_path("llama-server")
+    except LibraryError as error:
+        pytest.skip(str(error))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [tool, "--model", model, "--host", "127.0.0.1", "--port", str(port), "--parallel", "1", "--threads", "1"]
+    command += ["--ctx-size", "2048", "--batch-size", "256", "--ubatch-size", str(N_UBATCH), "--cache-ram", "0"]
+    command += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-warmup", "--offline"]
+    with open(log, "w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"LT_STREAMING": streaming})
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            assert server.poll() is None, log.read_text()[-2000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
+                break
+            time.sleep(0.1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def complete(address: str, prompt: list[int], n: int, cached: bool = True) -> tuple[list[int], int]:
+    """The tokens of the answer, and how many of the prompt's were not processed again."""
+    options = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    body = json.dumps(options | {"cache_prompt": cached}).encode()
+    request = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer = json.load(response)
+    return answer["tokens"], answer["timings"]["cache_n"]
+
+
+@pytest.mark.parametrize("layers", ["1,3", "all"])
+def test_an_edited_conversation_goes_on_from_a_checkpoint(subject, tmp_path, layers):
+    edited = PROMPT[:598] + random_tokens(100, seed=1).tolist()
+    edited_early = PROMPT[:300] + random_tokens(200, seed=2).tolist()
+    streaming = f"layers={layers};sink=4;window={WINDOW}"
+    with running(subject.native.path, streaming, tmp_path / "server.log") as address:
+        first, _ = complete(address, PROMPT, N_ANSWER)
+        answers = {"edited": complete(address, edited, N_ANSWER)}
+        answers["edited early"] = complete(address, edited_early, 30)
+        complete(address, PROMPT, N_ANSWER)
+        answers["regenerated"] = complete(address, PROMPT, N_ANSWER)
+    with running(subject.native.path, streaming, tmp_path / "fresh.log") as address:
+        fresh = {
+            "edited": complete(address, edited, N_ANSWER, cached=False)[0],
+            "edited early": complete(address, edited_early, 30, cached=False)[0],
+            "regenerated": first,
+        }
+    log = (tmp_path / "server.log").read_text()
+    for name, (tokens, _) in answers.items():
+        assert tokens == fresh[name], f"{name}: another answer than a fresh server's\n{log[-3000:]}"
+    # the checkpoint four tokens before the prompt's end, less the one token that is always processed again
+    assert answers["edited"][1] >= N_PROMPT - 6, log[-3000:]
+    assert answers["regenerated"][1] >= N_PROMPT - 6, log[-3000:]
+    assert answers["edited early"][1] == 0  # nothing was kept of what comes before there
