@@ -1,10 +1,10 @@
-"""The build backend: scikit-build-core, with the pinned source made ready before it and a clear last line when it fails.
+"""The build backend: scikit-build-core, with the source made ready before it and a clear last line when it fails.
 
 pip calls these functions (PEP 517). Two things happen here that scikit-build-core has no place for:
 
-- before CMake runs, `ggml-patch/upstream.py` fetches, checks, unpacks and patches llama.cpp into `build/llama.cpp`;
-- the package's metadata names a wheel of llama-cpp-python's Python files, made from the same source and kept in the user
-  cache. If it named the version alone, pip would build that package from source and compile a second llama.cpp.
+- before CMake runs, `ggml-patch/upstream.py` fetches, unpacks and patches llama.cpp into `build/llama.cpp`;
+- the package's metadata names a wheel of llama-cpp-python's Python files, made from the same source and kept in the
+  user cache. If it named the version alone, pip would build that package and compile a second llama.cpp.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import upstream  # ggml-patch/ is on the backend's path, see pyproject.toml
+import pinned_source  # ggml-patch/ is on the backend's path, see pyproject.toml
+import upstream
+from pinned_source import BuildError, Pin
 from scikit_build_core import build as backend
-from upstream import BuildError, Pin
 
 get_requires_for_build_sdist = backend.get_requires_for_build_sdist
 get_requires_for_build_wheel = backend.get_requires_for_build_wheel
@@ -32,21 +33,32 @@ get_requires_for_build_editable = backend.get_requires_for_build_editable
 BUILD_DIR = Path("build")
 BUILD_BYTES = 100e6  # objects and libraries of a build for the CPU, the smallest
 # What CMake keeps in its cache from one run to the next, though the user may have changed it since.
-CONFIGURATION = ("CMAKE_ARGS", "CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR", "CMAKE_PREFIX_PATH")
+CONFIGURATION = "CMAKE_ARGS CMAKE_GENERATOR CMAKE_PREFIX_PATH CC CXX CUDACXX CFLAGS CXXFLAGS LDFLAGS".split()
 
 # The first pattern that a failed build's output has gives the last line, which says what to do.
 EXPLANATIONS = [
-    (r"No space left on device|Disk quota exceeded", "the disk of build/ or of the temporary directory is full; free some space and run it again"),
     (
-        r"CMAKE_C(XX)?_COMPILER (could be found|not set)|is not a full path to an existing compiler|is not able to compile a simple test program",
-        "there is no working C and C++ compiler: install gcc and g++ (Debian: apt install build-essential; macOS: xcode-select --install), or set CC and CXX to one",
+        r"No space left on device|Disk quota exceeded",
+        "the disk of build/ or of the temporary directory is full; free some space and run it again",
+    ),
+    (
+        r"CMAKE_C(XX)?_COMPILER (could be found|not set)|is not a full path to an existing compiler"
+        r"|is not able to compile a simple test program",
+        "there is no working C and C++ compiler: install gcc and g++ (Debian: apt install build-essential; "
+        "macOS: xcode-select --install), or set CC and CXX to one",
     ),
     (
         r"CUDA Toolkit not found|CMAKE_CUDA_COMPILER (could be found|not set)|Failed to find nvcc|CUDA::cublas",
         "GGML_CUDA=ON needs the CUDA toolkit with nvcc and cuBLAS: install it, or set CUDACXX to its nvcc",
     ),
-    (r"Could NOT find Vulkan|glslc.*not found", "GGML_VULKAN=ON needs Vulkan's headers, loader and glslc (Debian: apt install libvulkan-dev glslc)"),
-    (r"Killed signal terminated program|virtual memory exhausted|out of memory", "the compiler ran out of memory: run it again with CMAKE_BUILD_PARALLEL_LEVEL=1"),
+    (
+        r"Could NOT find Vulkan|glslc.*not found",
+        "GGML_VULKAN=ON needs Vulkan's headers, loader and glslc (Debian: apt install libvulkan-dev glslc)",
+    ),
+    (
+        r"Killed signal terminated program|virtual memory exhausted|out of memory",
+        "the compiler ran out of memory: run it again with CMAKE_BUILD_PARALLEL_LEVEL=1",
+    ),
 ]
 
 
@@ -59,16 +71,22 @@ def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: M
         return backend.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
-def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: Mapping[str, Any] | None = None
+) -> str:
     with _clear_errors():
         return backend.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
-def build_wheel(wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None) -> str:
+def build_wheel(
+    wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None
+) -> str:
     return _build(backend.build_wheel, wheel_directory, config_settings, metadata_directory)
 
 
-def build_editable(wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None) -> str:
+def build_editable(
+    wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None
+) -> str:
     return _build(backend.build_editable, wheel_directory, config_settings, metadata_directory)
 
 
@@ -84,20 +102,25 @@ class BindingRequirement:
         pin = Pin.load()
         if self.state == "sdist":  # goes to other machines, where a path of this one means nothing
             return {"dependencies": [pin.requirement]}
-        return {"dependencies": [f"{pin.package} @ {upstream.binding_wheel(pin).as_uri()}"]}
+        return {"dependencies": [f"{pin.package} @ {pinned_source.binding_wheel(pin).as_uri()}"]}
 
 
-def _build(build, wheel_directory: str, config_settings: Mapping[str, Any] | None, metadata_directory: str | None) -> str:
+def _build(
+    build, wheel_directory: str, config_settings: Mapping[str, Any] | None, metadata_directory: str | None
+) -> str:
     with _clear_errors():
         if sys.platform == "win32":
             raise BuildError("Windows isn't supported: build inside WSL 2")
         pin = Pin.load()
         if f'BINDING_VERSION = "{pin.version}"' not in Path("lt_gguf/runtime/library.py").read_text():
-            raise BuildError(f"ggml-patch/UPSTREAM.toml pins {pin.version}, BINDING_VERSION in lt_gguf/runtime/library.py another: make them equal")
+            raise BuildError(
+                f"ggml-patch/UPSTREAM.toml pins {pin.version}, lt_gguf/runtime/library.py names another: "
+                "make them equal"
+            )
         upstream.sync(BUILD_DIR / "llama.cpp", pin)
         _drop_stale_configuration()
         if not any(BUILD_DIR.glob("py3-*/bin/*llama*")):  # else most of it is there already
-            upstream.need_space(BUILD_DIR, BUILD_BYTES)
+            pinned_source.need_space(BUILD_DIR, BUILD_BYTES)
         os.environ["CMAKE_ARGS"] = f"-DLT_UPSTREAM_COMMIT={pin.commit} {os.environ.get('CMAKE_ARGS', '')}"
         # ccache, where it is installed, then knows an object again that another checkout compiled.
         os.environ.setdefault("CCACHE_BASEDIR", str(Path.cwd()))
@@ -141,7 +164,7 @@ def _check_room_to_install(wheel: Path) -> None:
     """pip unpacks the wheel after this, and would leave a part of it behind on a disk that is full."""
     with zipfile.ZipFile(wheel) as archive:
         size = sum(info.file_size for info in archive.infolist())
-    upstream.need_space(Path(sysconfig.get_path("platlib")), 1.1 * size)
+    pinned_source.need_space(Path(sysconfig.get_path("platlib")), 1.1 * size)
 
 
 @contextmanager
@@ -181,6 +204,8 @@ def _explain(output: list[str]) -> str:
     for pattern, what_to_do in EXPLANATIONS:
         if re.search(pattern, text):
             return what_to_do
-    if first := re.search(r"^.*\berror: .*$", text, re.MULTILINE) or re.search(r"CMake Error[^\n]*:\n\s*([^\n]+)", text):
+    if first := re.search(r"^.*\berror: .*$", text, re.MULTILINE) or re.search(
+        r"CMake Error[^\n]*:\n\s*([^\n]+)", text
+    ):
         return f"the build failed with: {first[first.lastindex or 0].strip()}"
     return "the build failed: its output is above"

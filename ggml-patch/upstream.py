@@ -1,18 +1,16 @@
-"""The pinned upstream source: fetch it, check it, and lay our patch over it.
+"""Lays our patch over the pinned upstream source.
 
     python ggml-patch/upstream.py sync [TREE]        the patched tree that the build compiles (default build/llama.cpp)
     python ggml-patch/upstream.py worktree DIR       a git tree to edit: pristine source committed, our changes on top
     python ggml-patch/upstream.py regenerate DIR     hooks.patch and src/ from such a tree
 
-The build (cmake/lt_gguf_build.py) imports this file; only the standard library, pip and git are needed.
+The build (cmake/lt_gguf_build.py) imports this file. Only the standard library, pip and git are needed.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -21,13 +19,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-PATCH_DIR = Path(__file__).resolve().parent
+from pinned_source import PATCH_DIR, BuildError, Pin, disk_errors, fetch_sdist, need_space, say
+
 HOOKS = PATCH_DIR / "hooks.patch"
 SOURCES = PATCH_DIR / "src"
 DEFAULT_TREE = PATCH_DIR.parent / "build" / "llama.cpp"
@@ -36,158 +32,12 @@ STATE = ".lt-gguf.json"  # in a synced tree: which upstream it is and what of it
 NOT_COMPILED = ("docs/", "media/", "models/", "benches/", ".github/", ".devops/")  # two thirds of the source's bytes
 
 UNPACKED_BYTES = 70e6  # what sync() writes into a fresh tree
-CACHED_BYTES = 80e6  # the source distribution and the binding's wheel
-UNPACKED_SDIST_BYTES = 260e6  # what pip unpacks of it in the temporary directory while it downloads
-
-
-class BuildError(Exception):
-    """What is wrong and what to do about it, in one line."""
-
-
-@dataclass(frozen=True)
-class Pin:
-    """`UPSTREAM.toml`."""
-
-    package: str
-    version: str
-    sdist: str
-    sha256: str
-    llama_cpp: str
-    commit: str
-
-    @classmethod
-    def load(cls) -> Pin:
-        return cls(**tomllib.loads((PATCH_DIR / "UPSTREAM.toml").read_text()))
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-
-# ---- the user cache ---------------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """`$LT_GGUF_CACHE`, else `$XDG_CACHE_HOME/lt-gguf`, else `~/.cache/lt-gguf`; made if it isn't there."""
-    if own := os.environ.get("LT_GGUF_CACHE"):
-        path = Path(own).expanduser()
-    else:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lt-gguf"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"cannot make the cache directory {path} ({error.strerror}): set LT_GGUF_CACHE to one that is writable") from error
-    return path.resolve()
-
-
-def need_space(directory: Path, size: float) -> None:
-    """Raises BuildError if `directory`'s disk has less than `size` bytes free."""
-    directory = directory.resolve()
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
-    if free < size:
-        raise BuildError(f"the disk of {directory} is full: {free / 1e6:.0f} MB free, {size / 1e6:.0f} MB needed; free some space and run it again")
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """A full disk in the block becomes a BuildError that names `where`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BuildError(f"the disk of {where} is full; free some space and run it again") from error
-        raise
-
-
-def fetch_sdist(pin: Pin) -> Path:
-    """The pinned source distribution, from the cache or through pip; its sha256 is checked either way."""
-    path = cache_dir() / pin.sdist
-    if path.exists():
-        found = _sha256(path)
-        if found == pin.sha256:
-            return path
-        path.unlink()
-        say(f"deleted {path}: its sha256 is {found}, UPSTREAM.toml wants {pin.sha256}")
-
-    say(f"fetching {pin.requirement} through pip; it is kept in {path.parent}")
-    need_space(path.parent, CACHED_BYTES)
-    need_space(Path(tempfile.gettempdir()), UNPACKED_SDIST_BYTES)
-    with disk_errors(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as scratch:
-        # pip checks the hash itself before it runs anything of what it downloaded. It then asks the source distribution for its
-        # metadata with scikit-build-core, which is at hand where it builds us too; an isolated environment would fetch it again.
-        isolation = ["--no-build-isolation"] if importlib.util.find_spec("scikit_build_core") else []
-        wanted = Path(scratch) / "requirements.txt"
-        wanted.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
-        output, ok = _pip("download", "--no-deps", *isolation, f"--no-binary={pin.package}", "--dest", scratch, "-r", str(wanted))
-        got = Path(scratch) / pin.sdist
-        if not ok or not got.exists():
-            raise _download_error(pin, path, output)
-        if (found := _sha256(got)) != pin.sha256:
-            raise BuildError(f"sha256 of {pin.sdist} is {found}, ggml-patch/UPSTREAM.toml wants {pin.sha256}: nothing was kept; correct the pin or the package index")
-        os.replace(got, path)
-    return path
-
-
-def _download_error(pin: Pin, path: Path, output: str) -> BuildError:
-    if "DO NOT MATCH THE HASHES" in output:
-        found = re.search(r"Got\s+([0-9a-f]{64})", output)
-        return BuildError(
-            f"sha256 of {pin.sdist} is {found[1] if found else 'another'}, ggml-patch/UPSTREAM.toml wants {pin.sha256}: nothing was kept; correct the pin or the package index"
-        )
-    if "No space left on device" in output:
-        return BuildError(f"the disk of {tempfile.gettempdir()} or of {path.parent} is full; free some space and run it again")
-    reason = next((line.removeprefix("ERROR: ") for line in reversed(output.splitlines()) if line.startswith("ERROR: ")), "")
-    return BuildError(
-        f"pip could not download {pin.requirement} ({reason or 'its output is above'}): check the network and pip's index settings, or put {pin.sdist} into {path.parent} and run it again"
-    )
-
-
-def binding_wheel(pin: Pin) -> Path:
-    """A wheel of the binding alone (llama-cpp-python's Python files), built from the pinned source and kept in the cache.
-
-    No compiler runs: the libraries are ours. pip would compile a second llama.cpp if it built the source distribution itself.
-    """
-    directory = cache_dir() / pin.sha256[:12]  # a wheel made from another source is never taken for this one
-    if wheels := list(directory.glob("*.whl")):
-        return wheels[0]
-    sdist = fetch_sdist(pin)
-    say(f"building the wheel of {pin.requirement} without its libraries")
-    with disk_errors(directory), tempfile.TemporaryDirectory(dir=cache_dir(), prefix="wheel-") as scratch:
-        need_space(Path(tempfile.gettempdir()), UNPACKED_SDIST_BYTES)
-        output, ok = _pip("wheel", "--no-cache-dir", "--no-deps", "--no-index", "--no-build-isolation", "-C", "wheel.cmake=false", "--wheel-dir", scratch, str(sdist))
-        wheels = list(Path(scratch).glob("*.whl"))
-        if not ok or not wheels:
-            raise BuildError(f"pip could not build the wheel of {pin.requirement}: its output is above")
-        directory.mkdir(exist_ok=True)
-        os.replace(wheels[0], directory / wheels[0].name)
-    return directory / wheels[0].name
-
-
-def _pip(*arguments: str) -> tuple[str, bool]:
-    """pip's output, which is also shown as it comes, and whether it succeeded."""
-    # CMAKE_ARGS and scikit-build-core's variables are meant for our build, not for the binding's metadata.
-    environment = {k: v for k, v in os.environ.items() if k != "CMAKE_ARGS" and not k.startswith("SKBUILD_")}
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
-        for line in process.stdout:
-            lines.append(line)
-            sys.stdout.write(f"  {line}")
-            sys.stdout.flush()
-    if any("No module named pip" in line for line in lines):
-        raise BuildError(f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip` and try again")
-    return "".join(lines), process.returncode == 0
-
-
-# ---- the patched tree -------------------------------------------------------------------------------------------------
 
 
 def sync(tree: Path, pin: Pin) -> None:
     """Make `tree` the pinned llama.cpp with our patch and sources.
 
-    A file whose content is already right is left alone, so a second build compiles only what changed. One that our patch
+    A file whose content is right is left alone, so a second build compiles only what changed. One that our patch
     touches and that was edited by hand is put right again.
     """
     sdist = fetch_sdist(pin)
@@ -202,7 +52,9 @@ def sync(tree: Path, pin: Pin) -> None:
     hooks, patched = _hooks(), state["patched"]
     sources = {_home(path.name): path.read_bytes() for path in _our_sources(SOURCES)}
     with disk_errors(tree):
-        if state["hooks"] != _digest(hooks) or any(_file_digest(tree / name) != digest for name, digest in patched.items()):
+        if state["hooks"] != _digest(hooks) or any(
+            _file_digest(tree / name) != digest for name, digest in patched.items()
+        ):
             say("applying ggml-patch/hooks.patch")
             files = _patched(sdist, pin, hooks, also=set(patched))
             for name, content in files.items():
@@ -223,22 +75,34 @@ def worktree(directory: Path, pin: Pin) -> None:
     unpack(fetch_sdist(pin), pin, directory, skip=())
     _git(directory, "init", "--quiet")
     _git(directory, "add", "--all", "--force")
-    _git(directory, "-c", "user.name=upstream", "-c", "user.email=", "commit", "--quiet", "-m", f"llama.cpp {pin.commit}, pristine")
+    _git(
+        directory,
+        "-c",
+        "user.name=upstream",
+        "-c",
+        "user.email=",
+        "commit",
+        "--quiet",
+        "-m",
+        f"llama.cpp {pin.commit}, pristine",
+    )
     for path in _our_sources(SOURCES):
         shutil.copyfile(path, directory / _home(path.name))
     try:
         _apply(directory, _hooks(), "--reject")
     except BuildError:  # expected after a bump of the pin: what applied is applied
         rejected = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.rej"))
-        raise BuildError(f"{directory} is there, but these hunks must be worked in by hand: {', '.join(rejected)}") from None
+        raise BuildError(
+            f"{directory} is there, but these hunks must be worked in by hand: {', '.join(rejected)}"
+        ) from None
 
 
 def regenerate(directory: Path, pin: Pin) -> None:
-    """Write hooks.patch and src/ from a tree that `worktree` made (or any git tree whose first commit is the pristine source)."""
+    """Write hooks.patch and src/ from a tree that `worktree` made, or any git tree whose first commit is pristine."""
     first = _git(directory, "rev-list", "--max-parents=0", "HEAD").split()[-1]
     # One line of context: enough to notice that upstream moved a call site, little enough that most bumps apply.
-    patch = _git(directory, "-c", "diff.noprefix=false", "-c", "core.quotepath=false", "diff", "--no-color", "--no-ext-diff", "--no-renames",
-                 "--unified=1", "--abbrev=9", "--diff-filter=M", "--src-prefix=a/", "--dst-prefix=b/", first, "--")  # fmt: skip
+    format_options = ["--no-color", "--no-ext-diff", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/", "--abbrev=9"]
+    patch = _git(directory, "diff", *format_options, "--unified=1", "--diff-filter=M", first, "--")
     if not patch:
         raise BuildError(f"{directory} has no changes against its first commit {first[:9]}")
     _patched(fetch_sdist(pin), pin, patch.encode(), set())  # it must apply to what the build unpacks
@@ -264,7 +128,9 @@ def _hooks() -> bytes:
     try:
         return HOOKS.read_bytes()
     except FileNotFoundError:
-        raise BuildError("ggml-patch/hooks.patch is missing: restore it from git (git checkout ggml-patch/hooks.patch)") from None
+        raise BuildError(
+            "ggml-patch/hooks.patch is missing: restore it from git (git checkout ggml-patch/hooks.patch)"
+        ) from None
 
 
 def _touched(patch: bytes) -> list[str]:
@@ -285,20 +151,25 @@ def _patched(sdist: Path, pin: Pin, patch: bytes, also: set[str]) -> dict[str, b
 
 
 def _apply(tree: Path, patch: bytes, *options: str) -> None:
-    # All or nothing; and without the repository around `tree`, whose rules about paths would make git skip files silently.
+    # All or nothing. git must not see a repository around `tree`: it would take paths from its root and skip all.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "LC_ALL": "C"}
     try:
         command = ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=nowarn", *options, "-"]
         done = subprocess.run(command, cwd=tree, input=patch, env=environment, capture_output=True)
     except FileNotFoundError:
-        raise BuildError("git is not installed, and the build applies its patch with it: install git and run it again") from None
+        raise BuildError(
+            "git is not installed, and the build applies its patch with it: install git and run it again"
+        ) from None
     if done.returncode:
         where = done.stderr.decode(errors="replace").strip().splitlines() or ["git apply failed"]
-        raise BuildError(f"ggml-patch/hooks.patch does not apply to the pinned llama.cpp ({where[0].removeprefix('error: ')}): regenerate the patch, see ggml-patch/README.md")
+        raise BuildError(
+            f"ggml-patch/hooks.patch does not apply to the pinned llama.cpp ({where[0].removeprefix('error: ')}): "
+            "regenerate the patch, see ggml-patch/README.md"
+        )
 
 
 def unpack(sdist: Path, pin: Pin, tree: Path, skip: tuple[str, ...] = NOT_COMPILED) -> None:
-    """Replace `tree` by llama.cpp's part of the archive; an interrupted run leaves the old tree or none, never half of one."""
+    """Replace `tree` by llama.cpp's part of the archive; interrupted, it leaves the old one or none, never a half."""
     fresh = tree.with_name(tree.name + ".unpacking")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -358,20 +229,11 @@ def _file_digest(path: Path) -> str:
     return _digest(path.read_bytes()) if path.exists() else ""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _git(directory: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"git {arguments[0]} failed in {directory}: {done.stderr.strip()}")
     return done.stdout
-
-
-def say(message: str) -> None:
-    print(f"lt-gguf: {message}", flush=True)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -382,7 +244,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     commands.add_parser("regenerate").add_argument("tree", type=Path)
     options = parser.parse_args(arguments)
     try:
-        {"sync": sync, "worktree": worktree, "regenerate": regenerate}[options.command](options.tree.resolve(), Pin.load())
+        {"sync": sync, "worktree": worktree, "regenerate": regenerate}[options.command](
+            options.tree.resolve(), Pin.load()
+        )
     except BuildError as error:
         sys.exit(f"lt-gguf: error: {error}")
 

@@ -1,7 +1,7 @@
 """Where the patched libraries and tools are, and llama-cpp-python on top of them.
 
 The build puts them into the installed package: `lib/` (shared libraries), `bin/` (llama.cpp's tools) and `upstream/`
-(its converter's Python files). A checkout has only the Python files of our own; imported from there, the package takes the
+(its converter's Python files). A checkout has only our own Python files; imported from there, the package takes the
 rest from the installed distribution, so edits to Python need no new build.
 """
 
@@ -52,8 +52,8 @@ def upstream_dir() -> Path:
 def use_our_libraries() -> None:
     """Make `import llama_cpp`, here or anywhere later in the process, load our libraries.
 
-    Raises LibraryError if it was imported with others before, or if its version doesn't fit. Where libraries or binding are
-    missing it does nothing: describing a file needs neither, and `load_llama_cpp` reports it when they are needed.
+    Raises LibraryError if it was imported with others before, or if its version doesn't fit. Where libraries or binding
+    are missing it does nothing: describing a file needs neither, and `load_llama_cpp` reports it when it does.
     """
     try:
         directory = library_dir()
@@ -65,13 +65,15 @@ def use_our_libraries() -> None:
         _check_libraries(binding, directory)
     version = _binding_version()
     if version not in (None, BINDING_VERSION):
-        raise LibraryError(f"{BINDING} {version} is installed, but the libraries of lt-gguf need {BINDING_VERSION}: {_how_to_install()}")
+        raise LibraryError(
+            f"{BINDING} {version} is installed, but lt-gguf's libraries need {BINDING_VERSION}: {_how_to_install()}"
+        )
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(directory)
 
 
 @cache
 def load_llama_cpp() -> ModuleType:
-    """The `llama_cpp` package, running on our libraries. Raises LibraryError that says what is missing or doesn't fit."""
+    """The `llama_cpp` package, running on our libraries. Raises LibraryError: what is missing or doesn't fit."""
     directory = library_dir()
     if _binding_version() is None:
         raise LibraryError(f"{BINDING} isn't installed: {_how_to_install()}")
@@ -79,7 +81,9 @@ def load_llama_cpp() -> ModuleType:
     binding = import_module("llama_cpp")
     _check_libraries(binding, directory)
     if not hasattr(binding.llama_cpp._lib, "lt_model_spec"):
-        raise LibraryError(f"{directory / LIBRARY} is a llama.cpp without lt-gguf's patch: unset {OVERRIDE}, or install lt-gguf again")
+        raise LibraryError(
+            f"{directory / LIBRARY} is a llama.cpp without lt-gguf's patch: unset {OVERRIDE}, or install lt-gguf again"
+        )
     return binding
 
 
@@ -92,7 +96,9 @@ def _package_part(name: str) -> Path:
     except metadata.PackageNotFoundError:
         installed = None
     if installed is None or not installed.is_dir():
-        raise LibraryError(f"lt-gguf's {name}/ is missing: it is compiled by `pip install .` in the checkout (or `make build`)")
+        raise LibraryError(
+            f"lt-gguf's {name}/ is missing: it is compiled by `pip install .` in the checkout (or `make build`)"
+        )
     return installed.resolve()
 
 
@@ -108,7 +114,10 @@ def _check_libraries(binding: ModuleType, directory: Path) -> None:
     if loaded is None:  # imported in part: its own error is on its way
         return
     if Path(loaded._name).resolve().parent != directory:
-        raise LibraryError(f"llama_cpp was imported with {loaded._name} before lt_gguf, which needs {directory / LIBRARY}: import lt_gguf first")
+        raise LibraryError(
+            f"llama_cpp was imported with {loaded._name} before lt_gguf, which needs {directory / LIBRARY}: "
+            "import lt_gguf first"
+        )
 
 
 def _how_to_install() -> str:
