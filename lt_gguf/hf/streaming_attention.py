@@ -55,6 +55,8 @@ def apply_streaming_attention(model: PreTrainedModel, spec: StreamingSpec, imple
             raise ValueError(f"layer {layer} is a {layer_types[layer]} layer: only full_attention layers can stream")
 
     model.set_attn_implementation(IMPLEMENTATIONS[implementation])
+    if config._attn_implementation != IMPLEMENTATIONS[implementation]:  # for some models transformers only warns
+        raise ValueError(f"{type(model).__name__} doesn't take its attention from transformers' AttentionInterface")
     setattr(config, SPEC_ATTRIBUTE, {"layers": list(spec.layers), "sink": spec.sink, "window": spec.window})
 
 
@@ -90,18 +92,16 @@ def visible(q: torch.Tensor, p: torch.Tensor, sink: int, window: int) -> torch.T
     return (p <= q) & ((p < sink) | (q - p < window))
 
 
-def streaming_mask(
-    batch_size: int, q_length: int, kv_length: int, config: PretrainedConfig, **mask_arguments
-) -> torch.Tensor:
+def streaming_mask(config: PretrainedConfig, **mask_arguments) -> torch.Tensor:
     """Mask function for transformers: bool (batch_size, 2, q_length, kv_length), True where a key is visible.
 
     Positions are read off the causal slot, because it alone knows how a batch is padded, packed or cached: a query's
     position in its own sequence is the number of keys that it sees causally, less one.
     """
     mask_arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    causal = sdpa_mask(batch_size, q_length, kv_length, **mask_arguments)
+    causal = sdpa_mask(**mask_arguments)
     q = causal.sum(dim=-1, keepdim=True) - 1
-    if q_length == kv_length:
+    if causal.shape[-2] == causal.shape[-1]:
         p = q.transpose(-1, -2)
     else:  # a cache: one sequence a row, and the last query sees all of it
         p = causal[:, :, -1:].cumsum(dim=-1) - 1

@@ -150,6 +150,14 @@ def test_a_layer_with_a_window_of_its_own_is_refused():
     assert torch.isfinite(logits(sliding, inputs, spec([0]))).all()
 
 
+def test_a_model_with_an_attention_of_its_own_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=N_LAYER, n_head=2))
+    with pytest.raises(ValueError, match="BloomForCausalLM.*AttentionInterface"):
+        apply_streaming_attention(bloom, spec([1]))
+
+
 def test_a_mask_made_by_the_caller_is_refused(llama):
     with pytest.raises(ValueError, match="transformers' mask functions did not build"):
         logits(llama, tokens(1, 8), spec([1]), attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
