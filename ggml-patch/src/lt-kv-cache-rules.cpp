@@ -67,6 +67,23 @@ void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const std::function<void
     }
 }
 
+bool lt_kv_cache::is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) const {
+    const auto cell_streaming = [&](llama_seq_id s) {
+        const auto & pos = pos_streaming(s);
+        const auto it = pos.lower_bound({ p, 0 });
+
+        return it != pos.end() && it->first == p ? (int64_t) it->second : -1;
+    };
+
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        if (kv_full->get_cells(seq_id).seq_has(i, s) && cell_streaming(s) != cell_streaming(seq_id)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const {
     if (refused[seq_id]) {
         return false;
@@ -77,6 +94,13 @@ bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(lla
     const auto map_cell = [&](llama_pos p, uint32_t i) {
         return cells.seq_has(i, seq_id) ? map(p) : p;
     };
+
+    // the cells of a part move for all sequences that share them, so both parts must be shared by the same ones
+    for (const auto & [p, i] : pos_full(seq_id)) {
+        if (cells.seq_count(i) > 1 && map(p) != p && !is_shared_alike(seq_id, p, i)) {
+            return false;
+        }
+    }
 
     bool res = true;
 

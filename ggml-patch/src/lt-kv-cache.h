@@ -127,6 +127,10 @@ private:
     // call visit(p, i) for each dropped position and its cell in the full part, ascending
     void for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const;
 
+    // the sequences that share cell i of the full part, at position p, also share one cell of the streaming part, or have none
+    // note: a partial state that is restored into a copied sequence gives it streaming cells of its own
+    bool is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) const;
+
     // true if dropped positions stay hidden when the position of each cell of the sequence changes from p to map(p)
     // negative: removed. note that other sequences can share these cells
     bool can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const;
