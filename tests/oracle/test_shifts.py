@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.native import STREAMING, DecodeError, log
+from support.native import FULL, PARTIAL, STREAMING, DecodeError, log
 from support.oracle import EXACT, RELATIVE, Subject, difference, random_tokens
 from support.reference import NumpyLlama
 
@@ -130,3 +130,23 @@ def test_self_extend_positions(subject):
         start = conversation.entries[-1].pos + 1
         computed = context.decode(text[30:], start)
         assert difference(computed, conversation.decode(text[30:], range(start, start + 90))) <= EXACT
+
+
+def test_a_shift_of_cells_that_the_parts_share_differently_is_refused(subject):
+    """A checkpoint restored into a copied sequence gives it streaming cells of its own; its full cells are still shared."""
+    model = subject("llama")
+    spec = model.spec(SINK, WINDOW, [1, 2])
+    text = random_tokens(120)
+    with model.context(spec, n_ctx=1024, n_ubatch=32, n_seq_max=2, kv_unified=True) as context:
+        context.decode(text[:100], seq=1)
+        checkpoint = context.save_seq(1, PARTIAL)
+        context.seq_cp(1, 0)
+        assert context.restore_seq(checkpoint, 0, PARTIAL)
+        assert context.seq_rm(0, 20, 30)
+        context.seq_add(0, 30, -1, -10)
+        with pytest.raises(DecodeError):
+            context.decode([5], 100, seq=0)
+        for part in (FULL, STREAMING):
+            assert context.positions(part, 1)[-WINDOW:] == list(range(100 - WINDOW, 100))
+        computed = context.decode(text[100:], 100, seq=1)
+    assert difference(computed, model.expected(text, spec)[100:]) <= EXACT
