@@ -158,6 +158,8 @@ class MemoryWalk(RuleBasedStateMachine):
             self.context.clear()
             for sequence in self.model.sequences:
                 sequence.end()
+        elif any(map(self.is_refused_and_empty, range(N_SEQ))):
+            return
         elif what == "the other sequences":
             self.context.seq_keep(seq)
             for other, sequence in enumerate(self.model.sequences):
@@ -172,11 +174,16 @@ class MemoryWalk(RuleBasedStateMachine):
                     self.keep_entries(sequence, lambda entry: entry.pos < p0)
 
     def remove(self, seq: int, p0: int, p1: int):
+        if self.is_refused_and_empty(seq):
+            p0 = p1 = -1  # what a refused copy left; only this is sure to make it usable again
         low, high = max(p0, 0), END if p1 < 0 else p1
         allowed = self.can_remove(seq, low, high)
         assert self.context.seq_rm(seq, p0, p1) == allowed
         if allowed:
             self.keep_entries(self.model.sequences[seq], lambda entry: not low <= entry.pos < high)
+
+    def is_refused_and_empty(self, seq: int) -> bool:
+        return self.model.sequences[seq].refused and not self.model.sequences[seq].entries
 
     def can_remove(self, seq: int, p0: int, p1: int) -> bool:
         sequence = self.model.sequences[seq]
@@ -250,14 +257,17 @@ class MemoryWalk(RuleBasedStateMachine):
         """
         high = END if p1 < 0 else p1
         sequence = self.model.sequences[seq]
-        if self.model.shares_cells(seq, p0, high) and (self.restored_partial or self.has_equal_positions()):
-            return  # refused where the parts may share their cells differently: test_shifts.py has that case
         moved = {id(entry): mapping(entry) for entry in sequence.entries if p0 <= entry.pos < high}
         conversations = [[moved.get(id(entry), entry) for entry in other.entries] for other in self.model.sequences]
         allowed = not sequence.refused and all(
             self.model.allows(other, self.held[other], conversation) for other, conversation in enumerate(conversations)
         )
+        ambiguous = self.restored_partial or self.has_equal_positions()
         operation(seq, p0, p1)
+        if allowed and ambiguous and self.model.shares_cells(seq, p0, high):
+            # refused, too, where the two parts share these cells differently, which positions alone don't say
+            after = sorted(entry.pos for entry in conversations[seq] if entry.pos >= 0)
+            allowed = self.context.positions(FULL, seq) == after
         if allowed:
             for other, conversation in zip(self.model.sequences, conversations):
                 other.entries = [entry for entry in conversation if entry.pos >= 0]
