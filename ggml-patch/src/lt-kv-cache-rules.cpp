@@ -144,7 +144,8 @@ bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const 
     const auto & f = pos_full(seq_id);
 
     if (f.empty()) {
-        return true;
+        // note: what a refused seq_cp() left empty stays refused until it is removed as a whole
+        return !refused[seq_id] || (p0 == 0 && p1 == LT_POS_END);
     }
 
     // note: llama-cpp-python removes all that follows before each token, which is nothing as a rule

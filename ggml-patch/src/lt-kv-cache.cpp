@@ -143,7 +143,7 @@ void lt_kv_cache::seq_keep(llama_seq_id seq_id) {
     kv_streaming->seq_keep(seq_id);
 
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
-        if (pos_full(s).empty() && pos_streaming(s).empty()) {
+        if (s != seq_id && pos_full(s).empty() && pos_streaming(s).empty()) {
             refused .reset(s);
             restored.reset(s);
         }
