@@ -13,13 +13,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "ggml-patch"))
 
-from upstream import NOT_COMPILED, BuildError, Pin, fetch_sdist  # noqa: E402
+from upstream import BuildError, Pin, fetch_sdist, unpack  # noqa: E402
 
 DEFAULT_DIRECTORY = ROOT / "build" / "stock"
 
@@ -30,7 +29,7 @@ def build_stock(directory: Path = DEFAULT_DIRECTORY) -> Path:
     pin = Pin.load()
     source = directory / f"llama.cpp-{pin.commit}"
     if not source.exists():
-        unpack(pin, source)
+        unpack(fetch_sdist(pin), pin, source)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool, path=environment["PATH"]):
@@ -43,21 +42,6 @@ def build_stock(directory: Path = DEFAULT_DIRECTORY) -> Path:
     run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", directory, *options], log, environment)
     run(["ninja", "-C", directory, "llama"], log, environment)
     return directory / "bin"
-
-
-def unpack(pin: Pin, target: Path) -> None:
-    """llama.cpp's part of the source distribution becomes `target`, whole or not at all."""
-    prefix = f"{pin.sdist.removesuffix('.tar.gz')}/{pin.llama_cpp}/"
-    unfinished = target.with_name(f"{target.name}.unpacking")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    with tarfile.open(fetch_sdist(pin)) as archive:
-        for member in archive:
-            name = member.name.removeprefix(prefix)
-            if member.isfile() and name != member.name and not name.startswith((".git", *NOT_COMPILED)):
-                member.name = name
-                archive.extract(member, unfinished, filter="data")
-    unfinished.rename(target)
 
 
 def run(command: list, log: Path, environment: dict[str, str]) -> None:

@@ -116,6 +116,22 @@ def test_rewinding(subject, measured, layers):
     assert n_refused >= 3 and n_done >= 5  # to the very start and into the sinks it can always be rewound
 
 
+@LAYERS
+def test_rewinding_to_the_edge_of_what_is_held(subject, layers):
+    """One token further than the first position that needs nothing dropped is one too far."""
+    model = subject("llama")
+    spec = model.spec(SINK, WINDOW, layers)
+    text, other = random_tokens(500), random_tokens(60, seed=1)
+    with model.context(spec, n_ctx=1024, n_batch=512, n_ubatch=32) as context:
+        context.decode(text)
+        edge = context.pos_min() - 1 + WINDOW  # its window begins just after the last dropped position
+        assert edge < 500 and not context.seq_rm(0, edge - 1, -1)
+        assert context.seq_rm(0, edge, -1)
+        computed = context.decode(other, edge)
+    expected = model.expected(np.concatenate([text[:edge], other]), spec)[edge:]
+    assert difference(computed, expected) <= EXACT
+
+
 def test_self_extend_positions(subject):
     """seq_div, as self-extend uses it: positions in groups of two, of which the window then sees twice as many."""
     model = subject("llama")

@@ -144,6 +144,10 @@ class MemoryWalk(RuleBasedStateMachine):
     def remove_the_end(self, seq, n):
         self.remove(seq, max(0, self.model.sequences[seq].next() - n), -1)
 
+    @rule(seq=sequences, by=st.integers(-2, 1))
+    def remove_up_to_the_edge_of_what_is_held(self, seq, by):
+        self.remove(seq, max(0, self.context.pos_min(seq) - 1 + WINDOW + by), -1)
+
     @rule(seq=sequences, first=fractions, n=lengths)
     def remove_a_range(self, seq, first, n):
         p0 = int(first * self.model.sequences[seq].next())
@@ -158,8 +162,6 @@ class MemoryWalk(RuleBasedStateMachine):
             self.context.clear()
             for sequence in self.model.sequences:
                 sequence.end()
-        elif any(map(self.is_refused_and_empty, range(N_SEQ))):
-            return
         elif what == "the other sequences":
             self.context.seq_keep(seq)
             for other, sequence in enumerate(self.model.sequences):
@@ -174,19 +176,16 @@ class MemoryWalk(RuleBasedStateMachine):
                     self.keep_entries(sequence, lambda entry: entry.pos < p0)
 
     def remove(self, seq: int, p0: int, p1: int):
-        if self.is_refused_and_empty(seq):
-            p0 = p1 = -1  # what a refused copy left; only this is sure to make it usable again
         low, high = max(p0, 0), END if p1 < 0 else p1
         allowed = self.can_remove(seq, low, high)
         assert self.context.seq_rm(seq, p0, p1) == allowed
         if allowed:
             self.keep_entries(self.model.sequences[seq], lambda entry: not low <= entry.pos < high)
 
-    def is_refused_and_empty(self, seq: int) -> bool:
-        return self.model.sequences[seq].refused and not self.model.sequences[seq].entries
-
     def can_remove(self, seq: int, p0: int, p1: int) -> bool:
         sequence = self.model.sequences[seq]
+        if sequence.refused and not sequence.entries:  # what a refused copy left: only removing all makes it usable
+            return p0 <= 0 and p1 == END
         if all(p0 <= entry.pos < p1 for entry in sequence.entries):
             return True
         after = [entry.at(-1) if p0 <= entry.pos < p1 else entry for entry in sequence.entries]
