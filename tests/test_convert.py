@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import gguf
+import psutil
 import pytest
 from tiny_checkpoint import N_LAYER, write_checkpoint
 
@@ -196,28 +198,31 @@ def test_what_upstream_raises_becomes_one_line(error, line):
 # --------------------------------------------------------------------------------------- interruptions
 
 
-def start(checkpoint: Path, outfile: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A conversion that has begun, and its hidden folder."""
+def start(checkpoint: Path, outfile: Path) -> tuple[subprocess.Popen[str], psutil.Process, Path]:
+    """A conversion that has begun, its converter, held so that it can't finish, and its hidden folder."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(checkpoint), "--outfile", str(outfile), "--streaming-fraction", "0.5"],
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (hidden := list(outfile.parent.glob(".converting-*"))):
+    while not (workers := psutil.Process(process.pid).children()):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(1)  # the converter itself is on its way, too
-    return process, hidden[0]
+        time.sleep(0.005)
+    time.sleep(0.1)  # it is being set up: importing upstream's converter takes longer
+    workers[0].suspend()
+    (hidden,) = outfile.parent.glob(".converting-*")
+    return process, workers[0], hidden
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_an_interrupted_conversion_leaves_nothing(llama, tmp_path, how):
-    process, hidden = start(llama, tmp_path / "a.gguf")
+    process, worker, hidden = start(llama, tmp_path / "a.gguf")
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert "Traceback" not in errors
+    assert process.wait(timeout=60) == (130 if how == signal.SIGINT else -how)
+    with contextlib.suppress(psutil.NoSuchProcess):  # on Ctrl-C it has been ended
+        worker.resume()
+    assert "Traceback" not in process.stderr.read()
     deadline = time.monotonic() + 30
     while hidden.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
