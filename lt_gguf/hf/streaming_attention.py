@@ -2,7 +2,8 @@
 
 In a streaming layer the key at position p is visible to the query at position q iff
 `p <= q and (p < sink or q - p < window)` (LightTransfer, arXiv 2410.13846, section 3); the other layers stay as they
-are. The model's code and weights are not touched: transformers builds one attention mask a forward pass and hands it
+are. With `prefill = full` this holds for decoded tokens, and a prompt's tokens see all of their prompt, the sinks and
+the last `window` positions before it: which tokens are prompts is then given. The model's code and weights are not touched: transformers builds one attention mask a forward pass and hands it
 to every layer, so the mask registered here has two slots, `causal` and `streaming`, and the attention function
 registered here gives each layer the slot that is its own.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Iterator, Sequence
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,21 +33,32 @@ IMPLEMENTATIONS = {"sdpa": "streaming_sdpa", "eager": "streaming_eager"}
 SPEC_ATTRIBUTE = "streaming_attention"  # on the model's config; a plain dict, so that the config still saves as JSON
 
 
-def apply_streaming_attention(model: PreTrainedModel, spec: StreamingSpec, implementation: str = "sdpa") -> None:
+Prompts = Sequence[tuple[int, int]]  # half-open ranges of positions, ascending
+
+
+def apply_streaming_attention(
+    model: PreTrainedModel, spec: StreamingSpec, implementation: str = "sdpa", prompts: Prompts | None = None
+) -> None:
     """Makes the layers that `spec` flags attend to sinks and window only, from the next forward pass on.
 
-    `implementation` is the attention that runs below the mask: "sdpa" or "eager" (the model's own). It holds for
-    training, for prompts of any split and for decoding with a cache; padded and packed batches count positions within
-    each sequence.
+    `implementation` is the attention that runs below the mask: "sdpa" or "eager" (the model's own). `prompts` says which
+    positions [begin, end) of every sequence are prompts, where the spec's prefill is "full"; an open one may end after
+    the sequence. It holds for training, for prompts of any split and for decoding with a cache; padded and packed
+    batches count positions within each sequence.
 
-    Raises ValueError if the spec doesn't fit the model, if its prefill mode is not "stream", or if the model can't
-    take another attention implementation.
+    Raises ValueError if the spec doesn't fit the model, if prompts are missing, malformed or don't fit its prefill
+    mode, or if the model can't take another attention implementation.
     """
     config = model.config.get_text_config(decoder=True)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
-    if spec.prefill != "stream":
-        raise ValueError(f"prefill {spec.prefill!r} has no mask: in transformers every token streams, use 'stream'")
+    if spec.prefill == "full" and prompts is None:
+        raise ValueError("prefill 'full' needs the prompts: say which positions they are, or use prefill 'stream'")
+    if spec.prefill == "stream" and prompts is not None:
+        raise ValueError("prefill 'stream' takes no prompts: every token streams, leave them out or use prefill 'full'")
+    ends = [end for prompt in prompts or () for end in prompt]
+    if ends != sorted(ends) or any(begin < 0 or begin == end for begin, end in prompts or ()):
+        raise ValueError(f"prompts {list(prompts)}: must be ascending (begin, end) with 0 <= begin < end that don't overlap")
     if spec.n_layer != config.num_hidden_layers:
         raise ValueError(f"the spec is for {spec.n_layer} layers, the model has {config.num_hidden_layers}")
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * spec.n_layer
@@ -57,7 +69,8 @@ def apply_streaming_attention(model: PreTrainedModel, spec: StreamingSpec, imple
     model.set_attn_implementation(IMPLEMENTATIONS[implementation])
     if config._attn_implementation != IMPLEMENTATIONS[implementation]:  # for some models transformers only warns
         raise ValueError(f"{type(model).__name__} doesn't take its attention from transformers' AttentionInterface")
-    setattr(config, SPEC_ATTRIBUTE, {"layers": list(spec.layers), "sink": spec.sink, "window": spec.window})
+    rule = {"sink": spec.sink, "window": spec.window, "prompts": [list(prompt) for prompt in prompts or ()]}
+    setattr(config, SPEC_ATTRIBUTE, {"layers": list(spec.layers), "rule": rule})
 
 
 def remove_streaming_attention(model: PreTrainedModel, implementation: str = "sdpa") -> None:
@@ -70,7 +83,7 @@ def remove_streaming_attention(model: PreTrainedModel, implementation: str = "sd
 
 @contextmanager
 def streaming_attention(
-    model: PreTrainedModel, spec: StreamingSpec | None, implementation: str = "sdpa"
+    model: PreTrainedModel, spec: StreamingSpec | None, implementation: str = "sdpa", prompts: Prompts | None = None
 ) -> Iterator[PreTrainedModel]:
     """`model` with `spec` applied (None: with full attention) inside a with block; as it was before, after it."""
     config = model.config.get_text_config(decoder=True)
@@ -79,7 +92,7 @@ def streaming_attention(
         if spec is None:
             remove_streaming_attention(model, implementation)
         else:
-            apply_streaming_attention(model, spec, implementation)
+            apply_streaming_attention(model, spec, implementation, prompts)
         yield model
     finally:
         remove_streaming_attention(model, before[0])
@@ -87,9 +100,12 @@ def streaming_attention(
             setattr(config, SPEC_ATTRIBUTE, before[1])
 
 
-def visible(q: torch.Tensor, p: torch.Tensor, sink: int, window: int) -> torch.Tensor:
+def visible(q: torch.Tensor, p: torch.Tensor, sink: int, window: int, prompts: Prompts = ()) -> torch.Tensor:
     """Whether the keys at positions `p` are visible to the queries at `q` in a streaming layer, elementwise."""
-    return (p <= q) & ((p < sink) | (q - p < window))
+    first = q - window + 1  # of the window
+    for begin, end in prompts:
+        first = torch.where((q >= begin) & (q < end), begin - window, first)
+    return (p <= q) & ((p < sink) | (p >= first))
 
 
 def streaming_mask(config: PretrainedConfig, **mask_arguments) -> torch.Tensor:
@@ -106,7 +122,7 @@ def streaming_mask(config: PretrainedConfig, **mask_arguments) -> torch.Tensor:
     else:  # a cache: one sequence a row, and the last query sees all of it
         p = causal[:, :, -1:].cumsum(dim=-1) - 1
     spec = getattr(config, SPEC_ATTRIBUTE)
-    return torch.cat([causal, causal & visible(q, p, spec["sink"], spec["window"])], dim=1)
+    return torch.cat([causal, causal & visible(q, p, **spec["rule"])], dim=1)
 
 
 def _slot(module: torch.nn.Module, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_removing_it_restores_the_model_and_its_config(llama):
     "streaming, implementation, words",
     [
         (StreamingSpec(layers=(1,), n_layer=5, sink=4, window=8), "sdpa", "5 layers.*has 4"),
-        (StreamingSpec(layers=(1,), n_layer=4, sink=4, window=8, prefill="full"), "sdpa", "prefill 'full'"),
+        (StreamingSpec(layers=(1,), n_layer=4, sink=4, window=8, prefill="full"), "sdpa", "'full' needs the prompts"),
         (StreamingSpec(layers=(1,), n_layer=4, sink=4, window=8), "flash", "'flash' is unknown.*sdpa, eager"),
     ],
 )

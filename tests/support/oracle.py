@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lt_gguf.hf.streaming_attention import streaming_attention
+from lt_gguf.hf.streaming_attention import Prompts, streaming_attention
 from lt_gguf.spec import StreamingSpec
 from support.checkpoints import save_gguf
 from support.families import FAMILIES, N_VOCAB
@@ -35,20 +35,24 @@ class Subject:
     def n_layer(self) -> int:
         return self.native.n_layer
 
-    def spec(self, sink: int, window: int, layers=None, seed: int = 0) -> StreamingSpec:
+    def spec(self, sink: int, window: int, layers=None, seed: int = 0, prefill: str = "stream") -> StreamingSpec:
         """A spec with `layers`, or with random ones: at least one streams and at least one doesn't."""
         if layers is None:
             random = np.random.default_rng([seed, sink, window])
             n = random.integers(1, self.n_layer)
             layers = random.choice(self.n_layer, n, replace=False).tolist()
-        return StreamingSpec(layers=tuple(sorted(layers)), n_layer=self.n_layer, sink=sink, window=window)
+        return StreamingSpec(tuple(sorted(layers)), self.n_layer, sink, window, prefill)
 
-    def expected(self, tokens: np.ndarray, spec: StreamingSpec | None) -> np.ndarray:
-        """transformers' logits in float32, (len(tokens), n_vocab)."""
-        with torch.no_grad(), streaming_attention(self.hf, spec):
-            return self.hf(torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    def expected(
+        self, tokens: np.ndarray, spec: StreamingSpec | None, prompts: Prompts | None = None
+    ) -> np.ndarray:
+        """transformers' logits in float32, (len(tokens), n_vocab). `prompts`: which tokens are prompts, for `prefill = full`."""
+        if spec is None:
+            prompts = None
+        with torch.no_grad(), streaming_attention(self.hf, spec, prompts=prompts):
+            return self.hf(torch.from_numpy(np.asarray(tokens))[None], use_cache=False).logits[0].numpy()
 
-    def context(self, spec: StreamingSpec | None, **settings):
+    def context(self, spec: StreamingSpec | str | None, **settings):
         self.native.set_streaming("off" if spec is None else str(spec))
         try:
             return self.native.context(**settings)
