@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, NoReturn
 
-from lt_gguf.runtime.library import load_llama_cpp
+from lt_gguf.runtime.library import LibraryError, load_llama_cpp
 
 _llama_cpp = load_llama_cpp().llama_cpp
 _MODEL = _llama_cpp.llama_model_p_ctypes
@@ -21,17 +21,28 @@ _ERROR_SIZE = 1024  # a line; longer ones are cut
 
 
 class KVPart(IntEnum):
-    """A part of the KV cache: the layers with full attention, or the streaming ones."""
+    """A part of the KV cache: the layers with full attention, the streaming ones, and what the latter need besides while
+    a long prompt is read with full attention."""
 
     FULL = 0
     STREAMING = 1
+    PROMPT = 2
 
 
 def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    function = getattr(_llama_cpp._lib, name)
+    function = getattr(_llama_cpp._lib, name, None)
+    if function is None:
+        return _missing(name)
     function.restype = result
     function.argtypes = arguments
     return function
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def raise_error(*_: Any) -> NoReturn:
+        raise LibraryError(f"{_llama_cpp._lib._name} is an older lt-gguf without {name}: install lt-gguf again")
+
+    return raise_error
 
 
 _lt_model_spec = _bind("lt_model_spec", ctypes.c_int32, _MODEL, _TEXT, ctypes.c_size_t)
@@ -47,6 +58,14 @@ _lt_seq_positions = _bind(
     _llama_cpp.llama_seq_id,
     ctypes.POINTER(_llama_cpp.llama_pos),
     ctypes.c_int32,
+)
+_lt_prompt_begin = _bind(
+    "lt_prompt_begin", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32, _TEXT, ctypes.c_size_t
+)
+_lt_set_prompt_limit = _bind("lt_set_prompt_limit", None, _CONTEXT, ctypes.c_size_t)
+_lt_seq_in_prompt = _bind("lt_seq_in_prompt", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id)
+_lt_lazy_ratios = _bind(
+    "lt_lazy_ratios", ctypes.c_int32, _CONTEXT, ctypes.POINTER(ctypes.c_float), ctypes.c_int32
 )
 
 
@@ -89,6 +108,37 @@ def seq_positions(context: int, part: KVPart, seq_id: int) -> list[int] | None:
     positions = (_llama_cpp.llama_pos * n)()
     n = min(n, _lt_seq_positions(context, part, seq_id, positions, n))
     return positions[:n]
+
+
+def prompt_begin(context: int, seq_id: int, n_tokens: int) -> None:
+    """Declares that the next `n_tokens` tokens of a sequence are one prompt, whatever logits they ask for.
+
+    Raises:
+        ValueError: it doesn't fit the prompt limit or the context; nothing has changed.
+    """
+    error = ctypes.create_string_buffer(_ERROR_SIZE)
+    if not _lt_prompt_begin(context, seq_id, n_tokens, error, _ERROR_SIZE):
+        raise ValueError(error.value.decode(errors="replace"))
+
+
+def set_prompt_limit(context: int, n_bytes: int) -> None:
+    """Sets the most bytes that `KVPart.PROMPT` may take; 0: no limit."""
+    _lt_set_prompt_limit(context, n_bytes)
+
+
+def seq_in_prompt(context: int, seq_id: int) -> bool:
+    """True while a prompt of the sequence is being read."""
+    return _lt_seq_in_prompt(context, seq_id)
+
+
+def lazy_ratios(context: int) -> list[float] | None:
+    """The lazy ratio of each layer, measured at the end of the context's first prompt; `None` before, or if its spec
+    doesn't ask for it."""
+    n = _lt_lazy_ratios(context, None, 0)
+    if n <= 0:
+        return None
+    ratios = (ctypes.c_float * n)()
+    return ratios[: min(n, _lt_lazy_ratios(context, ratios, n))]
 
 
 def _text(function: Callable[..., int], handle: int) -> str:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lt_gguf.runtime import api
-from lt_gguf.runtime.library import load_llama_cpp
+import numpy as np
+
+from lt_gguf.runtime import api, lazy_ratios
 from lt_gguf.runtime.log import captured_errors
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.runtime.rewinding import RewindingLlama
+from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
+from lt_gguf.spec import (
+    DEFAULT_SINK,
+    DEFAULT_W_LAST,
+    DEFAULT_WINDOW,
+    AutoSpec,
+    StreamingSpec,
+    check_size,
+    runtime_text,
+)
 
-_binding = load_llama_cpp()
 
-
-class Llama(_binding.Llama):
+class Llama(RewindingLlama):
     """A `llama_cpp.Llama` whose flagged layers keep only sinks and a window in their KV cache.
 
     Args:
         model_path: path of the GGUF file.
         streaming: which layers stream. `None`: what the file and the environment variable LT_STREAMING say; `"off"`:
-            none; a `StreamingSpec`, or its text, in which keys that are left out come from the file.
+            none; a `StreamingSpec`, or its text, in which keys that are left out come from the file; an `AutoSpec` or
+            its text, `"auto:0.5"`: that share of the layers, chosen for the first prompt of each conversation.
+        prompt_limit: most bytes that streaming layers may take besides their cache while a long prompt is read with
+            full attention (`prefill = full`); 0: no limit; `None`: what the environment variable LT_PROMPT_LIMIT says.
+        snapshot_limit: most bytes of snapshots, with which a conversation goes back to an earlier prompt without
+            reading it again; the oldest go first. 0: none is kept.
         kwargs: as for `llama_cpp.Llama`. `swa_full` has no effect on streaming layers.
 
     Raises:
@@ -28,20 +41,28 @@ class Llama(_binding.Llama):
     """
 
     def __init__(
-        self, model_path: str, *, streaming: StreamingSpec | str | None = None, verbose: bool = True, **kwargs: Any
+        self,
+        model_path: str,
+        *,
+        streaming: StreamingSpec | AutoSpec | str | None = None,
+        prompt_limit: int | None = None,
+        snapshot_limit: int = DEFAULT_LIMIT,
+        verbose: bool = True,
+        **kwargs: Any,
     ) -> None:
         self._streaming_argument = streaming
-        self._streaming: StreamingSpec | None = None
+        self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
+        check_size("snapshot_limit", snapshot_limit)
         with captured_errors(forward=verbose) as log:
             try:
-                super().__init__(model_path, verbose=verbose, **kwargs)
+                super().__init__(model_path, snapshot_limit=snapshot_limit, verbose=verbose, **kwargs)
             except ValueError as error:
                 self.close()
                 if not log.reason:
                     raise
                 raise ValueError(f"{model_path}: {log.reason}") from error
-        text = api.context_spec(self.ctx)
-        self._streaming = None if text == "off" else StreamingSpec.parse(text, self._n_layer())
+        if self._prompt_limit is not None:
+            api.set_prompt_limit(self.ctx, self._prompt_limit)
 
     # note: llama_cpp.Llama.__init__ sets this attribute when the model is loaded and makes the context afterwards: the
     # only moment at which the spec can be overridden
@@ -55,39 +76,49 @@ class Llama(_binding.Llama):
         spec = self._streaming_argument
         if spec is None:
             return
-        if not isinstance(spec, (str, StreamingSpec)):
-            raise ValueError(f'streaming = {spec!r}: must be a StreamingSpec, a string, "off" or None')
+        if not isinstance(spec, (str, StreamingSpec, AutoSpec)):
+            raise ValueError(f'streaming = {spec!r}: must be a StreamingSpec, an AutoSpec, a string, "off" or None')
         if isinstance(spec, StreamingSpec) and spec.n_layer != self._n_layer():
             raise ValueError(f"streaming: is for a model of {spec.n_layer} layers, must be for {self._n_layer()}")
-        try:
-            api.set_model_spec(model.model, str(spec))
-        except ValueError as error:
-            raise ValueError(f"streaming: {error}") from None
-
-    @property
-    def streaming(self) -> StreamingSpec | None:
-        """Which layers stream in this context, `None` if none does."""
-        return self._streaming
+        self._set_model_spec(spec)
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes allocated for K and V: in the `full` layers, in the `streaming` ones, in `total`."""
-        full = api.kv_bytes(self.ctx, api.KVPart.FULL)
-        streaming = api.kv_bytes(self.ctx, api.KVPart.STREAMING)
-        return {"full": full, "streaming": streaming, "total": full + streaming}
+        """Bytes allocated for K and V: in the `full` layers, in the `streaming` ones, what these take besides while a long
+        `prompt` is read with full attention, in `total`."""
+        parts = {part.name.lower(): api.kv_bytes(self.ctx, part) for part in api.KVPart}
+        return parts | {"total": sum(parts.values())}
 
-    def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluates tokens that follow the first `n_tokens` of the context.
+    def lazy_ratios(
+        self, tokens: Sequence[int], sink: int = DEFAULT_SINK, window: int = DEFAULT_WINDOW, w_last: int = DEFAULT_W_LAST
+    ) -> np.ndarray:
+        """The lazy ratio of each layer for a prompt: of the attention of its last `w_last` tokens, the share that goes to
+        the first `sink` and the last `window` of its tokens (arXiv 2410.13846, section 3).
 
-        If the context holds others after those, they are removed. Where a streaming layer has dropped keys that what
-        remains needs, all of it is processed again: upstream would go on with the wrong ones.
+        The prompt is read with full attention in a second context on the same model, which is freed afterwards; this
+        one isn't touched.
+
+        Returns:
+            float32 (n_layer,), from 0 to 1; the layers with the highest ratios are the lazy ones.
+
+        Raises:
+            ValueError: the prompt is longer than the model's context, or too short to tell layers apart.
         """
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            kept = self.input_ids[: self.n_tokens].tolist()
-            if self.verbose:
-                print(f"Llama.eval: can't go back to position {len(kept)}, processing it all again", file=sys.stderr)
-            self._forget()
-            super().eval(kept)
-        super().eval(tokens)
+        spec = AutoSpec(0.0, sink, window, w_last)
+        n_max = max(self._model.n_ctx_train(), self._n_ctx)
+        if len(tokens) > n_max:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, must have at most the model's context of {n_max}")
+        if len(tokens) <= sink + window:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, all of them within sink + window = {sink + window}, so that every "
+                "lazy ratio is 1: must have more, or give a smaller window"
+            )
+        self._set_model_spec(spec)
+        try:
+            return lazy_ratios.measure(
+                self._model.model, self.context_params, tokens, spec, self._lora_adapter, self.lora_scale, self.verbose
+            )
+        finally:
+            self._set_model_spec(self._streaming_argument)
 
     def load_state(self, state: Any) -> None:
         """Restores what `save_state` returned.
@@ -104,14 +135,14 @@ class Llama(_binding.Llama):
                 raise RuntimeError(f"the state doesn't fit this context: {reason}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"streaming": self._streaming_argument}
+        return super().__getstate__() | {
+            "streaming": self._streaming_argument,
+            "prompt_limit": self._prompt_limit,
+            "snapshot_limit": self._snapshots.limit,
+        }
 
-    def _forget(self) -> None:
-        self._ctx.kv_cache_clear()
-        self.n_tokens = 0
-        self._requires_eval = True
-
-    def _n_layer(self) -> int:
-        model = self._model.model
-        native = _binding.llama_cpp
-        return native.llama_model_n_layer(model) + native.llama_model_n_layer_nextn(model)
+    def _set_model_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
+        try:
+            api.set_model_spec(self._model.model, None if spec is None else runtime_text(spec))
+        except ValueError as error:
+            raise ValueError(f"streaming: {error}") from None

@@ -41,7 +41,7 @@ def test_the_files_spec(hybrid_file):
     assert llm.streaming == SPEC
     kv = llm.kv_bytes()
     expected = kv_memory(read_model(hybrid_file).kv_shape, SPEC, 1024, n_ubatch=8, flash_attn=False)
-    assert kv == {"full": expected.full, "streaming": expected.streaming, "total": expected.total}
+    assert kv == {"full": expected.full, "streaming": expected.streaming, "prompt": 0, "total": expected.total}
     assert 0 < kv["streaming"] < kv["full"]
 
 
@@ -93,9 +93,8 @@ def test_streaming_changes_what_a_long_prompt_gives_and_nothing_for_a_short_one(
     [
         ("layers=4", f'streaming: layers = "4": must be .* layers from 0 to {N_LAYER - 1}'),
         ("window=0", "streaming: window = 0"),
-        ("prefill=full", "prefill"),
         (StreamingSpec((1,), 99), f"streaming: is for a model of 99 layers, must be for {N_LAYER}"),
-        (3, "streaming = 3: must be a StreamingSpec, a string"),
+        (3, "streaming = 3: must be a StreamingSpec, an AutoSpec, a string"),
     ],
 )
 def test_bad_spec(hybrid_file, streaming, complaint):

@@ -1,0 +1,296 @@
+"""A `llama_cpp.Llama` that reads as little as possible again when it goes back, and is never wrong about what it holds.
+
+llama-cpp-python keeps the first `n_tokens` of `input_ids` in the context and cuts off what follows. Streaming layers can
+only be cut a little: beyond that a snapshot of them is restored, and what follows it is read again, prompts as prompts and
+decoded tokens as decoded ones. The answers are those of a fresh context that was fed the same way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import sys
+from collections.abc import Generator, Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from lt_gguf.runtime import api
+from lt_gguf.runtime.library import load_llama_cpp
+from lt_gguf.runtime.prompts import Piece, Prompts
+from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshots
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
+
+_binding = load_llama_cpp()
+_llama_cpp = _binding.llama_cpp
+_GENERATE = inspect.signature(_binding.Llama.generate)
+
+# Tokens that were decoded one by one are read again so many at once: each needs room for its logits.
+_DECODED_AT_ONCE = 32
+
+
+class _Role(Enum):
+    """What the tokens are that `generate` gives to `eval`."""
+
+    PROMPT = 1
+    DRAFT = 2  # of which a draft model guessed all but the first
+
+
+class RewindingLlama(_binding.Llama):
+    """`llama_cpp.Llama` with snapshots.
+
+    Args:
+        snapshot_limit: most bytes that the snapshots take together; the oldest go first. 0: none is kept.
+
+    Attributes:
+        n_evaluated: number of tokens that have been computed since the model was loaded, again or for the first time.
+    """
+
+    def __init__(self, model_path: str, *, snapshot_limit: int = DEFAULT_LIMIT, **kwargs: Any) -> None:
+        self.n_evaluated = 0
+        self._snapshots = Snapshots(snapshot_limit)
+        self._prompts = Prompts()
+        self._role: _Role | None = None
+        # Number of tokens after which the logits in llama.cpp's last row are, None if it has no row.
+        self._logits_at: int | None = None
+        # An operation that hasn't ended may have changed the memory from this position on.
+        self._broken_at: int | None = None
+        super().__init__(model_path, **kwargs)
+        spec, self._auto = self._running_spec()
+        self._reads_in_full = spec.prefill == "full" and (bool(spec.layers) or self._auto is not None)
+
+    @property
+    def streaming(self) -> StreamingSpec | None:
+        """Which layers stream in this context now, `None` if none does."""
+        spec, _ = self._running_spec()
+        return spec if spec.layers else None
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluates tokens that follow the first `n_tokens` of the context; others after those are removed.
+
+        More than one token is a prompt, whatever `n_batch` is. Logits are computed for its last token, or for all if
+        `logits_all` is set. Where streaming layers have dropped what the first `n_tokens` need, they go back to a
+        snapshot and read what follows it again.
+
+        If this ends with an exception, the context holds a part of the tokens (`n_tokens` says how many) or none.
+
+        Raises:
+            ValueError: a prompt doesn't fit the context or the prompt limit; none of the tokens has been read.
+            RuntimeError: llama_decode failed.
+        """
+        tokens = np.asarray(tokens, dtype=np.intc)
+        if not len(tokens):
+            return
+        n_kept = self.n_tokens
+        start = self._go_back(n_kept)
+        self._prompts.truncate(n_kept)
+        text = np.concatenate([self.input_ids[start:n_kept], tokens])
+        is_prompt = self._role is _Role.PROMPT or (len(tokens) > 1 and self._role is not _Role.DRAFT)
+        for piece in self._pieces(start, n_kept, n_kept + len(tokens), is_prompt):
+            self._read(text[piece.begin - start : piece.end - start].tolist(), piece, is_new=piece.end > n_kept)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As `llama_cpp.Llama.generate`. What the context and the prompt have in common isn't read again; where the
+        prompt is the one that was answered last, nothing is."""
+        call = _GENERATE.bind(self, *args, **kwargs)
+        if call.arguments.get("reset", True):
+            call.arguments["tokens"] = self._reuse(list(call.arguments["tokens"]))
+            call.arguments["reset"] = False
+        generator = super().generate(*call.args[1:], **call.kwargs)
+        role, sent = _Role.PROMPT, None
+        while True:
+            self._role = role
+            try:
+                token = generator.send(sent)
+            except StopIteration:
+                return
+            finally:
+                self._role = None
+            sent = yield token
+            role = None if self.draft_model is None else _Role.DRAFT
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        if self.context_params.embeddings:  # else it raises an error and touches nothing
+            self._begin_change(0)
+        embeddings = super().embed(*args, **kwargs)
+        self._broken_at = None
+        return embeddings
+
+    def save_state(self) -> Any:
+        state = super().save_state()
+        prompts = self._prompts.copy()
+        prompts.truncate(self.n_tokens)
+        state.lt_gguf = (prompts.spans, self._broken_at)
+        return state
+
+    def load_state(self, state: Any) -> None:
+        """Restores what `save_state` returned.
+
+        Raises:
+            RuntimeError: llama.cpp doesn't take it.
+            ValueError: it has more tokens or other scores than this context has room for.
+        """
+        if state.n_tokens > self._n_ctx:
+            raise ValueError(f"it has {state.n_tokens} tokens, more than the context's {self._n_ctx}")
+        self._begin_change(0)
+        self.n_tokens = 0
+        super().load_state(state)
+        saved = self.input_ids[: self.n_tokens]
+        self.input_ids = np.zeros((self._n_ctx,), dtype=np.intc)  # the saved context may have had another size
+        self.input_ids[: self.n_tokens] = saved
+        # note: a state that llama_cpp.Llama saved doesn't say what was a prompt
+        spans, self._broken_at = getattr(state, "lt_gguf", ([(0, self.n_tokens)] if self.n_tokens else [], None))
+        self._prompts = Prompts(list(spans))
+
+    # ------------------------------------------------------------------------------------ going back
+
+    def _reuse(self, tokens: list[int]) -> list[int]:
+        """Sets `n_tokens` to what the context and the prompt have in common; returns what is left to be read."""
+        shorter = min(self.n_tokens, len(tokens))
+        differs = np.nonzero(self.input_ids[:shorter] != np.asarray(tokens[:shorter], dtype=np.intc))[0]
+        n = int(differs[0]) if len(differs) else shorter
+        if 0 < n == len(tokens):
+            if self._logits_at == n == self.n_tokens or self._recall_logits(n):
+                self.n_tokens = n
+                self._say(f"generate: the logits after all {n} prompt tokens are there, nothing is read")
+                return []
+            n -= 1  # there must be a token to compute them from
+        if n == 0:
+            self.reset()
+            return tokens
+        self.n_tokens = n
+        self._requires_eval = True
+        self._say(f"generate: {n} prompt tokens are there, {len(tokens) - n} are read")
+        return tokens[n:]
+
+    def _recall_logits(self, n: int) -> bool:
+        """Goes back to the end of a prompt of which a snapshot is kept, and shows its logits to samplers."""
+        snapshot = self._snapshots.at(n)
+        if snapshot is None or snapshot.logits is None or self._logits_at is None:
+            return False
+        self._requires_eval = True
+        if self._go_back(n) != n:
+            return False
+        row = _llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        if not row:
+            return False
+        ctypes.memmove(row, snapshot.logits.ctypes.data, snapshot.logits.nbytes)
+        self._logits_at = n
+        self._requires_eval = False
+        return True
+
+    def _go_back(self, n: int) -> int:
+        """Makes the memory hold the first `n` tokens of `input_ids`, or fewer; returns how many."""
+        wanted = n
+        # note: it holds fewer where reading them again was interrupted
+        n = min(n, 1 + _llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0))
+        n = n if self._broken_at is None else min(n, self._broken_at)
+        # the runtime chose the layers for a prompt that is about to become another one
+        is_chosen_anew = self._auto is not None and 0 < n < self._prompts.first_end
+        if not is_chosen_anew and self._ctx.kv_cache_seq_rm(-1, n, -1):
+            self._broken_at = None
+            self._snapshots.drop_after(n)
+            return n
+        snapshot = None if is_chosen_anew else self._snapshots.nearest(n)
+        n = snapshot.n_tokens if snapshot else 0
+        self._say(f"eval: can't cut to {wanted} tokens, going back to {n}")
+        self._broken_at = n
+        self._snapshots.drop_after(n)
+        if snapshot is None or not (snapshot.restore(self.ctx) and self._ctx.kv_cache_seq_rm(-1, n, -1)):
+            n = self._broken_at = 0
+            self._snapshots.clear()
+            self._ctx.kv_cache_clear()
+        self._broken_at = None
+        return n
+
+    def _begin_change(self, begin: int) -> None:
+        """The memory is about to change from position `begin` on."""
+        self._requires_eval = True
+        self._logits_at = None
+        self._broken_at = begin
+        self._snapshots.drop_after(begin)
+
+    def _forget(self) -> None:
+        """Empties the context."""
+        self._begin_change(0)
+        self.n_tokens = 0
+        self._ctx.kv_cache_clear()
+        self._broken_at = None
+
+    # --------------------------------------------------------------------------------------- reading
+
+    def _pieces(self, start: int, n_kept: int, end: int, is_prompt: bool) -> list[Piece]:
+        """How the positions [start, end) are read, of which those before `n_kept` have been read before."""
+        if not self._reads_in_full:
+            # it makes no difference what is a prompt
+            if is_prompt or start == n_kept:
+                return [Piece(start, end, is_prompt)]
+            return [Piece(start, n_kept, False), Piece(n_kept, end, False)]
+        pieces = list(self._prompts.pieces(start, n_kept))
+        if not self._prompts.is_open:
+            return [*pieces, Piece(n_kept, end, is_prompt)]
+        if not pieces:
+            return [Piece(n_kept, end, is_prompt=True, continues=True)]
+        return [*pieces[:-1], pieces[-1]._replace(end=end)]
+
+    def _read(self, tokens: list[int], piece: Piece, is_new: bool) -> None:
+        """Computes the tokens of a piece, which follow what the memory holds."""
+        if piece.is_prompt:
+            if piece.begin > 0 and not piece.continues and not self._snapshots.at(piece.begin):
+                self._take_snapshot(piece.begin)
+            if self._reads_in_full:
+                api.prompt_begin(self.ctx, 0, len(tokens))
+            if is_new and self._reads_in_full:
+                self._prompts.open(piece.begin)
+        # what doesn't ask for all its logits is a prompt to the runtime
+        is_decoded = self._reads_in_full and not piece.is_prompt
+        n_batch = min(self.n_batch, _DECODED_AT_ONCE) if is_decoded and not self._logits_all else self.n_batch
+        for begin in range(0, len(tokens), n_batch):
+            batch = tokens[begin : begin + n_batch]
+            is_last = begin + n_batch >= len(tokens)
+            self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
+        if piece.is_prompt:
+            if is_new and self._reads_in_full:
+                self._prompts.close(piece.end)
+            self._take_snapshot(piece.end, with_logits=True)
+
+    def _decode(self, tokens: list[int], begin: int, asks_all: bool, asks_last: bool) -> None:
+        """One llama_decode. Raises RuntimeError if it fails."""
+        end = begin + len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=begin, logits_all=asks_all)
+        self._batch.batch.logits[len(tokens) - 1] = asks_all or asks_last
+        self._begin_change(begin)
+        self._ctx.decode(self._batch)
+        self.input_ids[begin:end] = tokens
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self._n_vocab))
+            self.scores[begin:end, :] = logits
+        self.n_evaluated += len(tokens)
+        if asks_all or asks_last:
+            self._logits_at = end
+            self._requires_eval = False
+        self.n_tokens = max(self.n_tokens, end)
+        self._broken_at = None
+
+    def _take_snapshot(self, n_tokens: int, with_logits: bool = False) -> None:
+        if self._snapshots.limit == 0 or self.streaming is None:
+            return
+        logits = None
+        if with_logits and not self.context_params.embeddings:
+            row = _llama_cpp.llama_get_logits_ith(self.ctx, -1)
+            logits = np.ctypeslib.as_array(row, (self._n_vocab,)).copy() if row else None
+        self._snapshots.take(self.ctx, n_tokens, logits)
+
+    # ------------------------------------------------------------------------------------------ rest
+
+    def _running_spec(self) -> tuple[StreamingSpec, AutoSpec | None]:
+        return parse_running(api.context_spec(self.ctx), self._n_layer())
+
+    def _n_layer(self) -> int:
+        model = self._model.model
+        return _llama_cpp.llama_model_n_layer(model) + _llama_cpp.llama_model_n_layer_nextn(model)
+
+    def _say(self, line: str) -> None:
+        if self.verbose:
+            print(f"Llama.{line}", file=sys.stderr)
