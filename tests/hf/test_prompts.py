@@ -80,8 +80,8 @@ def test_matches_attention_written_out_in_numpy(llama, layers, sink, window, pro
     conversation = NumpyLlama(llama, streaming).conversation()
     rows, ends = [], sorted({0, N_TOKENS} | {min(end, N_TOKENS) for prompt in prompts for end in prompt})
     for first, last in zip(ends, ends[1:]):
-        prompt = next((begin for begin, end in prompts if begin <= first < end), None)
-        rows.append(conversation.decode(inputs[0, first:last].numpy(), range(first, last), prompt))
+        behind = next((begin - window for begin, end in prompts if begin <= first < end), None)
+        rows.append(conversation.decode(inputs[0, first:last].numpy(), range(first, last), behind))
     computed = logits(llama, inputs, streaming, prompts)[0].numpy()
     np.testing.assert_allclose(computed, np.concatenate(rows), atol=2e-5)
 

@@ -20,7 +20,7 @@ else:
 
     C = load_llama_cpp()
 
-FULL, STREAMING = 0, 1  # enum lt_kv_part
+FULL, STREAMING, PROMPT = 0, 1, 2  # enum lt_kv_part
 PARTIAL = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a value, with its block's scale
@@ -151,6 +151,13 @@ class Context:
     def decode_one_by_one(self, tokens: Sequence[int], start: int = 0, seq: int = 0) -> np.ndarray:
         return np.concatenate([self.decode([t], start + i, seq) for i, t in enumerate(tokens)])
 
+    def read_prompt(self, tokens: Sequence[int], start: int = 0, seq: int = 0, n_batch: int | None = None) -> np.ndarray:
+        """Reads `tokens` as applications read a prompt: only its last token asks for logits, float32 (1, n_vocab)."""
+        last = start + len(tokens) - 1
+        batch = [Token(int(t), start + i, (seq,), start + i == last) for i, t in enumerate(tokens)]
+        n_batch = n_batch or self.n_batch
+        return np.concatenate([self.decode_batch(batch[i : i + n_batch]) for i in range(0, len(batch), n_batch)])
+
     def decode_batch(self, tokens: Iterable[Token]) -> np.ndarray:
         """Decodes in calls of up to n_batch tokens: float32 (number of tokens with logits, n_vocab).
 
@@ -178,6 +185,31 @@ class Context:
     def _logits(self, i: int) -> np.ndarray:
         row = C.llama_get_logits_ith(self.handle, i)
         return np.ctypeslib.as_array(row, shape=(self.model.n_vocab,)).copy()
+
+    def abort_after(self, n_checks: int | None) -> None:
+        """Makes the decoding that follows stop at the n-th time the library asks whether to go on; None: never."""
+        asked = iter(range(n_checks or 0))
+        answer = None if n_checks is None else (lambda _: next(asked, None) is None)
+        self._abort = C.ggml_abort_callback(answer) if answer else C.ggml_abort_callback()
+        C.llama_set_abort_callback(self.handle, self._abort, None)
+
+    # -- prompts
+
+    def in_prompt(self, seq: int = 0) -> bool:
+        """Whether the last batch of the sequence left a prompt open."""
+        return api().seq_in_prompt(self.handle, seq)
+
+    def prompt_begin(self, n_tokens: int, seq: int = 0) -> None:
+        """Declares that the next `n_tokens` tokens are one prompt. Raises ValueError if they don't fit."""
+        api().prompt_begin(self.handle, seq, n_tokens)
+
+    def set_prompt_limit(self, n_bytes: int) -> None:
+        api().set_prompt_limit(self.handle, n_bytes)
+
+    def lazy_ratios(self) -> np.ndarray | None:
+        """The lazy ratio of each layer, None before they are measured."""
+        ratios = api().lazy_ratios(self.handle)
+        return None if ratios is None else np.asarray(ratios)
 
     def set_lora(self, adapter: int, scale: float = 1.0) -> None:
         adapters = (C.llama_adapter_lora_p_ctypes * 1)(adapter)

@@ -51,11 +51,11 @@ class NumpyLlama:
         first, second = np.split(x, 2, axis=-1)
         return x * np.cos(angle) + np.concatenate([-second, first], axis=-1) * np.sin(angle)
 
-    def visible(self, layer: int, q: np.ndarray, p: np.ndarray, prompt: int | None) -> np.ndarray:
+    def visible(self, layer: int, q: np.ndarray, p: np.ndarray, first: int | None) -> np.ndarray:
         causal = p <= q
         if not self.spec.is_streaming(layer):
             return causal
-        recent = q - p < self.spec.window if prompt is None else p >= prompt - self.spec.window
+        recent = q - p < self.spec.window if first is None else p >= first
         return causal & ((p < self.spec.sink) | recent)
 
 
@@ -66,10 +66,10 @@ class Conversation:
         self.llama = llama
         self.entries = list(entries)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int], prompt: int | None = None) -> np.ndarray:
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], first: int | None = None) -> np.ndarray:
         """Adds `tokens` at `positions` and returns their logits, (len(tokens), n_vocab).
 
-        With `prompt` they belong to a prompt that began at that position and is read with `prefill = full`.
+        With `first` they belong to a prompt that is read with `prefill = full`: behind the sinks they see all from there.
         """
         m, n = self.llama, len(tokens)
         w = m.weights
@@ -91,7 +91,7 @@ class Conversation:
             k = np.repeat(m.rope(k, k_pos), m.n_head // m.n_kv, axis=1)
             v = np.repeat(v, m.n_head // m.n_kv, axis=1)
             scores = np.einsum("qhd,khd->hqk", m.rope(q, q_pos), k) / np.sqrt(m.head_dim)
-            scores[:, ~m.visible(layer, q_pos[:, None], k_pos[None], prompt)] = -np.inf
+            scores[:, ~m.visible(layer, q_pos[:, None], k_pos[None], first)] = -np.inf
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
             x = x + mixed.reshape(n, -1) @ w[f"{name}.self_attn.o_proj.weight"].T
