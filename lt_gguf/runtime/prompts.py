@@ -33,10 +33,9 @@ class Prompts:
     def is_open(self) -> bool:
         return bool(self.spans) and self.spans[-1][1] is None
 
-    @property
-    def first_end(self) -> int:
-        """Where the first prompt ended; 0 if none has."""
-        return (self.spans[0][1] or 0) if self.spans else 0
+    def first_end(self, n: int = 0) -> int:
+        """Where the first prompt that ends behind the position `n` ends; 0 if none does."""
+        return next((end for _, end in self.spans if end is not None and end > n), 0)
 
     def truncate(self, n: int) -> None:
         """Forgets the positions from `n` on. A prompt that loses its end is being read again."""

@@ -44,11 +44,13 @@ class RewindingLlama(_binding.Llama):
         snapshot_limit: most bytes that the snapshots take together; the oldest go first. 0: none is kept.
 
     Attributes:
-        n_evaluated: number of tokens that have been computed since the model was loaded, again or for the first time.
+        n_read: number of tokens that have been computed since the model was loaded as part of a prompt, or once more.
+        n_decoded: number of all others.
     """
 
     def __init__(self, model_path: str, *, snapshot_limit: int = DEFAULT_LIMIT, **kwargs: Any) -> None:
-        self.n_evaluated = 0
+        self.n_read = 0
+        self.n_decoded = 0
         self._snapshots = Snapshots(snapshot_limit)
         self._prompts = Prompts()
         self._role: _Role | None = None
@@ -56,6 +58,8 @@ class RewindingLlama(_binding.Llama):
         self._logits_at: int | None = None
         # An operation that hasn't ended may have changed the memory from this position on.
         self._broken_at: int | None = None
+        # Tokens before this position have been computed since the memory was last cut.
+        self._computed_to = 0
         super().__init__(model_path, **kwargs)
         spec, self._auto = self._running_spec()
         self._reads_in_full = spec.prefill == "full" and (bool(spec.layers) or self._auto is not None)
@@ -142,6 +146,7 @@ class RewindingLlama(_binding.Llama):
         # note: a state that llama_cpp.Llama saved doesn't say what was a prompt
         spans, self._broken_at = getattr(state, "lt_gguf", ([(0, self.n_tokens)] if self.n_tokens else [], None))
         self._prompts = Prompts(list(spans))
+        self._computed_to = self._n_ctx + 1  # what came before isn't known
 
     # ------------------------------------------------------------------------------------ going back
 
@@ -186,10 +191,17 @@ class RewindingLlama(_binding.Llama):
         # note: it holds fewer where reading them again was interrupted
         n = min(n, 1 + _llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0))
         n = n if self._broken_at is None else min(n, self._broken_at)
-        # the runtime chose the layers for a prompt that is about to become another one
-        is_chosen_anew = self._auto is not None and 0 < n < self._prompts.first_end
+        is_chosen_anew = False
+        if self._auto is not None:
+            if self.streaming is None and n < self._computed_to:
+                # the layers are chosen by the last queries, of which those before n may have been overwritten
+                n = max(0, n - self._auto.w_last)
+            elif self.streaming is not None:
+                # the layers were chosen for a prompt that is about to become another one
+                is_chosen_anew = 0 < n < self._prompts.first_end(self._auto.sink + self._auto.window)
         if not is_chosen_anew and self._ctx.kv_cache_seq_rm(-1, n, -1):
             self._broken_at = None
+            self._computed_to = n
             self._snapshots.drop_after(n)
             return n
         snapshot = None if is_chosen_anew else self._snapshots.nearest(n)
@@ -202,6 +214,7 @@ class RewindingLlama(_binding.Llama):
             self._snapshots.clear()
             self._ctx.kv_cache_clear()
         self._broken_at = None
+        self._computed_to = n
         return n
 
     def _begin_change(self, begin: int) -> None:
@@ -250,6 +263,10 @@ class RewindingLlama(_binding.Llama):
             batch = tokens[begin : begin + n_batch]
             is_last = begin + n_batch >= len(tokens)
             self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
+            if piece.is_prompt or not is_new:
+                self.n_read += len(batch)
+            else:
+                self.n_decoded += len(batch)
         if piece.is_prompt:
             if is_new and self._reads_in_full:
                 self._prompts.close(piece.end)
@@ -261,12 +278,12 @@ class RewindingLlama(_binding.Llama):
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=asks_all)
         self._batch.batch.logits[len(tokens) - 1] = asks_all or asks_last
         self._begin_change(begin)
+        self._computed_to = end
         self._ctx.decode(self._batch)
         self.input_ids[begin:end] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self._n_vocab))
             self.scores[begin:end, :] = logits
-        self.n_evaluated += len(tokens)
         if asks_all or asks_last:
             self._logits_at = end
             self._requires_eval = False

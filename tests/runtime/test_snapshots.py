@@ -18,9 +18,9 @@ from lt_gguf.runtime.snapshots import Snapshots
 # f32 keys and values, so that little but the order of additions differs; and cells for a small part of the prompts
 SETTINGS = {"n_ctx": 2048, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 SETTINGS |= {"type_k": 0, "type_v": 0}
-SPECS = {"prefill_stream": "layers=1,3", "prefill_full": "layers=1,3;prefill=full"}
+SPECS = {"prefill_stream": "layers=1,3", "prefill_full": "layers=1,3;prefill=full", "auto": "auto:0.5"}
 
-both_modes = pytest.mark.parametrize("mode", SPECS)
+all_modes = pytest.mark.parametrize("mode", SPECS)
 
 
 def load(path, mode: str = "prefill_stream", **settings) -> lt_gguf.Llama:
@@ -65,15 +65,16 @@ def assert_like(llm: lt_gguf.Llama, path, mode: str, history: list[tuple[str, li
 
 
 def n_read(llm: lt_gguf.Llama, action) -> int:
-    before = llm.n_evaluated
+    """Number of tokens that are computed."""
+    before = llm.n_read + llm.n_decoded
     action()
-    return llm.n_evaluated - before
+    return llm.n_read + llm.n_decoded - before
 
 
 # ------------------------------------------------------------------------------- conversations
 
 
-@both_modes
+@all_modes
 def test_editing_the_last_message_reads_only_what_follows_the_answer_before_it(hybrid_file, mode):
     llm = load(hybrid_file, mode)
     first, second, edited = text(600), text(500, 1), text(150, 2)
@@ -86,7 +87,7 @@ def test_editing_the_last_message_reads_only_what_follows_the_answer_before_it(h
     assert answer(llm, prompt) == answer(fed(hybrid_file, mode, [("prompt", first), ("decode", said[:-1])]), prompt)
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("n_answer", [2, 150, 400])
 def test_regenerating_an_answer_reads_nothing(hybrid_file, mode, n_answer):
     llm = load(hybrid_file, mode)
@@ -104,7 +105,7 @@ def split(prompt: list[int], document: list[int]) -> list[tuple[str, list[int]]]
     return [("prompt", document)] + ([("prompt", rest)] if rest else [])
 
 
-@both_modes
+@all_modes
 def test_going_back_several_messages(hybrid_file, mode):
     llm = load(hybrid_file, mode)
     history, prompt = [], []
@@ -122,7 +123,7 @@ def test_going_back_several_messages(hybrid_file, mode):
     assert llm._snapshots.positions[-1] == len(edited)  # what was replaced is gone
 
 
-@both_modes
+@all_modes
 def test_without_room_for_snapshots_all_is_read_again_and_right(hybrid_file, mode):
     llm = load(hybrid_file, mode, snapshot_limit=0)
     first, second = text(600), text(500, 1)
@@ -146,7 +147,7 @@ def test_what_needs_no_snapshot_takes_none(hybrid_file):
     assert n_read(llm, lambda: llm.eval([5])) == 1
 
 
-@both_modes
+@all_modes
 def test_the_limit_drops_the_oldest_first(hybrid_file, mode):
     llm = load(hybrid_file, mode)
     prompt: list[int] = []
@@ -168,7 +169,7 @@ def test_the_limit_drops_the_oldest_first(hybrid_file, mode):
 # ------------------------------------------------------------------------- eval and generate directly
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("n_kept", [0, 1, 30, 200, 599, 600, 601, 750, 799, 800])
 def test_eval_after_setting_n_tokens_back(hybrid_file, mode, n_kept):
     """600 tokens of a prompt, 200 decoded ones: what is kept stays what it was."""
@@ -183,7 +184,7 @@ def test_eval_after_setting_n_tokens_back(hybrid_file, mode, n_kept):
     assert_like(llm, hybrid_file, mode, [("prompt", prompt[:n_kept] + more)] if n_kept < 600 else history)
 
 
-@both_modes
+@all_modes
 def test_wrong_drafts_are_taken_back(hybrid_file, mode):
     class WrongDraft:
         def __call__(self, input_ids, /, **_):
@@ -197,7 +198,7 @@ def test_wrong_drafts_are_taken_back(hybrid_file, mode):
         assert answer(llm, text(600)) == expected
 
 
-@both_modes
+@all_modes
 def test_logits_of_all_tokens_change_nothing(hybrid_file, mode):
     llm = load(hybrid_file, mode, logits_all=True)
     llm.eval(text(600))
@@ -208,7 +209,7 @@ def test_logits_of_all_tokens_change_nothing(hybrid_file, mode):
         np.testing.assert_allclose(llm.scores[n - 1], logits(plain), atol=2e-4)
 
 
-@both_modes
+@all_modes
 def test_logits_are_asked_for_at_the_prompts_end_only(hybrid_file, mode, monkeypatch):
     llm = load(hybrid_file, mode)
     asked = []
@@ -240,7 +241,7 @@ def interrupt(monkeypatch, llm, at: int, when: str) -> None:
     monkeypatch.setattr(llm._ctx, "decode", decode)
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", [0, 3, 6])
 def test_ctrl_c_while_a_prompt_is_read(hybrid_file, monkeypatch, mode, at, when):
@@ -256,7 +257,7 @@ def test_ctrl_c_while_a_prompt_is_read(hybrid_file, monkeypatch, mode, at, when)
     assert_like(llm, hybrid_file, mode, [("prompt", first), ("prompt", kept + third)])
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("at", [0, 2, 9, 10])
 def test_ctrl_c_while_going_back(hybrid_file, monkeypatch, mode, at):
     llm = load(hybrid_file, mode, snapshot_limit=0)
@@ -276,7 +277,7 @@ def test_ctrl_c_while_going_back(hybrid_file, monkeypatch, mode, at):
     assert_like(llm, hybrid_file, mode, [*history[:2], ("prompt", history[2][1][:60] + [7])])
 
 
-@both_modes
+@all_modes
 def test_an_aborted_decode(hybrid_file, mode):
     llm = load(hybrid_file, mode)
     first, second = text(600), text(300, 1)
@@ -293,7 +294,7 @@ def test_an_aborted_decode(hybrid_file, mode):
     assert_like(llm, hybrid_file, mode, [("prompt", first), ("prompt", second)])
 
 
-@both_modes
+@all_modes
 def test_after_ctrl_c_no_stale_logits_are_sampled(hybrid_file, monkeypatch, mode):
     llm = load(hybrid_file, mode)
     llm.eval(text(600))
@@ -306,7 +307,7 @@ def test_after_ctrl_c_no_stale_logits_are_sampled(hybrid_file, monkeypatch, mode
 # ---------------------------------------------------------------------------------- saved states
 
 
-@both_modes
+@all_modes
 def test_a_saved_state_knows_its_prompts(hybrid_file, mode):
     llm = load(hybrid_file, mode)
     prompt, decoded = text(600), text(300, 1)
@@ -321,7 +322,7 @@ def test_a_saved_state_knows_its_prompts(hybrid_file, mode):
         assert_like(other, hybrid_file, mode, [("prompt", prompt), ("decode", decoded[:50]), ("prompt", text(20, 2))])
 
 
-@both_modes
+@all_modes
 def test_a_state_of_llama_cpps_own_class(hybrid_file, mode):
     """It doesn't say what was a prompt: going back far takes it all for one."""
     llm = load(hybrid_file, mode)
@@ -431,7 +432,7 @@ class Walk:
         self.random.choice(actions)()
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("seed", range(8))
 def test_random_walk(hybrid_file, monkeypatch, mode, seed):
     walk = Walk(hybrid_file, mode, seed, monkeypatch)
@@ -448,8 +449,9 @@ def test_prompts():
     prompts.open(0)
     prompts.close(100)
     prompts.open(150)
-    assert prompts.is_open and prompts.first_end == 100
+    assert prompts.is_open and prompts.first_end() == 100
     prompts.close(200)
+    assert (prompts.first_end(99), prompts.first_end(100), prompts.first_end(200)) == (100, 200, 0)
     assert list(prompts.pieces(100, 220)) == [Piece(100, 150, False), Piece(150, 200, True), Piece(200, 220, False)]
     assert list(prompts.pieces(50, 160)) == [Piece(50, 100, True, True), Piece(100, 150, False), Piece(150, 160, True)]
     prompts.truncate(160)
@@ -460,7 +462,7 @@ def test_prompts():
     prompts.truncate(100)
     assert prompts.spans == [(0, 100)]
     prompts.truncate(0)
-    assert prompts == Prompts() and prompts.first_end == 0
+    assert prompts == Prompts() and prompts.first_end() == 0
 
 
 def test_snapshots_hold_no_more_than_sinks_window_and_spare_cells(hybrid_file):
