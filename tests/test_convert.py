@@ -85,7 +85,7 @@ def test_equals_upstream(family, outtype, options, spec, selection, tmp_path, re
     assert str(ours) in result.stdout
     assert f"{len(spec.layers)} of {N_LAYER} layers stream" in result.stdout
     assert "100%" in result.stderr  # progress
-    assert ("warning: this version's runtime can't run prefill = full" in result.stderr) == (spec.prefill == "full")
+    assert "warning" not in result.stderr
     written = run(upstream_dir() / "convert_hf_to_gguf.py", checkpoint, "--outfile", upstreams, "--outtype", outtype)
     assert written.returncode == 0, written.stderr
     assert_same_but_for_the_streaming_keys(ours, upstreams)

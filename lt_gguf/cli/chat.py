@@ -11,11 +11,15 @@ import typer
 from lt_gguf.cli import model
 from lt_gguf.cli.common import format_bytes
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, kv_memory
+from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:
     from lt_gguf.runtime.llama import Llama
 
-HELP = "/reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = (
+    "/retry answers again, /edit TEXT replaces your last message, /undo forgets it and its answer, /reset begins anew, "
+    "/exit or Ctrl-D leaves, Ctrl-C stops an answer"
+)
 
 
 def chat(
@@ -26,6 +30,14 @@ def chat(
     seed: model.Seed = -1,
     ctx: model.Context = model.DEFAULT_CONTEXT,
     streaming: model.Streaming = None,
+    prompt_limit: model.PromptLimit = None,
+    snapshot_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory for going back to an earlier message without reading all again; 0: none. Else 512MiB.",
+        ),
+    ] = None,
     cache_type: model.CacheType = DEFAULT_CACHE_TYPE,
     threads: model.Threads = 0,
     n_gpu_layers: model.GpuLayers = -1,
@@ -41,6 +53,8 @@ def chat(
             file,
             ctx=ctx,
             streaming=streaming,
+            prompt_limit=prompt_limit,
+            snapshot_limit=snapshot_limit,
             cache_type=cache_type,
             threads=threads,
             n_gpu_layers=n_gpu_layers,
@@ -50,21 +64,19 @@ def chat(
             verbose=verbose,
         )
         conversation = Conversation(llm, system, n_predict, temperature)
-        memory = describe_memory(llm, file, cache_type, flash_attn)
-        say(memory)
+        full_kv = kv_memory(
+            model.read_model(file).kv_shape, None, llm.n_ctx(), type_k=cache_type, flash_attn=flash_attn
+        ).total
+        say(describe_memory(llm, full_kv))
         if "tokenizer.chat_template" not in llm.metadata:
             say(f"the file has no chat template, using {llm.chat_format}")
         say(HELP)
         while (line := read_line()) is not None:
             if line == "/exit":
                 break
-            if line == "/reset":
-                conversation.reset()
-                say("the conversation begins anew")
-            elif line == "/help":
-                say(HELP)
-            elif line:
-                say(f"{conversation.answer(line)} · {memory}")
+            answered = conversation.obey(line)
+            if answered:
+                say(f"{answered} · {describe_memory(llm, full_kv)}")
 
 
 class Conversation:
@@ -81,15 +93,67 @@ class Conversation:
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    def obey(self, line: str) -> str | None:
+        """Does what a line asks for: a command, or a message to answer. Returns a line about an answer, if one was made."""
+        command, _, text = line.partition(" ")
+        if command == "/edit" and text.strip():
+            return self.edit(text.strip())
+        if command == "/edit":
+            say("/edit TEXT: give the message that replaces your last one")
+        elif line == "/retry":
+            return self.retry()
+        elif line == "/undo":
+            say("the last message is forgotten" if self.undo() else "there is no message to forget")
+        elif line == "/reset":
+            self.reset()
+            say("the conversation begins anew")
+        elif line == "/help":
+            say(HELP)
+        elif line:
+            return self.answer(line)
+        return None
+
+    def undo(self) -> bool:
+        """Forgets the last message and its answer; false if there is none."""
+        last = self._last_message()
+        if last is None:
+            return False
+        del self.messages[last:]
+        return True
+
+    def retry(self) -> str | None:
+        """Answers the last message once more."""
+        last = self._last_message()
+        if last is None:
+            say("there is no message to answer again")
+            return None
+        return self._answer(self.messages[: last + 1])
+
+    def edit(self, text: str) -> str | None:
+        """Answers `text` in place of the last message."""
+        last = self._last_message()
+        if last is None:
+            say("there is no message to replace")
+            return None
+        return self._answer([*self.messages[:last], {"role": "user", "content": text}])
+
     def answer(self, text: str) -> str:
         """Prints the answer to `text` while it is made; returns a line about it. Ctrl-C ends it."""
-        self.messages.append({"role": "user", "content": text})
+        return self._answer([*self.messages, {"role": "user", "content": text}])
+
+    def _last_message(self) -> int | None:
+        """Index of the user's last message."""
+        return next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
+
+    def _answer(self, messages: list[dict[str, str]]) -> str:
+        """Answers the last one of `messages`, which then are the conversation; it stays as it was if they don't fit."""
         words: list[str] = []
+        read_before = self.llm.n_read
         first: tuple[int, float] | None = None  # tokens in the context, and the time, when the prompt has been read
         ended = ""
         try:
             for chunk in self.llm.create_chat_completion(
-                self.messages, max_tokens=self.n_predict, temperature=self.temperature, stream=True
+                messages, max_tokens=self.n_predict, temperature=self.temperature, stream=True
             ):
                 first = first or (self.llm.n_tokens, time.monotonic())
                 choice = chunk["choices"][0]
@@ -101,27 +165,26 @@ class Conversation:
         except KeyboardInterrupt:
             ended = " (stopped)"
         except ValueError as error:  # the prompt doesn't fit the context
-            self.messages.pop()
             return f"error: {error}; /reset begins anew, --ctx makes it larger"
         print(flush=True)
-        self.messages.append({"role": "assistant", "content": "".join(words)})
+        self.messages = [*messages, {"role": "assistant", "content": "".join(words)}]
+        read = f" · read {self.llm.n_read - read_before} tokens"
         rate = ""
         if first and self.llm.n_tokens > first[0]:
             rate = f" · {(self.llm.n_tokens - first[0]) / (time.monotonic() - first[1]):.1f} tokens/s"
-        return f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens{rate}{ended}"
+        return f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens{read}{rate}{ended}"
 
     def _is_full(self) -> bool:
         return self.llm.n_tokens >= self.llm.n_ctx() - 1
 
 
-def describe_memory(llm: Llama, file: str, cache_type: str, flash_attn: bool) -> str:
-    """The KV memory of this context, beside that of the same model without streaming layers."""
+def describe_memory(llm: Llama, full_kv: int) -> str:
+    """The KV memory of this context, beside the `full_kv` bytes of the same model without streaming layers."""
     used = llm.kv_bytes()["total"]
     if llm.streaming is None:
-        return f"KV {format_bytes(used)}, no layer streams"
-    shape = model.read_model(file).kv_shape
-    full = kv_memory(shape, None, llm.n_ctx(), type_k=cache_type, flash_attn=flash_attn).total
-    return f"KV {format_bytes(used)} hybrid, {format_bytes(full)} full ({1 - used / full:.0%} saved)"
+        return f"KV {format_bytes(used)}, no layer streams{' yet' if llm.auto else ''}"
+    chosen = f", layers {format_layers(llm.streaming.layers)} stream" if llm.auto else ""
+    return f"KV {format_bytes(used)} hybrid, {format_bytes(full_kv)} full ({1 - used / full_kv:.0%} saved){chosen}"
 
 
 def read_line() -> str | None:

@@ -37,8 +37,6 @@ def convert(
     from lt_gguf import conversion
     from lt_gguf.gguf_file import read_model
 
-    if prefill == "full":
-        _say("warning: this version's runtime can't run prefill = full, it will refuse the file")
     _say(f"Converting {model}: upstream's converter is starting")
     files = conversion.convert(
         model,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lt_gguf.cli.common import parse_size
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import CACHE_TYPES
 from lt_gguf.kv_memory import cache_type as cache_type_of
@@ -18,7 +19,16 @@ Streaming = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC",
-        help="Which layers stream, instead of what the file says: off, or layers=1,3,5-9;sink=4;window=1020.",
+        help="Which layers stream, instead of what the file says: off, or layers=1,3,5-9;sink=4;window=1020; "
+        "or auto:0.5, so that the laziest half is chosen for the prompt.",
+    ),
+]
+PromptLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory that streaming layers may take besides while a long prompt is read with full attention, "
+        "as in 512MiB; 0: no limit.",
     ),
 ]
 CacheType = Annotated[str, typer.Option(help=f"Type of the KV cache: {', '.join(CACHE_TYPES)}.")]
@@ -50,6 +60,8 @@ def load(
     flash_attn: bool,
     seed: int,
     verbose: bool,
+    prompt_limit: str | None = None,
+    snapshot_limit: str | None = None,
 ) -> Llama:
     """The model as the options ask for it. A context is never larger than the model was trained for.
 
@@ -65,6 +77,10 @@ def load(
     n_ctx_train = read_model(file).n_ctx_train
     ggml_type = cache_type_of(cache_type).ggml_type
     settings: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads > 0 else {}
+    if prompt_limit is not None:
+        settings["prompt_limit"] = _parse_size("--prompt-limit", prompt_limit)
+    if snapshot_limit is not None:
+        settings["snapshot_limit"] = _parse_size("--snapshot-limit", snapshot_limit)
     return Llama(
         file,
         streaming=streaming,
@@ -78,3 +94,10 @@ def load(
         verbose=verbose,
         **settings,
     )
+
+
+def _parse_size(option: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None

@@ -98,7 +98,8 @@ class Llama(RewindingLlama):
         one isn't touched.
 
         Returns:
-            float32 (n_layer,), from 0 to 1; the layers with the highest ratios are the lazy ones.
+            float32 (n_layer,), from 0 to 1, NaN where a layer has no KV cache of its own; the layers with the highest
+            ratios are the lazy ones.
 
         Raises:
             ValueError: the prompt is longer than the model's context, or too short to tell layers apart.

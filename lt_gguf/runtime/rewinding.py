@@ -46,6 +46,7 @@ class RewindingLlama(_binding.Llama):
     Attributes:
         n_read: number of tokens that have been computed since the model was loaded as part of a prompt, or once more.
         n_decoded: number of all others.
+        auto: how the layers that stream are chosen for a conversation, `None` if they are fixed.
     """
 
     def __init__(self, model_path: str, *, snapshot_limit: int = DEFAULT_LIMIT, **kwargs: Any) -> None:
@@ -61,8 +62,8 @@ class RewindingLlama(_binding.Llama):
         # Tokens before this position have been computed since the memory was last cut.
         self._computed_to = 0
         super().__init__(model_path, **kwargs)
-        spec, self._auto = self._running_spec()
-        self._reads_in_full = spec.prefill == "full" and (bool(spec.layers) or self._auto is not None)
+        spec, self.auto = self._running_spec()
+        self._reads_in_full = spec.prefill == "full" and (bool(spec.layers) or self.auto is not None)
 
     @property
     def streaming(self) -> StreamingSpec | None:
@@ -192,13 +193,13 @@ class RewindingLlama(_binding.Llama):
         n = min(n, 1 + _llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0))
         n = n if self._broken_at is None else min(n, self._broken_at)
         is_chosen_anew = False
-        if self._auto is not None:
+        if self.auto is not None:
             if self.streaming is None and n < self._computed_to:
                 # the layers are chosen by the last queries, of which those before n may have been overwritten
-                n = max(0, n - self._auto.w_last)
+                n = max(0, n - self.auto.w_last)
             elif self.streaming is not None:
                 # the layers were chosen for a prompt that is about to become another one
-                is_chosen_anew = 0 < n < self._prompts.first_end(self._auto.sink + self._auto.window)
+                is_chosen_anew = 0 < n < self._prompts.first_end(self.auto.sink + self.auto.window)
         if not is_chosen_anew and self._ctx.kv_cache_seq_rm(-1, n, -1):
             self._broken_at = None
             self._computed_to = n

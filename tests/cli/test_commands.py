@@ -11,10 +11,11 @@ import pytest
 from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 from lt_gguf.cli import app, chat
-from lt_gguf.cli.common import format_bytes, run
+from lt_gguf.cli.common import format_bytes, parse_size, run
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 
+IN_FULL = ["--streaming", "layers=1,3;prefill=full"]
 QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
 
 
@@ -103,6 +104,11 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
         (["inspect", "FILE", "--streaming", "window=0"], 1, "window = 0: must be"),
         (["inspect", "FILE", "--cache-type", "q8_0"], 1, "don't divide this model's heads of 16"),
         (["inspect", __file__], 1, "is not a GGUF file"),
+        (["run", "FILE", "-p", "x", "--streaming", "auto:2"], 1, "must be a number from 0 to 1"),
+        (["run", "FILE", "-p", "x", "--prompt-limit", "much"], 1, '--prompt-limit: size = "much": must be a number of bytes'),
+        (["run", "FILE", "-p", "x" * 400, *QUICK, *IN_FULL, "--prompt-limit", "1KiB"], 1, "prompt"),
+        (["chat", "FILE", "--snapshot-limit", "-1"], 1, '--snapshot-limit: size = "-1"'),
+        (["inspect", "FILE", "--streaming", "auto:0.5"], 1, '"auto:0.5": chooses the layers while a prompt is read'),
         (["convert", "none", "--streaming-fraction", "0.5"], 1, "none: must be the folder of a Hugging Face checkpoint"),
         (["convert", "none"], 1, "which layers stream: give either"),
         (["nonsense"], 2, "No such command 'nonsense'"),
@@ -140,10 +146,37 @@ def test_chat_through_a_pipe(lt_gguf_command, hybrid_file, monkeypatch):
     assert out.count("\n") >= 3
 
 
+@pytest.mark.parametrize("streaming", ["layers=1,3", "layers=1,3;prefill=full", "auto:0.5"])
+def test_chat_reads_only_what_is_new(lt_gguf_command, hybrid_file, monkeypatch, streaming):
+    long = "the quick brown fox jumps over the lazy dog and runs away " * 3
+    lines = [long, "and then", "/retry", "/edit and now", "/undo", "and then", "/edit", "/exit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    status, out, err = lt_gguf_command("chat", hybrid_file, "-n", 5, "--temp", 0, *QUICK, "--streaming", streaming)
+    assert status == 0
+    answers = [line for line in err.splitlines() if " of 512 tokens" in line]
+    n_read = [int(line.split(" · read ")[1].split()[0]) for line in answers]
+    n_tokens = [int(line.split()[0]) for line in answers]
+    assert n_read[0] > 50
+    assert all(0 < n < 40 for n in (n_read[1], n_read[3], n_read[4]))
+    assert n_read[2] == 0
+    assert n_tokens[1] == n_tokens[2] == n_tokens[4]
+    assert ("layers" in answers[-1]) == (streaming == "auto:0.5")
+    texts = out.splitlines()
+    assert texts[1] == texts[2] == texts[4]
+    assert "the last message is forgotten" in err and "/edit TEXT: give the message" in err
+
+
+def test_chat_says_that_no_layer_streams_yet(lt_gguf_command, hybrid_file, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
+    _, _, err = lt_gguf_command("chat", hybrid_file, *QUICK, "--streaming", "auto:0.5")
+    assert err.splitlines()[0] == "KV 256.00 KiB, no layer streams yet"
+
+
 class FakeLlama:
     """Answers with `chunks`; an exception among them is raised."""
 
     n_tokens = 0
+    n_read = 0
 
     def __init__(self, *chunks: object) -> None:
         self.chunks = chunks
@@ -186,6 +219,39 @@ def test_a_message_that_does_not_fit_is_taken_back():
     assert conversation.messages == []
 
 
+def test_retry_edit_and_undo(capsys):
+    llm = FakeLlama("yes")
+    conversation = chat.Conversation(llm, "Be brief.", -1, 0.0)
+    system = {"role": "system", "content": "Be brief."}
+    first = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
+    for command, complaint in [("/retry", "no message to answer again"), ("/edit x", "to replace"), ("/undo", "to forget")]:
+        assert conversation.obey(command) is None
+        assert complaint in capsys.readouterr().err
+    assert not llm.seen
+    conversation.obey("one")
+    assert "read 0 tokens" in conversation.obey("two")
+    conversation.obey("/retry")
+    assert llm.seen[2] == llm.seen[1] == [system, *first, {"role": "user", "content": "two"}]
+    conversation.obey("/edit  three words here ")
+    assert llm.seen[3] == [system, *first, {"role": "user", "content": "three words here"}]
+    assert len(conversation.messages) == 5
+    conversation.obey("/undo")
+    assert conversation.messages == [system, *first]
+    conversation.obey("/undo")
+    assert conversation.messages == [system]
+
+
+def test_what_does_not_fit_leaves_the_conversation_as_it_was():
+    llm = FakeLlama("yes")
+    conversation = chat.Conversation(llm, None, -1, 0.0)
+    conversation.obey("one")
+    before = list(conversation.messages)
+    llm.chunks = (ValueError("too long"),)
+    for line in ("two", "/retry", "/edit three"):
+        assert "too long" in conversation.obey(line)
+        assert conversation.messages == before
+
+
 @pytest.mark.parametrize("stops", [EOFError, KeyboardInterrupt])
 def test_ctrl_c_and_ctrl_d_leave_while_waiting(monkeypatch, stops):
     class Terminal(io.StringIO):
@@ -205,3 +271,17 @@ def test_ctrl_c_and_ctrl_d_leave_while_waiting(monkeypatch, stops):
 )
 def test_format_bytes(n_bytes, text):
     assert format_bytes(n_bytes) == text
+
+
+@pytest.mark.parametrize(
+    "text, n_bytes",
+    [("0", 0), ("1048576", 2**20), ("17 B", 17), ("512MiB", 2**29), ("1.5 gib", 3 * 2**29), ("544.00 MiB", 544 * 2**20)],
+)
+def test_parse_size(text, n_bytes):
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1.5", "1e9", "5 MB", "5 MiB 3", "nan"])
+def test_bad_size(text):
+    with pytest.raises(ValueError, match="must be a number of bytes"):
+        parse_size(text)
