@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_gguf.spec import Provenance, StreamingSpec, Typed, format_layers, layers_key, parse_layers
+from lt_gguf.spec import (
+    AutoSpec,
+    Provenance,
+    StreamingSpec,
+    Typed,
+    format_layers,
+    is_auto,
+    layers_key,
+    parse_layers,
+    parse_running,
+    runtime_text,
+)
 
 N_LAYER = 12
 CANONICAL = "layers=1,3,5-9;sink=4;window=1020;prefill=stream"
@@ -74,6 +85,7 @@ def test_parse_takes_missing_keys_from_the_base():
         ("layers=1;window=4294967296", "window = 4294967296: must be an integer from 1 to 2147483647"),
         ("layers=1;prefill=maybe", 'prefill = "maybe": must be "full" or "stream"'),
         ("sink=4", "says no layers"),
+        ("auto:0.5", '"auto:0.5": chooses the layers while a prompt is read, must name them here'),
     ],
 )
 def test_bad_text_is_named_in_one_line(text, complaint):
@@ -175,3 +187,69 @@ def test_keys_are_those_of_the_file_format():
         "llama.attention.streaming.prefill",
     ]
     assert layers_key("phi3") == "phi3.attention.streaming.layers"
+
+
+autos = st.builds(
+    AutoSpec,
+    fraction=st.integers(0, 1000).map(lambda n: n / 1000),
+    sink=st.integers(0, 2**31 - 1),
+    window=st.integers(1, 2**31 - 1),
+    w_last=st.integers(1, 1024),
+)
+
+
+@given(autos)
+def test_auto_text_gives_the_same_spec_back(auto):
+    assert AutoSpec.parse(str(auto)) == auto
+    assert is_auto(str(auto)) and runtime_text(auto) == str(auto)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("auto:0.5", AutoSpec(0.5, 4, 1020, 32)),
+        (" auto : 1 ; sink = 0", AutoSpec(1, 0)),
+        ("auto=0.25;window=9;w_last=8", AutoSpec(0.25, 4, 9, 8)),
+            ],
+)
+def test_parse_auto(text, expected):
+    assert AutoSpec.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("auto:", 'fraction = "": must be a number from 0 to 1'),
+        ("auto:half", 'fraction = "half": must be a number from 0 to 1'),
+        ("auto:1.5", "fraction = 1.5: must be a number from 0 to 1"),
+        ("auto:nan", "fraction = nan: must be a number from 0 to 1"),
+        ("auto=0.5;layers=1", "layers: are chosen for the prompt"),
+        ("auto=0.5;prefill=stream", 'prefill = "stream": must be "full"'),
+        ("auto=0.5;w_last=1025", "w_last = 1025: must be an integer from 1 to 1024"),
+        ("auto=0.5;auto=0.5", "auto: is given twice"),
+        ("auto=0.5;last=3", "last: unknown key"),
+        ("auto=0.5;", '"": must be auto:0.5 or'),
+    ],
+)
+def test_bad_auto_text_is_named_in_one_line(text, complaint):
+    with pytest.raises(ValueError) as error:
+        AutoSpec.parse(text)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_context_says():
+    text = "auto=0.5;layers={};sink=2;window=40;prefill=full;w_last=16"
+    auto = AutoSpec(0.5, 2, 40, 16)
+    assert parse_running(text.format("none"), N_LAYER) == (StreamingSpec((), N_LAYER, 2, 40, "full"), auto)
+    assert parse_running(text.format("1,3-4"), N_LAYER) == (StreamingSpec((1, 3, 4), N_LAYER, 2, 40, "full"), auto)
+    assert parse_running(CANONICAL, N_LAYER) == (StreamingSpec.parse(CANONICAL, N_LAYER), None)
+    assert parse_running("off", N_LAYER) == (StreamingSpec.off(N_LAYER), None)
+
+
+@pytest.mark.parametrize(
+    "text, automatic",
+    [("auto:0.5", True), (" auto = 1;sink=2", True), ("off", False), ("layers=1", False), ("automatic", False), ("auto", False)],
+)
+def test_is_auto(text, automatic):
+    assert is_auto(text) == automatic

@@ -115,6 +115,11 @@ class RewindingLlama(_binding.Llama):
             sent = yield token
             role = None if self.draft_model is None else _Role.DRAFT
 
+    def close(self) -> None:
+        # note: llama_cpp.Llama.__del__ calls it also where __init__ has refused an argument
+        if "_stack" in self.__dict__:
+            super().close()
+
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         if self.context_params.embeddings:  # else it raises an error and touches nothing
             self._begin_change(0)

@@ -13,7 +13,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 from lt_gguf.runtime import api
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec
 
 SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW)
 # A micro-batch is 8 tokens: the streaming layers then hold at most 256 cells, fewer than the prompt's tokens.
@@ -63,6 +63,50 @@ def test_another_spec(hybrid_file, monkeypatch, streaming, expected):
     assert (llm.kv_bytes()["streaming"] == 0) == (expected is None)
 
 
+def test_prefill_in_full(hybrid_file):
+    llm = load(hybrid_file, streaming="prefill=full")
+    assert llm.streaming == StreamingSpec((1, 3), N_LAYER, SINK, WINDOW, "full")
+    assert llm.auto is None
+    llm.eval(PROMPT)
+    after = last_logits(llm)
+    full = load(hybrid_file, streaming="off")
+    full.eval(PROMPT)
+    np.testing.assert_allclose(after, last_logits(full), atol=2e-3)  # KV in f16
+    assert not np.allclose(after, last_logits(fed(hybrid_file, PROMPT)), atol=1e-2)
+    assert len(api.seq_positions(llm.ctx, api.KVPart.STREAMING, 0)) < 400
+    for one in (llm, full):
+        one.eval([5])
+    assert not np.allclose(last_logits(llm), last_logits(full), atol=1e-2)
+
+
+def fed(path, tokens, **settings) -> lt_gguf.Llama:
+    llm = load(path, **settings)
+    llm.eval(tokens)
+    return llm
+
+
+@pytest.mark.parametrize("streaming", ["auto:0.5", "auto=0.5;w_last=32", AutoSpec(0.5, SINK, WINDOW)])
+def test_layers_chosen_for_the_prompt(hybrid_file, streaming):
+    llm = load(hybrid_file, streaming=streaming)
+    assert llm.streaming is None
+    assert llm.auto == AutoSpec(0.5, SINK, WINDOW)
+    assert llm.kv_bytes()["streaming"] == 0
+    for prompt in (PROMPT, PROMPT[::-1], PROMPT[:300]):
+        laziest = np.argsort(llm.lazy_ratios(prompt, SINK, WINDOW))[2:]
+        llm.reset()
+        llm.eval(prompt)
+        assert llm.streaming == StreamingSpec(tuple(laziest), N_LAYER, SINK, WINDOW, "full")
+        assert 0 < llm.kv_bytes()["streaming"] < llm.kv_bytes()["full"]
+        fixed = load(hybrid_file, streaming=llm.streaming)
+        assert continuation(llm, prompt) == continuation(fixed, prompt)
+
+
+def test_a_prompt_that_fits_the_window_chooses_nothing(hybrid_file):
+    llm = load(hybrid_file, streaming="auto:0.5")
+    continuation(llm, PROMPT[:20])
+    assert llm.streaming is None
+
+
 def test_environment(hybrid_file, monkeypatch):
     monkeypatch.setenv("LT_STREAMING", "window=77")
     assert load(hybrid_file).streaming == StreamingSpec((1, 3), N_LAYER, SINK, 77)
@@ -85,7 +129,74 @@ def test_streaming_changes_what_a_long_prompt_gives_and_nothing_for_a_short_one(
     assert len(api.seq_positions(hybrid.ctx, api.KVPart.STREAMING, 0)) < 400
 
 
+# --------------------------------------------------------------------------------------- lazy ratios
+
+
+def test_lazy_ratios_are_those_of_auto(hybrid_file):
+    llm = load(hybrid_file, n_batch=64, n_ubatch=64)
+    expected = continuation(llm, PROMPT)
+    ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW, 16)
+    assert ratios.dtype == np.float32 and ratios.shape == (N_LAYER,)
+    assert np.all((0 < ratios) & (ratios < 1))
+    auto = load(hybrid_file, streaming="auto=0.5;w_last=16", n_ubatch=32)
+    auto.eval(PROMPT)
+    np.testing.assert_allclose(ratios, api.lazy_ratios(auto.ctx), atol=1e-5)
+    wider = llm.lazy_ratios(PROMPT, SINK, 300, 16)
+    assert np.all(wider > ratios + 0.1)
+    # nothing of it has touched this context, nor what contexts are made of
+    assert llm.streaming == SPEC and api.model_spec(llm.model) == str(SPEC)
+    assert continuation(llm, PROMPT) == expected
+    assert api.lazy_ratios(llm.ctx) is None
+
+
+def test_lazy_ratios_of_a_prompt_that_is_longer_than_this_context(hybrid_file):
+    llm, long = load(hybrid_file, n_ctx=64), PROMPT * 5
+    np.testing.assert_array_equal(llm.lazy_ratios(long, SINK, WINDOW), load(hybrid_file).lazy_ratios(long, SINK, WINDOW))
+
+
+@pytest.mark.parametrize(
+    "n, options, complaint",
+    [
+        (3000, {}, "has 3000 tokens, must have at most the model's context of 2048"),
+        (1024, {}, r"all of them within sink \+ window = 1024"),
+        (42, {"sink": 2, "window": 40}, r"all of them within sink \+ window = 42"),
+        (100, {"window": 0}, "window = 0: must be"),
+        (100, {"window": 9, "w_last": 0}, "w_last = 0: must be"),
+    ],
+)
+def test_bad_prompts_for_lazy_ratios(hybrid_file, n, options, complaint):
+    llm = load(hybrid_file)
+    with pytest.raises(ValueError, match=complaint):
+        llm.lazy_ratios([5] * n, **options)
+    assert api.model_spec(llm.model) == str(SPEC)
+
+
 # --------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("name", ["prompt_limit", "snapshot_limit"])
+@pytest.mark.parametrize("value", [-1, 1.5, "1MiB"])
+def test_bad_limits(hybrid_file, name, value):
+    with pytest.raises(ValueError, match=f"{name} = .*must be an integer"):
+        load(hybrid_file, **{name: value})
+
+
+@pytest.mark.parametrize("limited", ["prompt_limit", "n_ctx"])
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_read(hybrid_file, limited):
+    settings = {"streaming": "prefill=full", "logits_all": limited == "n_ctx"}
+    llm = load(hybrid_file, **settings, **({"prompt_limit": 1000} if limited == "prompt_limit" else {"n_ctx": 128}))
+    first = continuation(llm, PROMPT[:20])
+    n_read, n_tokens = llm.n_read, llm.n_tokens
+    with pytest.raises(ValueError, match="a prompt of 380 tokens") as error:
+        llm.eval(PROMPT[20:])
+    assert "\n" not in str(error.value)
+    assert (llm.n_read, llm.n_tokens) == (n_read, n_tokens)
+    with pytest.raises(ValueError, match="a prompt of 380 tokens"):
+        continuation(llm, PROMPT)
+    assert llm.n_read == n_read
+    assert continuation(llm, PROMPT[:20]) == first
+
+
 
 
 @pytest.mark.parametrize(
@@ -197,6 +308,10 @@ def test_a_state_that_does_not_fit_leaves_an_empty_context(hybrid_file, settings
 
 
 def test_pickle(hybrid_file):
+    limited = pickle.loads(pickle.dumps(load(hybrid_file, streaming="auto:0.5", prompt_limit=2**20, snapshot_limit=77)))
+    assert limited.auto == AutoSpec(0.5, SINK, WINDOW)
+    state = limited.__getstate__()
+    assert (state["prompt_limit"], state["snapshot_limit"]) == (2**20, 77)
     llm = load(hybrid_file, streaming="window=9")
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.streaming == llm.streaming == StreamingSpec((1, 3), N_LAYER, SINK, 9)
