@@ -7,10 +7,12 @@ decoded tokens as decoded ones. The answers are those of a fresh context that wa
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import inspect
 import sys
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from lt_gguf.runtime import api
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
-from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshots
+from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshot, Snapshots
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 _binding = load_llama_cpp()
@@ -28,6 +30,19 @@ _GENERATE = inspect.signature(_binding.Llama.generate)
 
 # Tokens that were decoded one by one are read again so many at once: each needs room for its logits.
 _DECODED_AT_ONCE = 32
+
+
+# Of the last prompt: before it, and at its end.
+_N_SAVED_SNAPSHOTS = 2
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a saved state needs to be gone back from."""
+
+    prompts: Prompts
+    snapshots: list[Snapshot] = field(default_factory=list)
+    broken_at: int | None = None
 
 
 class _Role(Enum):
@@ -62,14 +77,15 @@ class RewindingLlama(_binding.Llama):
         # Tokens before this position have been computed since the memory was last cut.
         self._computed_to = 0
         super().__init__(model_path, **kwargs)
-        spec, self.auto = self._running_spec()
-        self._reads_in_full = spec.prefill == "full" and (bool(spec.layers) or self.auto is not None)
+        self._spec, self.auto = self._running_spec()
+        self._reads_in_full = self._spec.prefill == "full" and (bool(self._spec.layers) or self.auto is not None)
 
     @property
     def streaming(self) -> StreamingSpec | None:
         """Which layers stream in this context now, `None` if none does."""
-        spec, _ = self._running_spec()
-        return spec if spec.layers else None
+        if self.auto is not None and self.ctx is not None:
+            self._spec, _ = self._running_spec()
+        return self._spec if self._spec.layers else None
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens that follow the first `n_tokens` of the context; others after those are removed.
@@ -115,6 +131,11 @@ class RewindingLlama(_binding.Llama):
             sent = yield token
             role = None if self.draft_model is None else _Role.DRAFT
 
+    def reset(self) -> None:
+        super().reset()
+        self._snapshots.clear()
+        self._prompts.truncate(0)
+
     def close(self) -> None:
         # note: llama_cpp.Llama.__del__ calls it also where __init__ has refused an argument
         if "_stack" in self.__dict__:
@@ -128,10 +149,11 @@ class RewindingLlama(_binding.Llama):
         return embeddings
 
     def save_state(self) -> Any:
+        """As `llama_cpp.Llama.save_state`. The last snapshots go with it: what llama.cpp saves can't be cut at all."""
         state = super().save_state()
         prompts = self._prompts.copy()
         prompts.truncate(self.n_tokens)
-        state.lt_gguf = (prompts.spans, self._broken_at)
+        state.lt_gguf = _Saved(prompts, self._snapshots.newest(self.n_tokens, _N_SAVED_SNAPSHOTS), self._broken_at)
         return state
 
     def load_state(self, state: Any) -> None:
@@ -139,10 +161,16 @@ class RewindingLlama(_binding.Llama):
 
         Raises:
             RuntimeError: llama.cpp doesn't take it.
-            ValueError: it has more tokens or other scores than this context has room for.
+            ValueError: it has more tokens than this context has room for, or lacks the logits of all tokens.
         """
         if state.n_tokens > self._n_ctx:
             raise ValueError(f"it has {state.n_tokens} tokens, more than the context's {self._n_ctx}")
+        scores = self.scores[: state.n_tokens]
+        if state.scores.shape != scores.shape:
+            if self._logits_all:
+                raise ValueError("it lacks the logits of all tokens, which this context has with logits_all")
+            state = copy.copy(state)
+            state.scores = scores.copy()  # nobody reads them
         self._begin_change(0)
         self.n_tokens = 0
         super().load_state(state)
@@ -150,8 +178,12 @@ class RewindingLlama(_binding.Llama):
         self.input_ids = np.zeros((self._n_ctx,), dtype=np.intc)  # the saved context may have had another size
         self.input_ids[: self.n_tokens] = saved
         # note: a state that llama_cpp.Llama saved doesn't say what was a prompt
-        spans, self._broken_at = getattr(state, "lt_gguf", ([(0, self.n_tokens)] if self.n_tokens else [], None))
-        self._prompts = Prompts(list(spans))
+        unknown = _Saved(Prompts([(0, self.n_tokens)] if self.n_tokens else []))
+        kept: _Saved = getattr(state, "lt_gguf", unknown)
+        self._prompts = kept.prompts.copy()
+        for snapshot in kept.snapshots:
+            self._snapshots.keep(snapshot)
+        self._broken_at = kept.broken_at
         self._computed_to = self._n_ctx + 1  # what came before isn't known
 
     # ------------------------------------------------------------------------------------ going back
@@ -267,19 +299,22 @@ class RewindingLlama(_binding.Llama):
         n_batch = min(self.n_batch, _DECODED_AT_ONCE) if is_decoded and not self._logits_all else self.n_batch
         for begin in range(0, len(tokens), n_batch):
             batch = tokens[begin : begin + n_batch]
-            is_last = begin + n_batch >= len(tokens)
+            end = piece.begin + begin + len(batch)
+            is_last = end == piece.end
             self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
             if piece.is_prompt or not is_new:
                 self.n_read += len(batch)
             else:
                 self.n_decoded += len(batch)
+            if is_last and piece.is_prompt and is_new and self._reads_in_full:
+                self._prompts.close(end)
+            self.n_tokens = max(self.n_tokens, end)
+            self._broken_at = None  # note: last, so that Ctrl-C in between makes this batch be read again
         if piece.is_prompt:
-            if is_new and self._reads_in_full:
-                self._prompts.close(piece.end)
             self._take_snapshot(piece.end, with_logits=True)
 
     def _decode(self, tokens: list[int], begin: int, asks_all: bool, asks_last: bool) -> None:
-        """One llama_decode. Raises RuntimeError if it fails."""
+        """One llama_decode; `_broken_at` stays set. Raises RuntimeError if it fails."""
         end = begin + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=asks_all)
         self._batch.batch.logits[len(tokens) - 1] = asks_all or asks_last
@@ -289,12 +324,11 @@ class RewindingLlama(_binding.Llama):
         self.input_ids[begin:end] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self._n_vocab))
-            self.scores[begin:end, :] = logits
+            rows = self.scores[begin:end]  # note: too few where a draft model has set _logits_all without logits_all
+            rows[:] = logits[: len(rows)]
         if asks_all or asks_last:
             self._logits_at = end
             self._requires_eval = False
-        self.n_tokens = max(self.n_tokens, end)
-        self._broken_at = None
 
     def _take_snapshot(self, n_tokens: int, with_logits: bool = False) -> None:
         if self._snapshots.limit == 0 or self.streaming is None:

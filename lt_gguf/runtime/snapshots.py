@@ -25,12 +25,12 @@ class Snapshot:
 
     Args:
         n_tokens: number of tokens in the context at that moment.
-        state: llama.cpp's partial state of sequence 0.
+        state: llama.cpp's partial state of sequence 0; nobody changes it.
         logits: float32 (n_vocab,), those of the last token; `None` if nobody needs them.
     """
 
     n_tokens: int
-    state: ctypes.Array
+    state: bytearray
     logits: np.ndarray | None = None
 
     @property
@@ -42,7 +42,8 @@ class Snapshot:
 
         Returns false if the context doesn't take it; what the sequence holds is undefined then.
         """
-        return _llama_cpp.llama_state_seq_set_data_ext(context, self.state, len(self.state), 0, _PARTIAL) == len(self.state)
+        size = len(self.state)
+        return _llama_cpp.llama_state_seq_set_data_ext(context, _pointer(self.state), size, 0, _PARTIAL) == size
 
 
 class Snapshots:
@@ -75,14 +76,17 @@ class Snapshots:
         size = _llama_cpp.llama_state_seq_get_size_ext(context, 0, _PARTIAL)
         if not 0 < size + (0 if logits is None else logits.nbytes) <= self.limit:
             return
-        state = (ctypes.c_uint8 * size)()
-        n_bytes = _llama_cpp.llama_state_seq_get_data_ext(context, state, size, 0, _PARTIAL)
-        if n_bytes == 0:
+        state = bytearray(size)
+        n_bytes = _llama_cpp.llama_state_seq_get_data_ext(context, _pointer(state), size, 0, _PARTIAL)
+        if n_bytes > 0:
+            self.keep(Snapshot(n_tokens, state if n_bytes == size else state[:n_bytes], logits))
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keeps a snapshot in place of one at the same position, if it fits the limit."""
+        if snapshot.n_bytes > self.limit:
             return
-        if n_bytes < size:
-            state = (ctypes.c_uint8 * n_bytes).from_buffer_copy(memoryview(state)[:n_bytes])
-        kept = [snapshot for snapshot in self._kept if snapshot.n_tokens != n_tokens]
-        self._kept = [*kept, Snapshot(n_tokens, state, logits)]
+        self._kept = [kept for kept in self._kept if kept.n_tokens != snapshot.n_tokens]
+        self._kept.append(snapshot)
         while self.n_bytes > self.limit:
             del self._kept[0]
 
@@ -94,9 +98,18 @@ class Snapshots:
         usable = (snapshot for snapshot in self._kept if snapshot.n_tokens <= n_tokens)
         return max(usable, key=lambda snapshot: snapshot.n_tokens, default=None)
 
+    def newest(self, n_tokens: int, n: int) -> list[Snapshot]:
+        """The last `n` of those that hold no more than the first `n_tokens` tokens, in their order."""
+        usable = [snapshot for snapshot in self._kept if snapshot.n_tokens <= n_tokens]
+        return sorted(usable, key=lambda snapshot: snapshot.n_tokens)[len(usable) - min(n, len(usable)) :]
+
     def drop_after(self, n_tokens: int) -> None:
         """Drops those that hold more than the first `n_tokens` tokens, which are about to be replaced."""
         self._kept = [snapshot for snapshot in self._kept if snapshot.n_tokens <= n_tokens]
 
     def clear(self) -> None:
         self._kept = []
+
+
+def _pointer(state: bytearray) -> ctypes.Array:
+    return (ctypes.c_uint8 * len(state)).from_buffer(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 
 import numpy as np
@@ -190,7 +191,7 @@ def test_wrong_drafts_are_taken_back(hybrid_file, mode):
         def __call__(self, input_ids, /, **_):
             return np.full(300, 5, dtype=np.intc)
 
-    settings = {"logits_all": True, "n_batch": 512}
+    settings = {"n_batch": 512}
     expected = answer(load(hybrid_file, mode, **settings), text(600))
     for draft_model in (WrongDraft(), LlamaPromptLookupDecoding(num_pred_tokens=4)):
         llm = load(hybrid_file, mode, draft_model=draft_model, **settings)
@@ -304,6 +305,37 @@ def test_after_ctrl_c_no_stale_logits_are_sampled(hybrid_file, monkeypatch, mode
     assert answer(llm, text(600)) == answer(load(hybrid_file, mode), text(600))
 
 
+@all_modes
+@pytest.mark.parametrize("attribute", ["n_tokens", "_broken_at", "_logits_at", "n_read", "_requires_eval"])
+def test_ctrl_c_between_a_decode_and_its_bookkeeping(hybrid_file, mode, attribute):
+    """It strikes where the attribute is about to be set after the third or the fifth batch, which is the last one."""
+    for n_sets in (1,) if attribute in ("_logits_at", "_requires_eval") else (3, 5):
+        llm = load(hybrid_file, mode)
+        llm.eval(text(600))
+        counted = itertools.count(1)
+
+        class Interrupted(type(llm)):
+            def __setattr__(self, name, value):
+                if name == attribute and self._broken_at is not None and self._is_decoded() and next(counted) == n_sets:
+                    raise KeyboardInterrupt
+                super().__setattr__(name, value)
+
+            def _is_decoded(self):
+                return llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0) >= self._broken_at
+
+        llm.__class__ = Interrupted
+        with pytest.raises(KeyboardInterrupt):
+            llm.eval(text(300, 1))
+        n = llm.n_tokens
+        assert n - 600 in (128, 192, 256, 300)
+        llm.eval([7])
+        kept = text(300, 1)[: n - 600]
+        history = [("prompt", text(600)), ("prompt", kept), ("decode", [7])]
+        if len(kept) < 300:
+            history[1:] = [("prompt", kept + [7])]
+        assert_like(llm, hybrid_file, mode, history)
+
+
 # ---------------------------------------------------------------------------------- saved states
 
 
@@ -320,6 +352,43 @@ def test_a_saved_state_knows_its_prompts(hybrid_file, mode):
         other.n_tokens = 650
         other.eval(text(20, 2))
         assert_like(other, hybrid_file, mode, [("prompt", prompt), ("decode", decoded[:50]), ("prompt", text(20, 2))])
+
+
+@all_modes
+def test_states_in_llama_cpps_cache(hybrid_file, mode):
+    """llama-cpp-python restores a state from its cache where more of a prompt is in there than in the context."""
+    llm = load(hybrid_file, mode)
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    first, second, more = text(400), text(400, 1), text(30, 2)
+    for prompt in (first, second):
+        llm.create_completion(prompt, max_tokens=8, temperature=0)
+    n_read = llm.n_read
+    llm.create_completion(first + more, max_tokens=1, temperature=0)
+    assert llm.n_read - n_read == 30  # the cached answer was cut off
+    assert_like(llm, hybrid_file, mode, [("prompt", first), ("prompt", more)])
+
+
+@all_modes
+def test_a_saved_state_can_be_gone_back_from(hybrid_file, mode):
+    llm = load(hybrid_file, mode)
+    first, second, edited = text(600), text(300, 1), text(40, 2)
+    said = answer(llm, first)
+    answer(llm, first + said + second, 50)
+    state = pickle.loads(pickle.dumps(llm.save_state()))
+    other = load(hybrid_file, mode)
+    other.load_state(state)
+    assert n_read(other, lambda: answer(other, first + said + edited, 1)) == 41
+    assert_like(other, hybrid_file, mode, [("prompt", first), ("decode", said[:-1]), ("prompt", said[-1:] + edited)])
+
+
+@pytest.mark.parametrize("settings", [{"n_batch": 128}, {"n_batch": 32, "n_ctx": 1024}], ids=str)
+def test_a_state_in_a_context_with_other_batches(hybrid_file, settings):
+    llm = load(hybrid_file)
+    llm.eval(text(600))
+    other = load(hybrid_file, **settings)
+    other.load_state(llm.save_state())
+    other.eval([7])
+    assert_like(other, hybrid_file, "prefill_stream", [("prompt", text(600)), ("decode", [7])])
 
 
 @all_modes
