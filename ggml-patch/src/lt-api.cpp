@@ -6,6 +6,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
 
@@ -24,10 +25,16 @@ static const lt_kv_cache * lt_get_cache(const llama_context * ctx) {
 // nullptr if the part isn't a plain KV cache
 static const llama_kv_cache * lt_get_part(const llama_context * ctx, lt_kv_part part) {
     if (const auto * kv = lt_get_cache(ctx)) {
-        return part == LT_KV_STREAMING ? kv->get_streaming() : kv->get_full();
+        return part == LT_KV_PROMPT ? kv->get_prompt() : part == LT_KV_STREAMING ? kv->get_streaming() : kv->get_full();
     }
 
-    return part == LT_KV_STREAMING ? nullptr : dynamic_cast<const llama_kv_cache *>(lt_get_memory(ctx));
+    return part != LT_KV_FULL ? nullptr : dynamic_cast<const llama_kv_cache *>(lt_get_memory(ctx));
+}
+
+static bool lt_has_seq(const llama_kv_cache & kv, llama_seq_id seq_id) {
+    const llama_seq_id n_seq_ids = kv.get_n_stream() == 1 ? LLAMA_MAX_SEQ : kv.get_n_stream();
+
+    return seq_id >= 0 && seq_id < n_seq_ids;
 }
 
 int32_t lt_model_spec(const llama_model * model, char * buf, size_t buf_size) {
@@ -81,23 +88,87 @@ int32_t lt_seq_positions(
                llama_seq_id   seq_id,
                   llama_pos * pos,
                     int32_t   n_max) {
-    const auto * kv = lt_get_part(ctx, part);
-    if (!kv) {
+    const auto * kv = lt_get_part(ctx, LT_KV_FULL);
+    if (!kv || !lt_has_seq(*kv, seq_id)) {
         return -1;
     }
 
-    const llama_seq_id n_seq_ids = kv->get_n_stream() == 1 ? LLAMA_MAX_SEQ : kv->get_n_stream();
-    if (seq_id < 0 || seq_id >= n_seq_ids) {
-        return -1;
+    const auto * kv_lt = lt_get_cache(ctx);
+    const auto * kv_part = lt_get_part(ctx, part);
+
+    if (!kv_part) {
+        return part == LT_KV_PROMPT ? 0 : -1;
     }
 
-    int32_t n = 0;
-    for (const auto & pos_cell : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
-        if (n < n_max) {
-            pos[n] = pos_cell.first;
+    std::vector<llama_pos> held;
+    if (kv_lt && part == LT_KV_STREAMING) {
+        held = kv_lt->get_held(seq_id);
+    } else {
+        for (const auto & pos_cell : kv_part->get_cells(seq_id).seq_pos_get(seq_id)) {
+            held.push_back(pos_cell.first);
         }
-        n++;
     }
 
-    return n;
+    std::copy_n(held.begin(), std::min<size_t>(held.size(), std::max(n_max, 0)), pos);
+
+    return held.size();
+}
+
+bool lt_seq_can_rm(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {
+    const auto * kv = lt_get_cache(ctx);
+
+    return kv && lt_has_seq(*kv->get_full(), seq_id) && kv->can_rm(seq_id, std::max(p0, 0), LT_POS_END);
+}
+
+bool lt_seq_can_checkpoint(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * kv = lt_get_cache(ctx);
+
+    return !kv || (lt_has_seq(*kv->get_full(), seq_id) && !kv->is_choosing() && !kv->is_in_prompt_part(seq_id));
+}
+
+bool lt_seq_in_prompt(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * kv = lt_get_cache(ctx);
+
+    return kv && lt_has_seq(*kv->get_full(), seq_id) && kv->is_in_prompt(seq_id);
+}
+
+bool lt_prompt_begin(llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens, char * err, size_t err_size) {
+    auto * kv = dynamic_cast<lt_kv_cache *>(ctx->get_memory());
+    if (!kv) {
+        return true;
+    }
+
+    try {
+        if (!lt_has_seq(*kv->get_full(), seq_id)) {
+            throw std::runtime_error(format("there is no sequence %d in this context", seq_id));
+        }
+
+        kv->begin_prompt(seq_id, n_tokens);
+    } catch (const std::exception & e) {
+        if (err && err_size > 0) {
+            lt_copy(e.what(), err, err_size);
+        }
+        return false;
+    }
+
+    return true;
+}
+
+void lt_set_prompt_limit(llama_context * ctx, size_t n_bytes) {
+    if (auto * kv = dynamic_cast<lt_kv_cache *>(ctx->get_memory())) {
+        kv->set_prompt_limit(n_bytes);
+    }
+}
+
+int32_t lt_lazy_ratios(const llama_context * ctx, float * ratios, int32_t n) {
+    const auto * kv = lt_get_cache(ctx);
+    if (!kv || kv->get_lazy_ratios().empty()) {
+        return 0;
+    }
+
+    const int32_t n_layer = ctx->get_model().hparams.n_layer();
+
+    std::copy_n(kv->get_lazy_ratios().begin(), std::min(std::max(n, 0), n_layer), ratios);
+
+    return n_layer;
 }

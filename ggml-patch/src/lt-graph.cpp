@@ -4,37 +4,83 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 
+#include <algorithm>
+#include <vector>
+
+// the prompt part is one for all sequences
+static llama_cparams lt_cparams(const llama_cparams & cparams, const lt_kv_cache_context * mctx) {
+    llama_cparams res = cparams;
+    res.kv_unified = cparams.kv_unified || mctx->is_in_prompt_part();
+
+    return res;
+}
+
 lt_graph_input_attn_kv::lt_graph_input_attn_kv(
         std::unique_ptr<llm_graph_input_attn_kv> inp_full,
         std::unique_ptr<llm_graph_input_attn_kv> inp_streaming,
         const lt_kv_cache_context * mctx) :
     llm_graph_input_attn_kv(*inp_full),
     inp_streaming(std::move(inp_streaming)),
-    spec(mctx->get_spec()) {
+    kv(&mctx->get_cache()),
+    spec(mctx->get_cache().get_spec()),
+    generation(mctx->get_cache().get_generation()),
+    in_prompt_part(mctx->is_in_prompt_part()) {
+}
+
+void lt_graph_input_attn_kv::build_keep_idxs(ggml_context * ctx, const llama_ubatch & ubatch) {
+    keep_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, std::min(ubatch.n_tokens, kv->get_lazy_ratio()->get_n_last()));
+    ggml_set_input(keep_idxs);
+    ggml_set_name(keep_idxs, "lt_inp_keep_idxs");
 }
 
 void lt_graph_input_attn_kv::set_input(const llama_ubatch * ubatch) {
     // note: if all layers stream, the tensors of the full part are in no graph and have no buffer. set_input() skips those
     llm_graph_input_attn_kv::set_input(ubatch);
 
-    inp_streaming->set_input(ubatch);
+    if (inp_streaming) {
+        inp_streaming->set_input(ubatch);
+    }
+
+    if (keep_idxs && keep_idxs->buffer) {
+        std::vector<int64_t> data(keep_idxs->ne[0]);
+
+        // note: the tokens of this ubatch are the last ones of the sequence
+        const uint64_t n_past = kv->n_tokens(0);
+
+        for (size_t j = 0; j < data.size(); ++j) {
+            const size_t i_last = data.size() - 1 - j;
+
+            data[j] = kv->get_lazy_ratio()->set_row(n_past - 1 - i_last, ubatch->pos[ubatch->n_tokens - 1 - i_last]);
+        }
+
+        ggml_backend_tensor_set(keep_idxs, data.data(), 0, ggml_nbytes(keep_idxs));
+    }
+}
+
+void lt_graph_input_attn_kv::lt_keep_q(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int il) {
+    if (keep_idxs) {
+        kv->get_lazy_ratio()->build_keep(ctx, gf, q, keep_idxs, kq_scale, il);
+    }
 }
 
 bool lt_graph_input_attn_kv::can_reuse(const llm_graph_params & params) {
     const auto * mctx_lt = static_cast<const lt_kv_cache_context *>(params.mctx);
 
-    this         ->mctx = mctx_lt->get_full();
-    inp_streaming->mctx = mctx_lt->get_streaming();
-
-    bool res = true;
-
-    for (const auto * inp : { static_cast<llm_graph_input_attn_kv *>(this), inp_streaming.get() }) {
-        res &= inp->self_k_idxs->ne[0] == params.ubatch.n_tokens;
-
-        res &= can_reuse_kq_mask(inp->self_kq_mask, inp->mctx, params.ubatch, params.cparams);
+    // the graph has the tensors of the part that it was built with
+    if (mctx_lt->get_cache().get_generation() != generation || mctx_lt->is_in_prompt_part() != in_prompt_part) {
+        return false;
     }
 
-    return res;
+    this->mctx = mctx_lt->get_full();
+    if (inp_streaming) {
+        inp_streaming->mctx = mctx_lt->get_streaming();
+    }
+
+    const auto can_reuse_part = [&](const llm_graph_input_attn_kv & inp, const llama_cparams & cparams) {
+        return inp.self_k_idxs->ne[0] == params.ubatch.n_tokens && can_reuse_kq_mask(inp.self_kq_mask, inp.mctx, params.ubatch, cparams);
+    };
+
+    return can_reuse_part(*this, params.cparams) && (!inp_streaming || can_reuse_part(*inp_streaming, lt_cparams(params.cparams, mctx_lt)));
 }
 
 llm_graph_input_attn_kv * lt_graph_input_attn_kv::lt_for_layer(int il) {
@@ -52,8 +98,15 @@ std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(
         return nullptr;
     }
 
-    auto inp_full      = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_full());
-    auto inp_streaming = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_streaming());
+    auto inp_full = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_full());
+
+    if (mctx_lt->get_cache().is_choosing()) {
+        auto res = std::make_unique<lt_graph_input_attn_kv>(std::move(inp_full), nullptr, mctx_lt);
+        res->build_keep_idxs(ctx0, ubatch);
+        return res;
+    }
+
+    auto inp_streaming = build_attn_inp_kv_impl(ctx0, ubatch, hparams, lt_cparams(cparams, mctx_lt), mctx_lt->get_streaming());
 
     return std::make_unique<lt_graph_input_attn_kv>(std::move(inp_full), std::move(inp_streaming), mctx_lt);
 }

@@ -21,11 +21,22 @@ public:
 
     llm_graph_input_attn_kv * lt_for_layer(int il) override;
 
+    void lt_keep_q(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int il) override;
+
+    void build_keep_idxs(ggml_context * ctx, const llama_ubatch & ubatch);
+
 private:
-    const std::unique_ptr<llm_graph_input_attn_kv> inp_streaming;
+    const std::unique_ptr<llm_graph_input_attn_kv> inp_streaming; // null if no layer streams yet
+
+    const lt_kv_cache * kv;
+
+    ggml_tensor * keep_idxs = nullptr; // I64 [n_keep], the rows of the queries that the lazy ratio is measured with, can be null
 
     // note: a copy, because the graph can outlive the memory context that it was built with
     const lt_spec spec;
+
+    const uint64_t generation;
+    const bool     in_prompt_part;
 };
 
 // nullptr if the memory has no streaming layers

@@ -1,16 +1,18 @@
 #include "lt-kv-cache-context.h"
 
-#include "lt-kv-cache.h"
-
 #include <cassert>
 
 lt_kv_cache_context::lt_kv_cache_context(llama_memory_status status) : status(status) {}
 
 lt_kv_cache_context::lt_kv_cache_context(lt_kv_cache * kv) :
     kv(kv),
-    ctx_full  (kv->get_full  ()->init_full()),
+    ctx_full     (kv->get_full     ()->init_full()),
     ctx_streaming(kv->get_streaming()->init_full()),
     status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+    if (auto * kv_reserve = kv->get_reserve()) {
+        ctx_prompt = kv_reserve->init_full();
+        ubatches.in_prompt_part.push_back(true);
+    }
 }
 
 lt_kv_cache_context::lt_kv_cache_context(
@@ -18,21 +20,34 @@ lt_kv_cache_context::lt_kv_cache_context(
         llama_context * lctx,
         bool optimize) :
     kv(kv),
-    ctx_full  (kv->get_full  ()->init_update(lctx, optimize)),
+    is_update(true),
+    ctx_full     (kv->get_full     ()->init_update(lctx, optimize)),
     ctx_streaming(kv->get_streaming()->init_update(lctx, optimize)),
     status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+    if (kv->get_prompt()) {
+        ctx_prompt = kv->get_prompt()->init_update(lctx, optimize);
+        status     = llama_memory_status_combine(status, ctx_prompt->get_status());
+    }
+
+    if (kv->has_pending()) {
+        status = llama_memory_status_combine(status, LLAMA_MEMORY_STATUS_SUCCESS);
+    }
 }
 
 lt_kv_cache_context::lt_kv_cache_context(
         lt_kv_cache * kv,
-        slot_info_vec_t sinfos_full,
-        slot_info_vec_t sinfos_streaming,
-        std::vector<llama_ubatch> ubatches) :
+        lt_batch batch,
+        lt_ubatches ubatches_in) :
     kv(kv),
-    ubatches(std::move(ubatches)),
-    ctx_full  (new llama_kv_cache_context(kv->get_full  (), std::move(sinfos_full),   this->ubatches)),
-    ctx_streaming(new llama_kv_cache_context(kv->get_streaming(), std::move(sinfos_streaming), this->ubatches)),
+    batch(std::move(batch)),
+    ubatches(std::move(ubatches_in)),
+    ctx_full     (new llama_kv_cache_context(kv->get_full     (), std::move(ubatches.sinfos_full),      ubatches.all)),
+    ctx_streaming(new llama_kv_cache_context(kv->get_streaming(), std::move(ubatches.sinfos_streaming), ubatches.streaming)),
     status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+    if (!ubatches.prompt.empty()) {
+        ctx_prompt.reset(new llama_kv_cache_context(kv->get_prompt(), std::move(ubatches.sinfos_prompt), ubatches.prompt));
+        status = llama_memory_status_combine(status, ctx_prompt->get_status());
+    }
 }
 
 lt_kv_cache_context::~lt_kv_cache_context() = default;
@@ -40,19 +55,43 @@ lt_kv_cache_context::~lt_kv_cache_context() = default;
 bool lt_kv_cache_context::next() {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    ctx_full  ->next();
-    ctx_streaming->next();
+    ctx_full->next();
+    if (!kv->is_choosing()) {
+        (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->next();
+    }
 
-    return ++i_next < ubatches.size();
+    if (++i_next < ubatches.all.size()) {
+        return true;
+    }
+
+    kv->end_batch(batch);
+
+    return false;
 }
 
 bool lt_kv_cache_context::apply() {
     assert(!llama_memory_status_is_fail(status));
 
-    bool res = true;
+    bool res = ctx_full->apply();
 
-    res = res & ctx_full  ->apply();
-    res = res & ctx_streaming->apply();
+    if (is_update) {
+        res = res & ctx_streaming->apply();
+        if (ctx_prompt) {
+            res = res & ctx_prompt->apply();
+        }
+
+        kv->apply_pending();
+
+        return res;
+    }
+
+    if (i_next == 0) {
+        kv->begin_batch(batch);
+    }
+
+    if (!kv->is_choosing()) {
+        res = res & (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->apply();
+    }
 
     return res;
 }
@@ -64,11 +103,11 @@ llama_memory_status lt_kv_cache_context::get_status() const {
 const llama_ubatch & lt_kv_cache_context::get_ubatch() const {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    return ubatches[i_next];
+    return ubatches.all[i_next];
 }
 
-const lt_spec & lt_kv_cache_context::get_spec() const {
-    return kv->get_spec();
+const lt_kv_cache & lt_kv_cache_context::get_cache() const {
+    return *kv;
 }
 
 const llama_kv_cache_context * lt_kv_cache_context::get_full() const {
@@ -80,5 +119,9 @@ const llama_kv_cache_context * lt_kv_cache_context::get_full() const {
 const llama_kv_cache_context * lt_kv_cache_context::get_streaming() const {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    return static_cast<const llama_kv_cache_context *>(ctx_streaming.get());
+    return static_cast<const llama_kv_cache_context *>((is_in_prompt_part() ? ctx_prompt : ctx_streaming).get());
+}
+
+bool lt_kv_cache_context::is_in_prompt_part() const {
+    return i_next < ubatches.in_prompt_part.size() && ubatches.in_prompt_part[i_next];
 }

@@ -1,18 +1,10 @@
 #pragma once
 
-#include "lt-spec.h"
+#include "lt-kv-cache.h"
 
-#include "llama-kv-cache.h"
-
-#include <vector>
-
-class lt_kv_cache;
-
-// the two parts of an lt_kv_cache while a batch is processed, in the shape of llama_kv_cache_iswa_context
+// the parts of an lt_kv_cache while a batch is processed, in the shape of llama_kv_cache_iswa_context
 class lt_kv_cache_context : public llama_memory_context_i {
 public:
-    using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
-
     // used for errors
     lt_kv_cache_context(llama_memory_status status);
 
@@ -28,9 +20,8 @@ public:
     // used to create a batch processing context from a batch
     lt_kv_cache_context(
             lt_kv_cache * kv,
-            slot_info_vec_t sinfos_full,
-            slot_info_vec_t sinfos_streaming,
-            std::vector<llama_ubatch> ubatches);
+            lt_batch batch,
+            lt_ubatches ubatches);
 
     virtual ~lt_kv_cache_context();
 
@@ -48,21 +39,30 @@ public:
     // lt_kv_cache_context specific API
     //
 
-    const lt_spec & get_spec() const;
+    const lt_kv_cache & get_cache() const;
 
-    const llama_kv_cache_context * get_full()   const;
+    const llama_kv_cache_context * get_full() const;
+
+    // what the streaming layers of the current ubatch use: the streaming part or the prompt part
     const llama_kv_cache_context * get_streaming() const;
 
+    bool is_in_prompt_part() const;
+
 private:
-    const lt_kv_cache * kv = nullptr;
+    lt_kv_cache * kv = nullptr;
+
+    bool is_update = false;
 
     // the index of the next ubatch to process
     size_t i_next = 0;
 
-    std::vector<llama_ubatch> ubatches;
+    lt_batch batch;
 
-    const llama_memory_context_ptr ctx_full;
-    const llama_memory_context_ptr ctx_streaming;
+    lt_ubatches ubatches;
 
-    const llama_memory_status status;
+    llama_memory_context_ptr ctx_full;
+    llama_memory_context_ptr ctx_streaming;
+    llama_memory_context_ptr ctx_prompt; // can be null
+
+    llama_memory_status status;
 };

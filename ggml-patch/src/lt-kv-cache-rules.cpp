@@ -23,13 +23,21 @@ bool lt_kv_cache::is_subset(llama_seq_id seq_id) const {
     return true;
 }
 
-bool lt_kv_cache::holds(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+bool lt_kv_cache::is_ahead(llama_seq_id seq_id) const {
+    if (!in_prompt_part[seq_id] || !kv_prompt) {
+        return false;
+    }
+
+    // note: where both end at the same position, the streaming part holds no less
+    return kv_prompt->seq_pos_max(seq_id) > kv_streaming->seq_pos_max(seq_id);
+}
+
+bool lt_kv_cache::holds(llama_seq_id seq_id, const pos_set & s, llama_pos p0, llama_pos p1) const {
     if (p0 >= p1) {
         return true;
     }
 
-    const auto & f = pos_full  (seq_id);
-    const auto & s = pos_streaming(seq_id);
+    const auto & f = pos_full(seq_id);
 
     auto it_f = f.lower_bound({ p0, 0 });
     auto it_s = s.lower_bound({ p0, 0 });
@@ -43,15 +51,21 @@ bool lt_kv_cache::holds(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     return it_s == s.end() || it_s->first >= p1;
 }
 
-bool lt_kv_cache::holds_visible(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const {
+llama_pos lt_kv_cache::first_visible(const lt_prompts & prompts, llama_pos q) const {
+    const lt_prompt * prompt = prompts.find(q);
+
+    return prompt ? prompt->first : q - (llama_pos) mask.n_back;
+}
+
+bool lt_kv_cache::holds_visible(llama_seq_id seq_id, const pos_set & s, llama_pos q, llama_pos p0, llama_pos p1) const {
     const llama_pos sink  = std::min((llama_pos) mask.n_sink, q);
-    const llama_pos first = std::max((int64_t) sink, (int64_t) q + 1 - mask.n_window);
+    const llama_pos first = std::max(sink, first_visible(prompts[seq_id], q));
 
     return
-        holds(seq_id, 0,                    std::min(sink, p0)) &&
-        holds(seq_id, std::min(p1, sink),   sink) &&
-        holds(seq_id, first,                std::min(q, p0)) &&
-        holds(seq_id, std::max(first, p1),  q);
+        holds(seq_id, s, 0,                   std::min(sink, p0)) &&
+        holds(seq_id, s, std::min(p1, sink),  sink) &&
+        holds(seq_id, s, first,               std::min(q, p0)) &&
+        holds(seq_id, s, std::max(first, p1), q);
 }
 
 void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const {
@@ -76,12 +90,51 @@ bool lt_kv_cache::is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) 
     };
 
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
-        if (kv_full->get_cells(seq_id).seq_has(i, s) && cell_streaming(s) != cell_streaming(seq_id)) {
+        if (!kv_full->get_cells(seq_id).seq_has(i, s)) {
+            continue;
+        }
+
+        if (is_ahead(s) != is_ahead(seq_id) || cell_streaming(s) != cell_streaming(seq_id)) {
             return false;
         }
     }
 
     return true;
+}
+
+lt_prompts lt_kv_cache::mapped_prompts(llama_seq_id s, const pos_map_cell & map_cell) const {
+    const auto & f = pos_full(s);
+
+    const auto map_first = [&](llama_pos p) -> llama_pos {
+        const auto it = f.lower_bound({ p, 0 });
+
+        return it == f.end() ? -1 : std::max(0, map_cell(it->first, it->second));
+    };
+
+    const auto map_last = [&](llama_pos p) -> llama_pos {
+        const auto it = f.lower_bound({ p, 0 });
+
+        return it == f.begin() ? -1 : map_cell(std::prev(it)->first, std::prev(it)->second) + 1;
+    };
+
+    lt_prompts res = prompts[s];
+    res.map(map_first, map_last);
+
+    return res;
+}
+
+void lt_kv_cache::map_prompts(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) {
+    const auto & cells = kv_full->get_cells(seq_id);
+
+    const auto map_cell = [&](llama_pos p, uint32_t i) {
+        return cells.seq_has(i, seq_id) ? map(p) : p;
+    };
+
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        if (kv_full->get_stream(s) == kv_full->get_stream(seq_id)) {
+            prompts[s] = mapped_prompts(s, map_cell);
+        }
+    }
 }
 
 bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const {
@@ -114,10 +167,12 @@ bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(lla
             q = std::max(q, map_cell(p, i) + 1);
         }
 
+        const llama_pos first = first_visible(mapped_prompts(s, map_cell), q);
+
         for_each_dropped(s, [&](llama_pos p, uint32_t i) {
             const llama_pos p_new = map_cell(p, i);
 
-            res = res && (p_new < 0 || mask.is_masked(p_new, q));
+            res = res && (p_new < 0 || (p_new >= (llama_pos) mask.n_sink && p_new < first));
         });
     }
 
@@ -125,6 +180,11 @@ bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(lla
 }
 
 bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const {
+    // note: what one of them has in the prompt part would have to be copied for the other
+    if (!pos_full(seq_id_dst).empty() && is_ahead(seq_id_src) != is_ahead(seq_id_dst)) {
+        return false;
+    }
+
     llama_pos q = kv_full->seq_pos_max(seq_id_dst) + 1;
     for (const auto & [p, _] : pos_full(seq_id_src)) {
         if (p >= p0 && p < p1) {
@@ -132,9 +192,15 @@ bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
         }
     }
 
+    lt_prompts copied = prompts[seq_id_dst];
+    copied.copy(prompts[seq_id_src], p0, p1);
+    copied.truncate(q);
+
+    const llama_pos first = first_visible(copied, q);
+
     bool res = true;
     for_each_dropped(seq_id_src, [&](llama_pos p, uint32_t) {
-        res = res && (p < p0 || p >= p1 || mask.is_masked(p, q));
+        res = res && (p < p0 || p >= p1 || (p >= (llama_pos) mask.n_sink && p < first));
     });
 
     return res;
@@ -163,7 +229,12 @@ bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const 
         p_last = std::prev(it_rm)->first;
     }
 
-    return !refused[seq_id] && holds_visible(seq_id, p_last + 1, p0, p1);
+    // note: when the end of the prompt part goes, the streaming part may still have what was there before, see is_ahead()
+    const bool is_back = !choosing && p_last <= kv_streaming->seq_pos_max(seq_id);
+
+    const auto & s = is_back ? kv_streaming->get_cells(seq_id).seq_pos_get(seq_id) : pos_streaming(seq_id);
+
+    return !refused[seq_id] && holds_visible(seq_id, s, p_last + 1, p0, p1);
 }
 
 void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -181,7 +252,7 @@ bool lt_kv_cache::can_decode(llama_seq_id seq_id) {
     }
 
     if (restored[seq_id]) {
-        if (!is_subset(seq_id) || !holds_visible(seq_id, seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END)) {
+        if (!is_subset(seq_id) || !holds_visible(seq_id, pos_streaming(seq_id), seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END)) {
             LLAMA_LOG_ERROR("%s: sequence %d can't be continued: it ends at position %d and the state that was restored into it at %d, remove what follows that position\n",
                     __func__, seq_id, seq_pos_max(seq_id), kv_streaming->seq_pos_max(seq_id));
             return false;

@@ -1,31 +1,60 @@
 #pragma once
 
+#include "lt-lazy-ratio.h"
 #include "lt-mask.h"
+#include "lt-prompts.h"
 #include "lt-spec.h"
 
+#include "llama-hparams.h"
 #include "llama-kv-cache.h"
 
 #include <array>
 #include <bitset>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <vector>
 
 struct llama_cparams;
 
-// the end of a range of positions that has none
-static constexpr llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
+// the tokens of one sequence in a batch
+struct lt_batch_seq {
+    llama_seq_id id;
+
+    llama_pos begin;
+    llama_pos end;
+
+    uint32_t n_tokens;
+
+    bool is_prompt; // the sequence reads a prompt
+    bool is_last;   // and this batch ends it
+};
+
+using lt_batch = std::vector<lt_batch_seq>;
+
+// how a batch is processed: its ubatches, of which some use the streaming part and the others the prompt part
+struct lt_ubatches {
+    std::vector<llama_ubatch> all;
+    std::vector<llama_ubatch> streaming; // none if no layer streams yet
+    std::vector<llama_ubatch> prompt;
+
+    std::vector<bool> in_prompt_part; // [all.size()]
+
+    llama_kv_cache::slot_info_vec_t sinfos_full;
+    llama_kv_cache::slot_info_vec_t sinfos_streaming;
+    llama_kv_cache::slot_info_vec_t sinfos_prompt;
+};
 
 //
 // lt_kv_cache
 //
 
-// utilizes two instances of llama_kv_cache, in the shape of llama_kv_cache_iswa
-//   the first instance holds all positions, for the layers with full attention
-//   the second instance holds the first n_sink and the last n_window positions, for the streaming layers
+// utilizes instances of llama_kv_cache, in the shape of llama_kv_cache_iswa
+//   the full part holds all positions, for the layers with full attention
+//   the streaming part holds the first n_sink and the last n_window positions, for the streaming layers
+//   the prompt part exists while a long prompt is read with full attention (prefill = full). it holds what the tokens of such
+//     prompts see in the streaming layers, for all sequences together. what the streaming part needs of it is copied at the end
 //
-// notation: of a sequence, F are the positions in the full part and S those in the streaming part (a subset of F)
+// notation: of a sequence, F are the positions in the full part and S those held for its streaming layers (a subset of F)
 //   the positions F \ S have been dropped. no token to come may see a dropped position: operations that would break
 //   this are refused. seq_rm() then returns false, the others leave the sequence unusable until it is removed
 
@@ -64,7 +93,7 @@ public:
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
 
-    // the smallest position from which on nothing has been dropped
+    // the smallest position p such that the sequence can be rolled back to p + n_window and to all that follows
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
@@ -81,24 +110,105 @@ public:
 
     const lt_spec & get_spec() const;
 
-    llama_kv_cache * get_full()   const;
+    llama_kv_cache * get_full()      const;
     llama_kv_cache * get_streaming() const;
+    llama_kv_cache * get_prompt()    const; // null if no long prompt is being read
+
+    // changes when a graph that was built for this cache can't be used any more
+    uint64_t get_generation() const;
+
+    // the positions that are held for the streaming layers of a sequence
+    using pos_set = std::set<std::pair<llama_pos, uint32_t>>;
+
+    const pos_set & pos_streaming(llama_seq_id seq_id) const;
+
+    // the same, and what the streaming part still has of the time before a prompt in the prompt part. ascending
+    std::vector<llama_pos> get_held(llama_seq_id seq_id) const;
+
+    // whether seq_rm() would succeed
+    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // prompts
+
+    bool is_in_prompt     (llama_seq_id seq_id) const; // one is being read
+    bool is_in_prompt_part(llama_seq_id seq_id) const; // and it has left the streaming part
+
+    // the next n_tokens tokens of the sequence are a prompt. throws std::runtime_error if they don't fit
+    void begin_prompt(llama_seq_id seq_id, uint32_t n_tokens);
+
+    // most bytes of the prompt part, 0: no limit
+    void set_prompt_limit(size_t n_bytes);
+
+    // layers that are chosen for the prompt
+
+    bool is_choosing() const;
+
+    lt_lazy_ratio * get_lazy_ratio() const;
+
+    // [n_layer_all], empty if nothing has been measured
+    const std::vector<float> & get_lazy_ratios() const;
+
+    uint64_t n_tokens(llama_seq_id seq_id) const;
+
+    // a prompt part as large as can be, without memory: what the graphs are reserved for. null if there is never one
+    llama_kv_cache * get_reserve();
+
+    // used by lt_kv_cache_context: the first ubatch of a batch is applied, the last one has been computed
+    void begin_batch(const lt_batch & batch);
+    void end_batch  (const lt_batch & batch);
+
+    bool has_pending() const;
+    void apply_pending();
 
 private:
-    const lt_spec spec;
+    const llama_model & model;
 
-    // see init_batch(). LT_POS_END: the sequence will not be rolled back
-    std::array<llama_pos, LLAMA_MAX_SEQ> pos_rollback;
+    lt_spec spec;
+
+    // what the parts are made with
+    const ggml_type type_k;
+    const ggml_type type_v;
+    const bool      v_trans;
+    const bool      offload;
+    const bool      unified;
+    const uint32_t  n_seq_max;
+
+    const uint32_t size_full;      // [cells]
+    const uint32_t size_streaming; // [cells]
+
+    // those of the model, for a cache that is given no memory
+    llama_hparams hparams_no_alloc;
+
+    std::vector<bool> has_cache; // [n_layer_all], false: the layer has no KV cache in this context
+
+    lt_phases phases;
 
     const lt_mask mask;
-
-    const bool unified;
 
     // known from the first update on, before which there is nothing to update
     llama_context * lctx = nullptr;
 
     std::unique_ptr<llama_kv_cache> kv_full;
     std::unique_ptr<llama_kv_cache> kv_streaming;
+    std::unique_ptr<llama_kv_cache> kv_prompt;
+    std::unique_ptr<llama_kv_cache> kv_reserve;
+
+    uint64_t generation = 0;
+
+    // the layers are still to be chosen. then the streaming part has none and is not used, and S = F
+    bool choosing = false;
+
+    std::unique_ptr<lt_lazy_ratio> lazy_ratio; // null if no layers are to be chosen
+
+    std::vector<float> lazy_ratios; // [n_layer_all], as measured last
+
+    size_t prompt_limit = 0; // [bytes]
+
+    // sequences whose tokens go to the prompt part
+    std::bitset<LLAMA_MAX_SEQ> in_prompt_part;
+
+    std::vector<lt_prompts> prompts;    // [LLAMA_MAX_SEQ]
+    std::vector<uint32_t>   n_declared; // [LLAMA_MAX_SEQ] the tokens that are still to come of a prompt that was announced
 
     // sequences that a refused operation has left unusable
     std::bitset<LLAMA_MAX_SEQ> refused;
@@ -108,21 +218,45 @@ private:
     //       until that is done, the streaming part lacks positions without anything being wrong
     std::bitset<LLAMA_MAX_SEQ> restored;
 
-    using pos_set = std::set<std::pair<llama_pos, uint32_t>>;
+    // what the next update does
+    struct {
+        uint32_t n_cells = 0;             // the prompt part needs so many cells
+        std::vector<llama_seq_id> move;   // into the prompt part
+        std::vector<llama_seq_id> finish; // their prompts have been read
+        bool choose  = false;             // choose the layers
+        bool reserve = false;             // the parts are new
+    } pending;
 
-    const pos_set & pos_full  (llama_seq_id seq_id) const;
-    const pos_set & pos_streaming(llama_seq_id seq_id) const;
+    std::unique_ptr<llama_kv_cache> create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const;
+
+    // the sequence is empty
+    void forget(llama_seq_id seq_id);
 
     llama_seq_id n_seq_ids() const;
+
+    const pos_set & pos_full(llama_seq_id seq_id) const;
+
+    // apply pending shifts and copies
+    void update() const;
+
+    //
+    // rules, see lt-kv-cache-rules.cpp
+    //
+
+    // the sequence has more in the prompt part than in the streaming part
+    bool is_ahead(llama_seq_id seq_id) const;
 
     // the streaming part holds nothing that the full part doesn't
     bool is_subset(llama_seq_id seq_id) const;
 
-    // the streaming part holds the same positions within [p0, p1) as the full part
-    bool holds(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    // S holds the same positions within [p0, p1) as the full part
+    bool holds(llama_seq_id seq_id, const pos_set & s, llama_pos p0, llama_pos p1) const;
 
-    // the streaming part holds all that a query at position q sees, where [p0, p1) doesn't count
-    bool holds_visible(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const;
+    // S holds all that a token at position q sees, where [p0, p1) doesn't count
+    bool holds_visible(llama_seq_id seq_id, const pos_set & s, llama_pos q, llama_pos p0, llama_pos p1) const;
+
+    // behind the sinks, the first position that a token at position q sees
+    llama_pos first_visible(const lt_prompts & prompts, llama_pos q) const;
 
     // call visit(p, i) for each dropped position and its cell in the full part, ascending
     void for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const;
@@ -131,27 +265,83 @@ private:
     // note: a partial state that is restored into a copied sequence gives it streaming cells of its own
     bool is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) const;
 
+    // the prompts of a sequence when the position of its cells of the full part changes from p to map_cell(p, i)
+    using pos_map_cell = std::function<llama_pos(llama_pos, uint32_t)>;
+
+    lt_prompts mapped_prompts(llama_seq_id s, const pos_map_cell & map_cell) const;
+
+    // change the prompts of all sequences that share cells with this one
+    void map_prompts(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map);
+
     // true if dropped positions stay hidden when the position of each cell of the sequence changes from p to map(p)
     // negative: removed. note that other sequences can share these cells
     bool can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const;
 
     bool can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const;
 
-    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
-
-    // apply pending shifts and copies
-    void update() const;
-
     void refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
     // false, with a line in the log, if the sequence is not fit to be decoded
     bool can_decode(llama_seq_id seq_id);
 
+    //
+    // batches, see lt-kv-cache-batch.cpp
+    //
+
+    // which sequences the batch has, and which of them read a prompt
+    lt_batch inspect(const llama_batch & batch) const;
+
+    // batch: the one that is about to be processed, if any
+    void set_phases(const lt_batch & batch);
+
     // split the batch and find its cells
     // returns null if there is no room
-    llama_memory_context_ptr try_split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool simple);
+    llama_memory_context_ptr try_split(llama_batch_allocr & balloc, const lt_batch & batch, uint32_t n_ubatch, bool simple);
 
-    // set pos_rollback for the sequences that have a short run of tokens in a batch of several ubatches
+    // set the positions of rollbacks for the sequences that have a short run of tokens in a batch of several ubatches
     // returns the number of cells that this takes from the spare ones
     uint32_t set_rollback(const std::vector<llama_ubatch> & ubatches);
+
+    //
+    // the prompt part, see lt-kv-cache-prompt.cpp
+    //
+
+    // the sequences whose prompts could make room in the streaming part for this batch
+    std::vector<llama_seq_id> seqs_to_move(const lt_batch & batch) const;
+
+    // ask for room in the prompt part for the prompts of the batch
+    void request_room(const lt_batch & batch, const std::vector<llama_seq_id> & move);
+
+    size_t prompt_bytes(uint32_t n_cells) const;
+
+    // throws std::runtime_error if the prompt part may not have so many cells
+    void check_limit(uint32_t n_cells, uint32_t n_tokens) const;
+
+    void read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+    void grow_prompt_part(uint32_t n_cells);
+    void free_prompt_part();
+
+    void move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids);
+
+    // the prompt part is not needed for a sequence any more
+    void leave_prompt_part(llama_seq_id seq_id);
+
+    // copy what is to be kept of the sequences that have read their prompts
+    void finish(const std::vector<llama_seq_id> & seq_ids);
+
+    // move what decoding reads to the cells that it keeps to
+    void compact(uint32_t strm);
+
+    //
+    // layers that are chosen for the prompt, see lt-kv-cache-auto.cpp
+    //
+
+    // make all parts anew, empty
+    void set_layers(const std::vector<bool> & layers, bool choosing);
+
+    void choose_layers();
+
+    // those of a state
+    void take_layers(const std::string & text);
 };

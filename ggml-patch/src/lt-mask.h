@@ -4,6 +4,24 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
+
+// the end of a range of positions that has none
+static constexpr llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
+
+// what the sequences of a cache are doing, as far as the mask depends on it
+struct lt_phases {
+    // the first position behind the sinks that the tokens of the prompt in progress see. -1: the sequence decodes
+    std::array<llama_pos, LLAMA_MAX_SEQ> first;
+
+    // the position that the sequence may yet be rolled back to. LT_POS_END: it will not be
+    std::array<llama_pos, LLAMA_MAX_SEQ> rollback;
+
+    lt_phases() {
+        first   .fill(-1);
+        rollback.fill(LT_POS_END);
+    }
+};
 
 // which cells of a streaming layer a query sees
 // note: n_sink counts positions - the learned per-head attention sinks of some models (gpt-oss) are something else
@@ -11,30 +29,66 @@ struct lt_mask {
     uint32_t n_sink   = 0;
     uint32_t n_window = 0; // 0: not the cache of streaming layers
 
-    // for each sequence the position that it may yet be rolled back to, can be null
-    const std::array<llama_pos, LLAMA_MAX_SEQ> * pos_rollback = nullptr;
+    // how far back the next token sees, whatever it is: a decoded one n_window - 1 positions, the first of a prompt that is
+    // read with full attention n_window
+    uint32_t n_back = 0;
+
+    // decoding takes cells below this one while there are any
+    uint32_t n_cells_decode = 0;
+
+    // not of the mask: each layer of the cache has a buffer of its own, so that layers can be given back one by one
+    bool layer_buffers = false;
+
+    const lt_phases * phases = nullptr;
 
     bool enabled() const {
         return n_window > 0;
     }
 
     // the key at position p0 is hidden from the query at position p1
-    // note: a hidden key stays hidden from all later queries, this is what makes its cell reusable
-    bool is_masked(llama_pos p0, llama_pos p1) const {
-        return p0 >= (llama_pos) n_sink && p1 - p0 >= (llama_pos) n_window;
+    bool is_masked(llama_seq_id s, llama_pos p0, llama_pos p1) const {
+        if (p0 < (llama_pos) n_sink) {
+            return false;
+        }
+
+        return phases->first[s] >= 0 ? p0 < phases->first[s] : p1 - p0 >= (llama_pos) n_window;
     }
 
-    // the cell is hidden from the next token of every sequence that it belongs to
-    // note: with a unified cache, a cell can belong to several sequences (see seq_cp()), each at a different position
-    bool is_masked_for_all(const llama_kv_cells & cells, uint32_t i) const {
+    // the cell is hidden from all tokens of sequence s to come
+    // note: a hidden key stays hidden from all later queries, this is what makes its cell reusable
+    bool is_dead(const llama_kv_cells & cells, uint32_t i, llama_seq_id s) const {
         const llama_pos p0 = cells.pos_get(i);
 
+        return p0 >= (llama_pos) n_sink && p0 < first_visible(cells, s);
+    }
+
+    // the cell is dead for every sequence that it belongs to
+    // note: with a unified cache, a cell can belong to several sequences (see seq_cp()), each at a different position
+    bool is_dead(const llama_kv_cells & cells, uint32_t i) const {
         if (cells.seq_count(i) == 1) {
-            return is_masked(p0, pos_next(cells, cells.seq_get(i)));
+            return is_dead(cells, i, cells.seq_get(i));
         }
 
         for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (cells.seq_has(i, s) && !is_masked(p0, pos_next(cells, s))) {
+            if (cells.seq_has(i, s) && !is_dead(cells, i, s)) {
+                return false;
+            }
+        }
+
+        return true;
+    }
+
+    // a saved state does not need the cell. s = -1: that of all sequences
+    // note: it keeps one position more than the next token sees, because llama-server goes back by one after it restores a state
+    bool is_spare(const llama_kv_cells & cells, uint32_t i, llama_seq_id s) const {
+        const llama_pos p0 = cells.pos_get(i);
+
+        if (p0 < (llama_pos) n_sink) {
+            return false;
+        }
+
+        for (llama_seq_id cur = std::max(s, 0); cur < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++cur) {
+            if (cells.seq_has(i, cur) && p0 + 1 >= first_visible(cells, cur)) {
                 return false;
             }
         }
@@ -43,9 +97,12 @@ struct lt_mask {
     }
 
 private:
-    llama_pos pos_next(const llama_kv_cells & cells, llama_seq_id s) const {
-        const llama_pos p = cells.seq_pos_max(s) + 1;
+    // behind the sinks, the first position that the next token of the sequence sees
+    llama_pos first_visible(const llama_kv_cells & cells, llama_seq_id s) const {
+        if (phases->first[s] >= 0) {
+            return phases->first[s];
+        }
 
-        return pos_rollback ? std::min(p, (*pos_rollback)[s]) : p;
+        return std::min(cells.seq_pos_max(s) + 1, phases->rollback[s]) - (llama_pos) n_back;
     }
 };

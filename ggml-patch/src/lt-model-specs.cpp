@@ -62,7 +62,7 @@ static const char * lt_why_not(const llama_model & model) {
 }
 
 static void lt_check_model(const lt_spec & spec, const llama_model & model) {
-    if (!spec.any()) {
+    if (!spec.enabled()) {
         return;
     }
 
@@ -191,7 +191,7 @@ void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
 
     cur = init;
 
-    if (cur.any()) {
+    if (cur.enabled()) {
         LLAMA_LOG_INFO("%s: streaming layers: %s (%s)\n", __func__, cur.str().c_str(), env && *env ? LT_ENV : "from the file");
     } else if (file && file->any()) {
         LLAMA_LOG_INFO("%s: streaming layers: off (%s)\n", __func__, LT_ENV);

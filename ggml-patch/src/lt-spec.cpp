@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
+
+static const uint32_t LT_N_LAST_MAX = 1024;
 
 const char * lt_prefill_name(lt_prefill prefill) {
     return prefill == LT_PREFILL_FULL ? "full" : "stream";
@@ -37,6 +40,14 @@ lt_prefill lt_check_prefill(const std::string & what, const std::string & value)
 // lt_spec
 //
 
+bool lt_spec::is_auto() const {
+    return auto_fraction >= 0.0f;
+}
+
+bool lt_spec::enabled() const {
+    return is_auto() || any();
+}
+
 bool lt_spec::any() const {
     return std::find(layers.begin(), layers.end(), true) != layers.end();
 }
@@ -46,7 +57,7 @@ bool lt_spec::is_streaming(int32_t il) const {
 }
 
 std::string lt_spec::str() const {
-    if (!any()) {
+    if (!enabled()) {
         return "off";
     }
 
@@ -70,8 +81,10 @@ std::string lt_spec::str() const {
         i0 = i1;
     }
 
-    return format("%s=%s;%s=%u;%s=%u;%s=%s",
-            LT_KEY_LAYERS, list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
+    const std::string text = format("%s=%s;%s=%u;%s=%u;%s=%s",
+            LT_KEY_LAYERS, list.empty() ? "none" : list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
+
+    return is_auto() ? format("%s=%g;%s;%s=%u", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last) : text;
 }
 
 static std::string lt_strip(const std::string & s) {
@@ -115,6 +128,17 @@ static int64_t lt_parse_int(const std::string & what, const std::string & s) {
     return std::stoll(s);
 }
 
+static float lt_parse_fraction(const std::string & what, const std::string & s) {
+    const bool is_number = !s.empty() && s.find_first_not_of("0123456789.") == std::string::npos && std::count(s.begin(), s.end(), '.') <= 1 && s != ".";
+
+    const float res = is_number ? strtof(s.c_str(), nullptr) : -1.0f;
+    if (!(res >= 0.0f && res <= 1.0f)) {
+        lt_bad_value(what, "\"" + s + "\"", "a number from 0 to 1, the share of the layers that is to stream");
+    }
+
+    return res;
+}
+
 static std::vector<bool> lt_parse_layers(const std::string & s, uint32_t n_layer) {
     std::vector<bool> res(n_layer, s == "all");
 
@@ -137,6 +161,24 @@ static std::vector<bool> lt_parse_layers(const std::string & s, uint32_t n_layer
     }
 
     return res;
+}
+
+// the rest of a spec whose layers are chosen for the prompt
+static void lt_check_auto(lt_spec & spec, bool has_layers, bool has_prefill, uint32_t n_layer) {
+    if (has_layers) {
+        throw std::invalid_argument(format("%s: can't be given with %s, which chooses them", LT_KEY_LAYERS, LT_KEY_AUTO));
+    }
+    if (has_prefill && spec.prefill != LT_PREFILL_FULL) {
+        lt_bad_value(LT_KEY_PREFILL, "\"stream\"", "\"full\" with auto: the layers are chosen after the prompt has been read");
+    }
+
+    // note: a query is kept for each
+    if (spec.n_last > LT_N_LAST_MAX) {
+        lt_bad_value(LT_KEY_W_LAST, std::to_string(spec.n_last), format("an integer from 1 to %u", LT_N_LAST_MAX));
+    }
+
+    spec.layers.assign(n_layer, false);
+    spec.prefill = LT_PREFILL_FULL;
 }
 
 lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec * base) {
@@ -176,10 +218,27 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
             res.n_window = lt_check_u32(key, lt_parse_int(key, value), 1);
         } else if (key == LT_KEY_PREFILL) {
             res.prefill = lt_check_prefill(key, value);
+        } else if (key == LT_KEY_AUTO) {
+            res.auto_fraction = lt_parse_fraction(key, value);
+        } else if (key == LT_KEY_W_LAST) {
+            res.n_last = lt_check_u32(key, lt_parse_int(key, value), 1);
         } else {
-            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s",
-                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL));
+            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s",
+                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_AUTO, LT_KEY_W_LAST));
         }
+    }
+
+    const auto is_seen = [&](const char * key) {
+        return std::find(seen.begin(), seen.end(), key) != seen.end();
+    };
+
+    if (res.is_auto()) {
+        lt_check_auto(res, is_seen(LT_KEY_LAYERS), is_seen(LT_KEY_PREFILL), n_layer);
+        return res;
+    }
+
+    if (is_seen(LT_KEY_W_LAST)) {
+        throw std::invalid_argument(format("%s: has a meaning with %s only, as in auto=0.5;w_last=32", LT_KEY_W_LAST, LT_KEY_AUTO));
     }
 
     if (res.layers.empty()) {

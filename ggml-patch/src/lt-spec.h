@@ -18,6 +18,16 @@ struct lt_spec {
 
     lt_prefill prefill = LT_PREFILL_STREAM;
 
+    // the layers are chosen for the first prompt of a conversation: this share of all, those with the highest lazy ratio
+    // negative: they are given
+    float    auto_fraction = -1.0f;
+    uint32_t n_last        = 32; // the last queries of the prompt that the lazy ratio is the mean of
+
+    bool is_auto() const;
+
+    // a context with this spec needs a cache for streaming layers
+    bool enabled() const;
+
     bool any() const;
     bool is_streaming(int32_t il) const;
 
@@ -39,6 +49,8 @@ static const char * const LT_KEY_LAYERS  = "layers";
 static const char * const LT_KEY_SINK    = "sink";
 static const char * const LT_KEY_WINDOW  = "window";
 static const char * const LT_KEY_PREFILL = "prefill";
+static const char * const LT_KEY_AUTO    = "auto";
+static const char * const LT_KEY_W_LAST  = "w_last";
 
 const char * lt_prefill_name(lt_prefill prefill);
 

@@ -9,6 +9,9 @@
 // Specs are written as text, here and in LT_STREAMING:
 //   off
 //   layers=1,3,5-9;sink=4;window=1020;prefill=stream
+//   auto=0.5;sink=4;window=1020;w_last=32
+// "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
+// in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
 // "layers" takes numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4,
 // window=1020 and prefill=stream.
 
@@ -23,6 +26,7 @@ extern "C" {
     enum lt_kv_part {
         LT_KV_FULL      = 0, // the layers with full attention
         LT_KV_STREAMING = 1, // the streaming layers
+        LT_KV_PROMPT    = 2, // the streaming layers, as long as a long prompt is read with full attention
     };
 
     //
@@ -52,14 +56,51 @@ extern "C" {
     // 0 if the memory of this context is not a plain KV cache.
     LLAMA_API uint32_t lt_kv_cells(const struct llama_context * ctx, enum lt_kv_part part);
 
-    // Positions of a sequence that a part holds, ascending. Writes at most n_max, returns how many there are;
-    // -1 if the sequence doesn't exist or the memory of this context is not a plain KV cache.
+    // Positions of a sequence that a part holds, ascending; for LT_KV_STREAMING what the streaming layers of the sequence hold,
+    // in whichever part. Writes at most n_max, returns how many there are; -1 if the sequence doesn't exist or the memory
+    // of this context is not a plain KV cache.
     LLAMA_API int32_t lt_seq_positions(
             const struct llama_context * ctx,
                        enum lt_kv_part   part,
                           llama_seq_id   seq_id,
                              llama_pos * pos,
                                int32_t   n_max);
+
+    // Whether llama_memory_seq_rm(mem, seq_id, p0, -1) would succeed. false for contexts without streaming layers.
+    LLAMA_API bool lt_seq_can_rm(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);
+
+    // Whether a partial state of the sequence (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) is small and can be restored later: false in the
+    // middle of a long prompt that is read with full attention, and before the layers have been chosen for the prompt.
+    LLAMA_API bool lt_seq_can_checkpoint(const struct llama_context * ctx, llama_seq_id seq_id);
+
+    //
+    // prompts, where prefill = full
+    //
+    // A batch belongs to a prompt of a sequence if the sequence's previous batch ended without asking for logits, or if some of
+    // its own tokens of that sequence don't ask for them. The prompt ends with a batch whose last token asks for logits.
+    // Its tokens see, in streaming layers, the sinks, the last window positions before the prompt and all of the prompt.
+    //
+
+    // Announce that the next n_tokens tokens of the sequence are a prompt, whatever logits they ask for, so that room is made for
+    // all of it at once. Optional. Removing tokens of the sequence or restoring a state takes it back.
+    // Returns false, changes nothing and writes one line to err (may be NULL) if the prompt doesn't fit the context or
+    // the limit. Without streaming layers or with prefill = stream it does nothing and returns true.
+    LLAMA_API bool lt_prompt_begin(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens, char * err, size_t err_size);
+
+    // Most bytes of LT_KV_PROMPT, 0: no limit. At first what the environment variable LT_PROMPT_LIMIT says, in MiB.
+    LLAMA_API void lt_set_prompt_limit(struct llama_context * ctx, size_t n_bytes);
+
+    // Whether a prompt of the sequence is being read.
+    LLAMA_API bool lt_seq_in_prompt(const struct llama_context * ctx, llama_seq_id seq_id);
+
+    //
+    // lazy layers, where they are chosen for the prompt ("auto=0.5")
+    //
+
+    // The lazy ratio of each layer, measured at the end of the last prompt that layers were chosen for: the mean over its last
+    // w_last queries and all heads of the attention mass on the first sink and the last window positions.
+    // Writes at most n, returns the number of layers; 0 if nothing has been measured.
+    LLAMA_API int32_t lt_lazy_ratios(const struct llama_context * ctx, float * ratios, int32_t n);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,140 @@
+// layers that are chosen for the first prompt of a conversation, see lt-kv-cache.h
+//
+// until then the full part has all layers. at the end of the first prompt that is longer than what a streaming layer holds, the laziest
+// layers move to the streaming part, one after the other. when all tokens are removed, everything begins anew
+
+#include "lt-kv-cache.h"
+
+#include "lt-kv-ops.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+
+// floor(fraction*n) of n layers, those with the highest ratio. of two with the same, the one with the lower number stays full
+static std::vector<bool> lt_laziest(const std::vector<float> & ratios, double fraction) {
+    std::vector<int32_t> order;
+    for (size_t il = 0; il < ratios.size(); ++il) {
+        if (!std::isnan(ratios[il])) {
+            order.push_back(il);
+        }
+    }
+
+    // note: 0.7f*10 must be 7
+    const size_t n = std::min<size_t>(fraction*order.size() + 1e-4, order.size());
+
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return ratios[a] != ratios[b] ? ratios[a] > ratios[b] : a > b;
+    });
+
+    std::vector<bool> res(ratios.size(), false);
+    for (size_t i = 0; i < n; ++i) {
+        res[order[i]] = true;
+    }
+
+    return res;
+}
+
+bool lt_kv_cache::is_choosing() const {
+    return choosing;
+}
+
+lt_lazy_ratio * lt_kv_cache::get_lazy_ratio() const {
+    return lazy_ratio.get();
+}
+
+const std::vector<float> & lt_kv_cache::get_lazy_ratios() const {
+    return lazy_ratios;
+}
+
+uint64_t lt_kv_cache::n_tokens(llama_seq_id seq_id) const {
+    return pos_full(seq_id).size();
+}
+
+void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
+    // the last batch may still be computing
+    if (lctx) {
+        lctx->synchronize();
+    }
+
+    // what was there goes first, both at once may be too much
+    kv_full.reset();
+    kv_streaming.reset();
+    kv_prompt.reset();
+    kv_reserve.reset();
+
+    in_prompt_part.reset();
+
+    spec.layers = layers;
+
+    this->choosing = choosing;
+
+    kv_full      = create(model.hparams, size_full,      false, unified);
+    kv_streaming = create(model.hparams, size_streaming, true,  unified);
+
+    lazy_ratio.reset();
+    if (choosing) {
+        std::vector<bool> measured(layers.size());
+        for (size_t il = 0; il < layers.size(); ++il) {
+            measured[il] = has_cache[il] && il < model.hparams.n_layer() && model.hparams.has_kv(il);
+        }
+
+        lazy_ratio = std::make_unique<lt_lazy_ratio>(model, measured, spec.n_last, offload);
+    }
+
+    generation++;
+
+    pending = {};
+    pending.reserve = true;
+}
+
+void lt_kv_cache::choose_layers() {
+    lazy_ratios = lazy_ratio->compute(lctx, *kv_full, n_tokens(0), spec.n_sink, spec.n_window);
+
+    const auto layers = lt_laziest(lazy_ratios, spec.auto_fraction);
+    if (std::find(layers.begin(), layers.end(), true) == layers.end()) {
+        return;
+    }
+
+    spec.layers = layers;
+
+    auto kv_new = create(model.hparams, size_streaming, true, unified);
+
+    lt_kv_ops::use_rotation_of(*kv_full, *kv_new);
+
+    const auto & src = lt_kv_ops::cells(*kv_full, 0);
+          auto & dst = lt_kv_ops::cells(*kv_new,  0);
+
+    lt_kv_ops::cell_pairs pairs;
+    for (const auto & [p, i] : src.seq_pos_get(0)) {
+        if (p < (llama_pos) mask.n_sink || p > src.seq_pos_max(0) - (llama_pos) mask.n_window) {
+            const uint32_t i_dst = pairs.size();
+
+            lt_kv_ops::copy_cell(src, i, dst, i_dst);
+            dst.seq_add(i_dst, 0);
+
+            pairs.push_back({ i, i_dst });
+        }
+    }
+
+    lt_kv_ops::copy_data(*kv_full, 0, *kv_new, 0, pairs);
+    lt_kv_ops::set_head(*kv_new, 0, pairs.size());
+
+    for (size_t il = 0; il < layers.size(); ++il) {
+        if (layers[il]) {
+            lt_kv_ops::drop_layer(*kv_full, il);
+        }
+    }
+
+    kv_streaming = std::move(kv_new);
+
+    lazy_ratio.reset();
+
+    choosing = false;
+    generation++;
+
+    LLAMA_LOG_INFO("%s: streaming layers for this prompt: %s\n", __func__, spec.str().c_str());
+}

@@ -1,0 +1,385 @@
+// the part of the cache that exists while long prompts are read with full attention, see lt-kv-cache.h
+//
+// policy: a prompt is read in the spare cells of the streaming part as long as they suffice, about n_ubatch tokens, so that chatting
+//   allocates nothing. else it moves to the prompt part, which grows by half at least, or at once to what begin_prompt() announced.
+//   the prompt part is given back when the last prompt in it ends
+
+#include "lt-kv-cache.h"
+
+#include "lt-kv-ops.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+static const uint32_t LT_PROMPT_PAD = 256;
+
+size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
+    size_t res = 0;
+
+    for (uint32_t il = 0; il < has_cache.size(); ++il) {
+        if (has_cache[il] && spec.is_streaming(il) && model.hparams.has_kv(il)) {
+            const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
+
+            res += n_cells*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v));
+        }
+    }
+
+    return res;
+}
+
+void lt_kv_cache::check_limit(uint32_t n_cells, uint32_t n_tokens) const {
+    const size_t n_bytes = prompt_bytes(GGML_PAD(n_cells, LT_PROMPT_PAD));
+
+    if (prompt_limit == 0 || n_bytes <= prompt_limit) {
+        return;
+    }
+
+    const uint32_t n_fit = prompt_limit/prompt_bytes(LT_PROMPT_PAD)*LT_PROMPT_PAD;
+    const uint32_t n_own = n_cells - n_tokens; // cells that are not for the tokens of this prompt
+
+    throw std::runtime_error(format("a prompt of %u tokens needs %.1f MiB while its streaming layers read it with full attention, the limit is %.1f MiB: "
+                "at most %u tokens would fit, or use a larger limit (%s), a KV cache of a smaller type, or prefill=stream",
+                n_tokens, n_bytes/1024.0/1024.0, prompt_limit/1024.0/1024.0, n_fit > n_own ? n_fit - n_own : 0, "LT_PROMPT_LIMIT"));
+}
+
+void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
+    if (spec.prefill != LT_PREFILL_FULL) {
+        return;
+    }
+
+    const uint32_t n_held = pos_streaming(seq_id).size();
+    const uint32_t n_past = seq_pos_max(seq_id) + 1;
+
+    if (n_tokens > kv_full->get_size() || n_past > kv_full->get_size() - n_tokens) {
+        throw std::runtime_error(format("a prompt of %u tokens after %u others does not fit the context of %u tokens", n_tokens, n_past, kv_full->get_size()));
+    }
+
+    const bool fits_spare = n_tokens <= lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
+
+    if (!fits_spare) {
+        const uint32_t n_used = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
+
+        check_limit(n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens, n_tokens);
+    }
+
+    n_declared[seq_id] = n_tokens;
+}
+
+bool lt_kv_cache::is_in_prompt(llama_seq_id seq_id) const {
+    return prompts[seq_id].current() != nullptr;
+}
+
+bool lt_kv_cache::is_in_prompt_part(llama_seq_id seq_id) const {
+    return in_prompt_part[seq_id];
+}
+
+void lt_kv_cache::set_prompt_limit(size_t n_bytes) {
+    prompt_limit = n_bytes;
+}
+
+void lt_kv_cache::request_room(const lt_batch & batch, const std::vector<llama_seq_id> & move) {
+    uint32_t n_cells  = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
+    uint32_t n_tokens = 0;
+
+    for (const llama_seq_id s : move) {
+        if (!in_prompt_part[s]) {
+            pending.move.push_back(s);
+
+            n_cells += pos_streaming(s).size();
+        }
+    }
+
+    for (const auto & cur : batch) {
+        if (in_prompt_part[cur.id] || std::find(move.begin(), move.end(), cur.id) != move.end()) {
+            n_tokens += std::max(cur.n_tokens, n_declared[cur.id]);
+        }
+    }
+
+    n_cells += n_tokens;
+
+    try {
+        check_limit(n_cells, n_tokens);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+
+        pending = {};
+        return;
+    }
+
+    // note: by half, so that a prompt whose length is not known is not copied over and over
+    const uint32_t n_grown = kv_prompt ? kv_prompt->get_size() + kv_prompt->get_size()/2 : 0;
+
+    const bool may_grow = prompt_limit == 0 || prompt_bytes(GGML_PAD(n_grown, LT_PROMPT_PAD)) <= prompt_limit;
+
+    pending.n_cells = GGML_PAD(may_grow ? std::max(n_cells, n_grown) : n_cells, LT_PROMPT_PAD);
+}
+
+void lt_kv_cache::grow_prompt_part(uint32_t n_cells) {
+    if (kv_prompt && kv_prompt->get_size() >= n_cells) {
+        return;
+    }
+
+    std::unique_ptr<llama_kv_cache> kv_new;
+    try {
+        kv_new = create(model.hparams, n_cells, true, true);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: no memory for a prompt part of %u cells (%.1f MiB): %s\n", __func__, n_cells, prompt_bytes(n_cells)/1024.0/1024.0, err.what());
+        return;
+    }
+
+    if (kv_prompt) {
+        const auto & src = lt_kv_ops::cells(*kv_prompt, 0);
+              auto & dst = lt_kv_ops::cells(*kv_new,    0);
+
+        lt_kv_ops::cell_pairs pairs;
+        for (uint32_t i = 0; i < src.size(); ++i) {
+            if (!src.is_empty(i)) {
+                lt_kv_ops::copy_cell(src, i, dst, i);
+                for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+                    if (src.seq_has(i, s)) {
+                        dst.seq_add(i, s);
+                    }
+                }
+                pairs.push_back({ i, i });
+            }
+        }
+
+        lt_kv_ops::copy_data(*kv_prompt, 0, *kv_new, 0, pairs);
+    }
+
+    kv_prompt = std::move(kv_new);
+    generation++;
+}
+
+llama_kv_cache * lt_kv_cache::get_reserve() {
+    if (spec.prefill != LT_PREFILL_FULL || choosing) {
+        return nullptr;
+    }
+
+    if (!kv_reserve) {
+        LLAMA_LOG_INFO("%s: the compute buffers are made for a prompt of %u cells, for which no memory is taken now:\n", __func__, size_full);
+
+        kv_reserve = create(hparams_no_alloc, GGML_PAD(size_full, LT_PROMPT_PAD), true, true);
+    }
+
+    return kv_reserve.get();
+}
+
+void lt_kv_cache::free_prompt_part() {
+    in_prompt_part.reset();
+
+    if (!kv_prompt) {
+        return;
+    }
+
+    // the last batch may still be computing
+    if (lctx) {
+        lctx->synchronize();
+    }
+
+    kv_prompt.reset();
+    generation++;
+}
+
+void lt_kv_cache::move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids) {
+    if (!kv_prompt) {
+        return;
+    }
+
+    // note: for what a new prompt sees, its beginning must be known. it follows what is there
+    for (const llama_seq_id s : seq_ids) {
+        if (!prompts[s].current()) {
+            phases.first[s] = std::max(0, kv_streaming->seq_pos_max(s) + 1 - (llama_pos) mask.n_window);
+        }
+    }
+
+    auto & dst = lt_kv_ops::cells(*kv_prompt, 0);
+
+    // cells that are shared stay shared
+    std::map<std::pair<uint32_t, uint32_t>, uint32_t> copied;
+
+    for (const llama_seq_id s : seq_ids) {
+        const uint32_t strm = kv_streaming->get_stream(s);
+
+        const auto & src = lt_kv_ops::cells(*kv_streaming, strm);
+
+        lt_kv_ops::cell_pairs pairs;
+
+        uint32_t i_free = 0;
+        for (const auto & [p, i] : src.seq_pos_get(s)) {
+            if (mask.is_dead(src, i, s)) {
+                continue;
+            }
+
+            const auto it = copied.find({ strm, i });
+            if (it != copied.end()) {
+                dst.seq_add(it->second, s);
+                continue;
+            }
+
+            while (i_free < dst.size() && !dst.is_empty(i_free)) {
+                ++i_free;
+            }
+            GGML_ASSERT(i_free < dst.size());
+
+            lt_kv_ops::copy_cell(src, i, dst, i_free);
+            dst.seq_add(i_free, s);
+
+            copied[{ strm, i }] = i_free;
+            pairs.push_back({ i, i_free });
+        }
+
+        lt_kv_ops::copy_data(*kv_streaming, strm, *kv_prompt, 0, pairs);
+
+        in_prompt_part.set(s);
+    }
+
+    // the streaming part keeps what was there before the prompt, for a rollback to its begin
+    for (const llama_seq_id s : seq_ids) {
+        if (const lt_prompt * prompt = prompts[s].current()) {
+            kv_streaming->seq_rm(s, prompt->begin, -1);
+        }
+    }
+
+    set_phases({});
+}
+
+void lt_kv_cache::leave_prompt_part(llama_seq_id seq_id) {
+    if (!in_prompt_part[seq_id]) {
+        return;
+    }
+
+    kv_prompt->seq_rm(seq_id, -1, -1);
+    in_prompt_part.reset(seq_id);
+
+    if (in_prompt_part.none()) {
+        free_prompt_part();
+    }
+}
+
+void lt_kv_cache::finish(const std::vector<llama_seq_id> & seq_ids) {
+    std::map<std::pair<uint32_t, uint32_t>, uint32_t> copied;
+
+    for (const llama_seq_id s : seq_ids) {
+        const uint32_t strm = kv_streaming->get_stream(s);
+
+        if (!in_prompt_part[s]) {
+            compact(strm);
+            continue;
+        }
+
+        const auto & src = lt_kv_ops::cells(*kv_prompt, 0);
+              auto & dst = lt_kv_ops::cells(*kv_streaming, strm);
+
+        const auto is_kept = [&](llama_pos p) {
+            return p < (llama_pos) mask.n_sink || p >= src.seq_pos_max(s) + 1 - (llama_pos) mask.n_window;
+        };
+
+        const auto count = [](const pos_set & pos, llama_pos p) {
+            return std::distance(pos.lower_bound({ p, 0 }), pos.lower_bound({ p + 1, 0 }));
+        };
+
+        // note: a position can be there more than once, for the tokens of an image. then it is copied as a whole
+        const pos_set held = dst.seq_pos_get(s);
+        for (const auto & [p, i] : held) {
+            if (!is_kept(p) || count(held, p) != count(src.seq_pos_get(s), p)) {
+                dst.seq_rm(i, s);
+            }
+        }
+
+        std::vector<uint32_t> missing;
+        for (const auto & [p, i] : src.seq_pos_get(s)) {
+            if (is_kept(p) && count(dst.seq_pos_get(s), p) == 0) {
+                missing.push_back(i);
+            }
+        }
+
+        const uint32_t n_near = std::min(mask.n_cells_decode, dst.size());
+
+        auto free = lt_kv_ops::find_cells(*kv_streaming, strm, 0, n_near, missing.size());
+        if (free.size() < missing.size()) {
+            const auto far = lt_kv_ops::find_cells(*kv_streaming, strm, n_near, dst.size(), missing.size() - free.size());
+            free.insert(free.end(), far.begin(), far.end());
+        }
+
+        if (free.size() < missing.size()) {
+            // more sequences than the context was made for. it works from where it is
+            LLAMA_LOG_WARN("%s: sequence %d: no room in the streaming part, the memory for its prompt is kept\n", __func__, s);
+            kv_streaming->seq_rm(s, -1, -1);
+            continue;
+        }
+
+        lt_kv_ops::cell_pairs pairs;
+
+        size_t n_free = 0;
+        for (const uint32_t i : missing) {
+            const auto it = copied.find({ strm, i });
+            if (it != copied.end()) {
+                dst.seq_add(it->second, s);
+                continue;
+            }
+
+            const uint32_t i_dst = free[n_free++];
+
+            lt_kv_ops::copy_cell(src, i, dst, i_dst);
+            dst.seq_add(i_dst, s);
+
+            copied[{ strm, i }] = i_dst;
+            pairs.push_back({ i, i_dst });
+        }
+
+        if (n_free > 0) {
+            lt_kv_ops::set_head(*kv_streaming, strm, free[n_free - 1] + 1);
+        }
+
+        lt_kv_ops::copy_data(*kv_prompt, 0, *kv_streaming, strm, pairs);
+
+        leave_prompt_part(s);
+    }
+}
+
+void lt_kv_cache::compact(uint32_t strm) {
+    auto & cells = lt_kv_ops::cells(*kv_streaming, strm);
+
+    const uint32_t n_near = std::min(mask.n_cells_decode, cells.size());
+
+    std::vector<uint32_t> far;
+    for (uint32_t i = n_near; i < cells.size(); ++i) {
+        if (cells.is_empty(i)) {
+            continue;
+        }
+
+        if (mask.is_dead(cells, i)) {
+            cells.rm(i);
+        } else {
+            far.push_back(i);
+        }
+    }
+
+    const auto near = lt_kv_ops::find_cells(*kv_streaming, strm, 0, n_near, far.size());
+
+    lt_kv_ops::cell_pairs pairs;
+
+    for (size_t j = 0; j < near.size(); ++j) {
+        lt_kv_ops::copy_cell(cells, far[j], cells, near[j]);
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            if (cells.seq_has(far[j], s)) {
+                cells.seq_add(near[j], s);
+            }
+        }
+        cells.rm(far[j]);
+
+        pairs.push_back({ far[j], near[j] });
+    }
+
+    if (!near.empty()) {
+        lt_kv_ops::set_head(*kv_streaming, strm, near.back() + 1);
+    }
+
+    lt_kv_ops::copy_data(*kv_streaming, strm, *kv_streaming, strm, pairs);
+}

@@ -1,0 +1,217 @@
+// saved states, see lt-kv-cache.h
+
+#include "lt-kv-cache.h"
+
+#include "lt-kv-ops.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+// first word of a saved state
+static const uint32_t LT_STATE_MAGIC = 0x324b544c; // "LTK2"
+
+// a state is: magic, spec, layers if they were chosen for the prompt, full part, streaming part, for each sequence the list of its prompts, cells of the prompt part and, if
+// there are any, the prompt part. a partial state has no full part
+
+// the spec that both contexts must have. layers that were chosen for a prompt are not part of it
+static std::string lt_spec_text(const lt_spec & spec) {
+    lt_spec res = spec;
+    if (res.is_auto()) {
+        res.layers.assign(res.layers.size(), false);
+    }
+
+    return res.str();
+}
+
+// the layers that were chosen, '0' or '1' for each
+static std::string lt_layers_text(const lt_spec & spec) {
+    std::string res;
+    for (size_t il = 0; spec.is_auto() && il < spec.layers.size(); ++il) {
+        res += spec.layers[il] ? '1' : '0';
+    }
+
+    return res;
+}
+
+void lt_kv_cache::take_layers(const std::string & text) {
+    if (text.size() != spec.layers.size() || text.find_first_not_of("01") != std::string::npos) {
+        throw std::runtime_error("the list of layers in the state is damaged");
+    }
+
+    std::vector<bool> layers;
+    for (const char c : text) {
+        layers.push_back(c == '1');
+    }
+
+    set_layers(layers, text.find('1') == std::string::npos);
+}
+
+void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    // the cells already have the new positions, so the keys must be turned to them first
+    update();
+
+    io.write(&LT_STATE_MAGIC, sizeof(LT_STATE_MAGIC));
+    io.write_string(lt_spec_text(spec));
+    io.write_string(lt_layers_text(spec));
+
+    if (spec.is_auto()) {
+        const uint32_t n = lazy_ratios.size();
+
+        io.write(&n, sizeof(n));
+        io.write(lazy_ratios.data(), n*sizeof(float));
+    }
+
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        kv_full->state_write(io, seq_id, flags);
+    }
+
+    kv_streaming->state_write(io, seq_id, flags);
+
+    uint32_t n_cells = 0;
+
+    for (llama_seq_id s = seq_id < 0 ? 0 : seq_id; s < (seq_id < 0 ? n_seq_ids() : seq_id + 1); ++s) {
+        prompts[s].write(io);
+
+        if (in_prompt_part[s]) {
+            n_cells += kv_prompt->get_cells(s).seq_pos_get(s).size();
+        }
+    }
+
+    io.write(&n_cells, sizeof(n_cells));
+
+    if (n_cells > 0) {
+        kv_prompt->state_write(io, seq_id, flags);
+    }
+}
+
+void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    uint32_t magic;
+    io.read(&magic, sizeof(magic));
+    if (magic != LT_STATE_MAGIC) {
+        throw std::runtime_error(format("the state is of a context without streaming layers, this one has %s", spec.str().c_str()));
+    }
+
+    std::string spec_state;
+    std::string layers_state;
+    io.read_string(spec_state);
+    io.read_string(layers_state);
+    if (spec_state != lt_spec_text(spec)) {
+        std::replace_if(spec_state.begin(), spec_state.end(), [](unsigned char c) { return c < 32 || c > 126; }, '?'); // damaged
+
+        throw std::runtime_error(format("the state is of a context with %s, this one has %s", spec_state.c_str(), lt_spec_text(spec).c_str()));
+    }
+
+    std::vector<float> ratios_state;
+    if (spec.is_auto()) {
+        uint32_t n;
+        io.read(&n, sizeof(n));
+        if (n > spec.layers.size()) {
+            throw std::runtime_error("the lazy ratios in the state are damaged");
+        }
+
+        ratios_state.resize(n);
+        io.read(ratios_state.data(), n*sizeof(float));
+    }
+
+    const bool partial = flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+
+    if (layers_state != lt_layers_text(spec)) {
+        if (partial) {
+            throw std::runtime_error("the state is of streaming layers that were chosen for another prompt");
+        }
+        take_layers(layers_state);
+    }
+
+    lazy_ratios = std::move(ratios_state);
+
+    // a copy that is made later would overwrite what is read now
+    update();
+
+    const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        leave_prompt_part(s);
+        n_declared[s] = 0;
+    }
+
+    set_phases({});
+
+    try {
+        if (!partial) {
+            kv_full->state_read(io, seq_id, flags);
+
+            for (llama_seq_id s = s0; s < s1; ++s) {
+                refused.reset(s);
+            }
+        }
+
+        kv_streaming->state_read(io, seq_id, flags);
+
+        for (llama_seq_id s = s0; s < s1; ++s) {
+            prompts[s].read(io);
+        }
+
+        read_prompt_part(io, seq_id, flags);
+
+        for (llama_seq_id s = s0; s < s1; ++s) {
+            for (const auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+                if (kv && !lt_kv_ops::is_sane(*kv, s)) {
+                    throw std::runtime_error("the positions in the state are damaged");
+                }
+            }
+        }
+    } catch (...) {
+        // don't leave a sequence of which one part is there and the other isn't
+        for (llama_seq_id s = s0; s < s1; ++s) {
+            for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+                if (kv) {
+                    lt_kv_ops::purge(*kv, s);
+                }
+            }
+            leave_prompt_part(s);
+            forget(s);
+        }
+
+        set_phases({});
+
+        throw;
+    }
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        restored[s] = !pos_full(s).empty() || !pos_streaming(s).empty();
+    }
+
+    set_phases({});
+}
+
+void lt_kv_cache::read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    uint32_t n_cells;
+    io.read(&n_cells, sizeof(n_cells));
+
+    if (n_cells == 0) {
+        return;
+    }
+
+    const uint64_t n_all = (uint64_t) n_cells + (kv_prompt ? kv_prompt->get_cells(0).get_used() : 0);
+    if (n_all > (uint64_t) kv_full->get_size()*kv_full->get_n_stream()) {
+        throw std::runtime_error(format("the state holds %u tokens of a prompt, more than the context of %u tokens", n_cells, kv_full->get_size()));
+    }
+
+    check_limit(n_all, n_cells);
+
+    grow_prompt_part(GGML_PAD(n_all, 256));
+    if (!kv_prompt || kv_prompt->get_size() < n_all) {
+        throw std::runtime_error("no memory for the prompt in the state");
+    }
+
+    kv_prompt->state_read(io, seq_id, flags);
+
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        in_prompt_part[s] = !kv_prompt->get_cells(s).seq_pos_get(s).empty();
+    }
+}

@@ -1,0 +1,210 @@
+#include "lt-kv-ops.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cassert>
+
+llama_kv_cells & lt_kv_ops::cells(llama_kv_cache & kv, uint32_t strm) {
+    return kv.v_cells[strm];
+}
+
+std::vector<uint32_t> lt_kv_ops::find_cells(const llama_kv_cache & kv, uint32_t strm, uint32_t i0, uint32_t i1, size_t n) {
+    const auto & cells = kv.v_cells[strm];
+
+    i1 = std::min(i1, cells.size());
+
+    // note: in a ring the dead cells that follow the head are the oldest ones. the younger ones allow for a rollback
+    const uint32_t head = std::clamp(kv.v_heads[strm], i0, i1);
+
+    std::vector<uint32_t> res;
+
+    const auto search = [&](uint32_t from, uint32_t to) {
+        for (uint32_t i = from; i < to && res.size() < n; ++i) {
+            if (cells.is_empty(i) || kv.lt.is_dead(cells, i)) {
+                res.push_back(i);
+            }
+        }
+    };
+
+    search(head, i1);
+    search(i0, head);
+
+    return res;
+}
+
+llama_kv_cache::slot_info lt_kv_ops::find_slot(const llama_kv_cache & kv, const llama_ubatch & ubatch) {
+    const uint32_t n_seqs   = kv.n_stream > 1 ? ubatch.n_seqs_unq : 1;
+    const uint32_t n_tokens = ubatch.n_tokens/n_seqs;
+
+    GGML_ASSERT(ubatch.n_tokens % n_seqs == 0);
+
+    llama_kv_cache::slot_info res = {
+        /*.s0   =*/ LLAMA_MAX_SEQ,
+        /*.s1   =*/ 0,
+        /*.strm =*/ { },
+        /*.idxs =*/ { },
+    };
+
+    res.resize(n_seqs);
+
+    for (uint32_t s = 0; s < n_seqs; ++s) {
+        const uint32_t strm = kv.seq_to_stream[ubatch.seq_id_unq[s]];
+
+        res.s0 = std::min(res.s0, strm);
+        res.s1 = std::max(res.s1, strm);
+
+        res.strm[s] = strm;
+
+        const uint32_t size   = kv.v_cells[strm].size();
+        const uint32_t n_near = std::min(kv.lt.n_cells_decode, size);
+
+        auto & idxs = res.idxs[s];
+
+        idxs = find_cells(kv, strm, 0, n_near, n_tokens);
+
+        if (idxs.size() < n_tokens) {
+            const auto far = find_cells(kv, strm, n_near, size, n_tokens - idxs.size());
+            idxs.insert(idxs.end(), far.begin(), far.end());
+        }
+
+        if (idxs.size() < n_tokens) {
+            return { };
+        }
+    }
+
+    return res;
+}
+
+// call f(i_src, i_dst, n) for each run of consecutive pairs
+template <typename F>
+static void lt_for_each_run(const lt_kv_ops::cell_pairs & pairs, const F & f) {
+    for (size_t i0 = 0; i0 < pairs.size(); ) {
+        size_t i1 = i0 + 1;
+        while (i1 < pairs.size() && pairs[i1].first == pairs[i1 - 1].first + 1 && pairs[i1].second == pairs[i1 - 1].second + 1) {
+            ++i1;
+        }
+
+        f(pairs[i0].first, pairs[i0].second, (uint32_t) (i1 - i0));
+
+        i0 = i1;
+    }
+}
+
+// rows of two tensors of the same type and row size
+static void lt_copy_rows(const lt_kv_ops::cell_pairs & pairs, ggml_tensor * src, ggml_tensor * dst) {
+    GGML_ASSERT(src->type == dst->type && src->ne[0] == dst->ne[0]);
+
+    lt_for_each_run(pairs, [&](uint32_t i_src, uint32_t i_dst, uint32_t n) {
+        ggml_init_params params = {
+            /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        };
+
+        ggml_context_ptr ctx { ggml_init(params) };
+
+        ggml_tensor * view_src = ggml_view_2d(ctx.get(), src, src->ne[0], n, src->nb[1], i_src*src->nb[1]);
+        ggml_tensor * view_dst = ggml_view_2d(ctx.get(), dst, dst->ne[0], n, dst->nb[1], i_dst*dst->nb[1]);
+
+        ggml_backend_view_init(view_src);
+        ggml_backend_view_init(view_dst);
+
+        ggml_backend_tensor_copy(view_src, view_dst);
+    });
+}
+
+// columns of two transposed V tensors
+// note: these take the way over the host, as there is no copy of strided tensors between buffers. V is transposed only where flash
+//       attention is off, and what is copied is a window
+static void lt_copy_columns(const lt_kv_ops::cell_pairs & pairs, const ggml_tensor * src, ggml_tensor * dst) {
+    GGML_ASSERT(src->type == dst->type && src->ne[0] == dst->ne[0]);
+
+    const size_t size_el = ggml_type_size(src->type);
+    const size_t n_embd  = src->ne[0];
+
+    std::vector<uint8_t> tmp;
+
+    lt_for_each_run(pairs, [&](uint32_t i_src, uint32_t i_dst, uint32_t n) {
+        tmp.resize(n_embd*n*size_el);
+
+        ggml_backend_tensor_get_2d(src, tmp.data(), i_src*size_el, n*size_el, n_embd, src->ne[1]*size_el, n*size_el);
+        ggml_backend_tensor_set_2d(dst, tmp.data(), i_dst*size_el, n*size_el, n_embd, dst->ne[1]*size_el, n*size_el);
+    });
+}
+
+void lt_kv_ops::copy_data(
+        const llama_kv_cache & src, uint32_t strm_src,
+              llama_kv_cache & dst, uint32_t strm_dst,
+            const cell_pairs & pairs) {
+    assert(src.v_trans == dst.v_trans);
+
+    for (const auto & layer_dst : dst.layers) {
+        const auto & layer_src = src.layers[src.map_layer_ids.at(layer_dst.il)];
+
+        lt_copy_rows(pairs, layer_src.k_stream[strm_src], layer_dst.k_stream[strm_dst]);
+
+        if (src.v_trans) {
+            lt_copy_columns(pairs, layer_src.v_stream[strm_src], layer_dst.v_stream[strm_dst]);
+        } else {
+            lt_copy_rows   (pairs, layer_src.v_stream[strm_src], layer_dst.v_stream[strm_dst]);
+        }
+    }
+}
+
+void lt_kv_ops::copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_cells & dst, uint32_t i_dst) {
+    const llama_pos         pos = src.pos_get(i_src);
+    const llama_kv_cell_ext ext = src.ext_get(i_src);
+
+    if (!dst.is_empty(i_dst)) {
+        dst.rm(i_dst);
+    }
+
+    dst.pos_set(i_dst, pos);
+    dst.ext_set(i_dst, ext);
+}
+
+bool lt_kv_ops::is_sane(const llama_kv_cache & kv, llama_seq_id seq_id) {
+    const auto & pos = kv.get_cells(seq_id).seq_pos_get(seq_id);
+
+    return pos.empty() || (pos.begin()->first >= 0 && pos.rbegin()->first < LT_POS_END/2);
+}
+
+void lt_kv_ops::purge(llama_kv_cache & kv, llama_seq_id seq_id) {
+    auto & cells = kv.v_cells[kv.seq_to_stream[seq_id]];
+
+    const auto pos = cells.seq_pos_get(seq_id);
+    for (const auto & [_, i] : pos) {
+        cells.seq_rm(i, seq_id);
+    }
+}
+
+void lt_kv_ops::set_head(llama_kv_cache & kv, uint32_t strm, uint32_t i) {
+    kv.v_heads[strm] = i;
+}
+
+void lt_kv_ops::use_rotation_of(const llama_kv_cache & src, llama_kv_cache & dst) {
+    // note: a cache rotates only if all its layers have the same head size, so one with fewer layers may rotate where this one doesn't
+    GGML_ASSERT(dst.attn_rot_k >= src.attn_rot_k && dst.attn_rot_v >= src.attn_rot_v);
+
+    dst.attn_rot_k = src.attn_rot_k;
+    dst.attn_rot_v = src.attn_rot_v;
+}
+
+void lt_kv_ops::drop_layer(llama_kv_cache & kv, int32_t il) {
+    const auto it = std::find_if(kv.layers.begin(), kv.layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
+    GGML_ASSERT(it != kv.layers.end());
+
+    const ggml_tensor * k = it->k;
+
+    const auto it_buf = std::find_if(kv.ctxs_bufs.begin(), kv.ctxs_bufs.end(), [&](const auto & ctx_buf) { return ctx_buf.second.get() == k->buffer; });
+    GGML_ASSERT(it_buf != kv.ctxs_bufs.end());
+
+    kv.layers   .erase(it);
+    kv.ctxs_bufs.erase(it_buf);
+
+    kv.map_layer_ids.clear();
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        kv.map_layer_ids[kv.layers[i].il] = i;
+    }
+}

@@ -1,0 +1,46 @@
+#pragma once
+
+#include "llama-kv-cache.h"
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+// what llama_kv_cache does not offer, as a friend of it
+struct lt_kv_ops {
+    // (source, destination)
+    using cell_pairs = std::vector<std::pair<uint32_t, uint32_t>>;
+
+    // the cells for the tokens of an ubatch: empty or dead ones, of which those below size_decode first, so that decoding keeps
+    // to few cells
+    static llama_kv_cache::slot_info find_slot(const llama_kv_cache & kv, const llama_ubatch & ubatch);
+
+    // empty or dead cells within [i0, i1), at most n
+    static std::vector<uint32_t> find_cells(const llama_kv_cache & kv, uint32_t strm, uint32_t i0, uint32_t i1, size_t n);
+
+    static llama_kv_cells & cells(llama_kv_cache & kv, uint32_t strm);
+
+    // copy K and V of the layers that the destination has. nothing may be computing on either
+    static void copy_data(
+            const llama_kv_cache & src, uint32_t strm_src,
+                  llama_kv_cache & dst, uint32_t strm_dst,
+                const cell_pairs & pairs);
+
+    // copy position and extension of a cell, not its sequences
+    static void copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_cells & dst, uint32_t i_dst);
+
+    // whether all positions of a sequence could be those of tokens
+    static bool is_sane(const llama_kv_cache & kv, llama_seq_id seq_id);
+
+    // remove a sequence whatever its positions are
+    static void purge(llama_kv_cache & kv, llama_seq_id seq_id);
+
+    // the cell after which the search for free ones begins
+    static void set_head(llama_kv_cache & kv, uint32_t strm, uint32_t i);
+
+    // rotate keys and values as another cache does
+    static void use_rotation_of(const llama_kv_cache & src, llama_kv_cache & dst);
+
+    // give back a layer of a cache that has a buffer for each
+    static void drop_layer(llama_kv_cache & kv, int32_t il);
+};
