@@ -31,7 +31,6 @@ _GENERATE = inspect.signature(_binding.Llama.generate)
 # Tokens that were decoded one by one are read again so many at once: each needs room for its logits.
 _DECODED_AT_ONCE = 32
 
-
 # Of the last prompt: before it, and at its end.
 _N_SAVED_SNAPSHOTS = 2
 
@@ -230,11 +229,11 @@ class RewindingLlama(_binding.Llama):
         n = min(n, 1 + _llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0))
         n = n if self._broken_at is None else min(n, self._broken_at)
         is_chosen_anew = False
-        if self.auto is not None:
-            if self.streaming is None and n < self._computed_to:
+        if self.auto is not None and n < self._computed_to:
+            if self.streaming is None:
                 # the layers are chosen by the last queries, of which those before n may have been overwritten
                 n = max(0, n - self.auto.w_last)
-            elif self.streaming is not None:
+            else:
                 # the layers were chosen for a prompt that is about to become another one
                 is_chosen_anew = 0 < n < self._prompts.first_end(self.auto.sink + self.auto.window)
         if not is_chosen_anew and self._ctx.kv_cache_seq_rm(-1, n, -1):
