@@ -219,7 +219,7 @@ def test_states_carry_the_choice(subject, what, n_ctx, n_ubatch):
         saved.spec = spec_of(context)
         saved.decode(20)
         state = context.save() if what == "whole" else context.save_seq()
-        text = context.streaming()
+        text, ratios = context.streaming(), context.lazy_ratios()
 
     def restore(context) -> bool:
         return context.restore(state) if what == "whole" else context.restore_seq(state)
@@ -230,6 +230,8 @@ def test_states_carry_the_choice(subject, what, n_ctx, n_ubatch):
                 context.clear()
                 context.read_prompt(random_tokens(n_before, seed=8))
             assert restore(context) and context.streaming() == text
+            known = context.lazy_ratios()  # the state's own or none, but not those of what was there before
+            assert known is None or known.tolist() == ratios.tolist()
             transcript = saved.copy(0, context)
             transcript.decode(70)
             transcript.read(90, most=True)

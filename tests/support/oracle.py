@@ -76,4 +76,4 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     """The largest absolute difference; infinite where a number is missing or not finite."""
     if a.shape != b.shape or not np.isfinite(a).all():
         return float("inf")
-    return float(np.abs(a.astype(np.float64) - b).max())
+    return float(np.abs(a.astype(np.float64) - b).max(initial=0))
