@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from lt_gguf.cli import model
@@ -43,6 +42,7 @@ def analyze(
     verbose: model.Verbose = False,
 ) -> None:
     """Measure which layers of a GGUF model are lazy: which attend almost only to the first tokens and the last ones."""
+    import numpy as np
     from rich.console import Console
     from rich.progress import track
 

@@ -164,22 +164,23 @@ class RewindingLlama(_binding.Llama):
         """
         if state.n_tokens > self._n_ctx:
             raise ValueError(f"it has {state.n_tokens} tokens, more than the context's {self._n_ctx}")
+        # the saved context may have had another size
+        state = copy.copy(state)
+        input_ids = np.zeros((self._n_ctx,), dtype=np.intc)
+        input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        state.input_ids = input_ids
         scores = self.scores[: state.n_tokens]
         if state.scores.shape != scores.shape:
             if self._logits_all:
                 raise ValueError("it lacks the logits of all tokens, which this context has with logits_all")
-            state = copy.copy(state)
             state.scores = scores.copy()  # nobody reads them
+        # note: a state that llama_cpp.Llama saved doesn't say what was a prompt
+        unknown = _Saved(Prompts([(0, state.n_tokens)] if state.n_tokens else []))
+        kept: _Saved = getattr(state, "lt_gguf", unknown)
         self._begin_change(0)
         self.n_tokens = 0
-        super().load_state(state)
-        saved = self.input_ids[: self.n_tokens]
-        self.input_ids = np.zeros((self._n_ctx,), dtype=np.intc)  # the saved context may have had another size
-        self.input_ids[: self.n_tokens] = saved
-        # note: a state that llama_cpp.Llama saved doesn't say what was a prompt
-        unknown = _Saved(Prompts([(0, self.n_tokens)] if self.n_tokens else []))
-        kept: _Saved = getattr(state, "lt_gguf", unknown)
         self._prompts = kept.prompts.copy()
+        super().load_state(state)
         for snapshot in kept.snapshots:
             self._snapshots.keep(snapshot)
         self._broken_at = kept.broken_at

@@ -45,7 +45,8 @@ def test_writes_the_mean_of_the_samples(analyze, hybrid_file, text, tmp_path):
     assert (status, err) == (0, "")
     written = json.loads((tmp_path / "lazy.json").read_text())
 
-    llm = lt_gguf.Llama(str(hybrid_file), n_ctx=64, n_batch=64, n_threads=1, flash_attn=True, verbose=False)
+    settings = {"n_ctx": 64, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
+    llm = lt_gguf.Llama(str(hybrid_file), **settings)
     tokens = llm.tokenize(text.read_bytes(), add_bos=False)
     parts = [[1] + tokens[i * (len(tokens) // 3) :][:199] for i in range(3)]
     expected = np.mean([llm.lazy_ratios(part, 2, 40, 16) for part in parts], axis=0)

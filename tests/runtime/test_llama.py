@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import gguf
 import numpy as np
 import pytest
 from tiny_checkpoint import N_LAYER, N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
@@ -112,6 +113,8 @@ def test_environment(hybrid_file, monkeypatch):
     assert load(hybrid_file).streaming == StreamingSpec((1, 3), N_LAYER, SINK, 77)
     monkeypatch.setenv("LT_STREAMING", "off")
     assert load(hybrid_file).streaming is None
+    monkeypatch.setenv("LT_STREAMING", "auto=0.25;w_last=8")
+    assert load(hybrid_file).auto == AutoSpec(0.25, SINK, WINDOW, 8)
 
 
 def test_swa_full_does_not_undo_the_saving(hybrid_file):
@@ -152,6 +155,33 @@ def test_lazy_ratios_are_those_of_auto(hybrid_file):
 def test_lazy_ratios_of_a_prompt_that_is_longer_than_this_context(hybrid_file):
     llm, long = load(hybrid_file, n_ctx=64), PROMPT * 5
     np.testing.assert_array_equal(llm.lazy_ratios(long, SINK, WINDOW), load(hybrid_file).lazy_ratios(long, SINK, WINDOW))
+
+
+def test_lazy_ratios_with_an_adapter(hybrid_file, tmp_path):
+    path = tmp_path / "adapter.gguf"
+    write_adapter(path)
+    llm = load(hybrid_file, lora_path=str(path), lora_scale=0.5, use_mmap=False)
+    auto = load(hybrid_file, streaming="auto=0.5", lora_path=str(path), lora_scale=0.5, use_mmap=False)
+    auto.eval(PROMPT)
+    ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW)
+    np.testing.assert_allclose(ratios, api.lazy_ratios(auto.ctx), atol=1e-5)
+    assert not np.allclose(ratios, load(hybrid_file).lazy_ratios(PROMPT, SINK, WINDOW), atol=1e-4)
+
+
+def write_adapter(path) -> None:
+    """A random LoRA adapter of rank 4 for the queries of all layers."""
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for il in range(N_LAYER):
+        for name, shape in (("lora_a", (4, 64)), ("lora_b", (64, 4))):
+            writer.add_tensor(f"blk.{il}.attn_q.weight.{name}", random.normal(0, 2, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.mark.parametrize(

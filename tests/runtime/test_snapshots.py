@@ -336,6 +336,45 @@ def test_ctrl_c_between_a_decode_and_its_bookkeeping(hybrid_file, mode, attribut
         assert_like(llm, hybrid_file, mode, history)
 
 
+@all_modes
+def test_ctrl_c_while_a_state_is_restored(hybrid_file, monkeypatch, mode):
+    llm = load(hybrid_file, mode)
+    llm.eval(text(600))
+    state = llm.save_state()
+    llm.eval(text(500, 1))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_state_set_data", interrupted)
+    llm.reset()
+    llm.eval(text(700, 2))
+    with pytest.raises(KeyboardInterrupt):
+        llm.load_state(state)
+    assert llm.n_tokens == 600
+    llm.eval([7])
+    assert llm.n_tokens == 601
+    whole = load(hybrid_file, mode, snapshot_limit=0)
+    for tokens in (text(600), [7]):
+        whole.eval(tokens)
+    np.testing.assert_allclose(logits(llm), logits(whole), atol=2e-4)
+
+
+def test_ctrl_c_while_embedding(hybrid_file, monkeypatch):
+    llm = load(hybrid_file, embedding=True, n_batch=32, n_ubatch=32, pooling_type=1)
+    llm.eval(text(20))
+    interrupt(monkeypatch, llm, 0, "after")
+    with pytest.raises(KeyboardInterrupt):
+        llm.embed("the quick brown fox")
+    n_before = llm.n_read
+    llm.eval([7])
+    assert llm.n_read - n_before == 20  # what the embedding has replaced
+    assert llm._input_ids.tolist() == [*text(20), 7]
+    assert len(llm.embed("the quick brown fox")) == 64
+    assert llm.n_tokens == 0
+    assert n_read(llm, lambda: llm.eval([7])) == 1
+
+
 # ---------------------------------------------------------------------------------- saved states
 
 
