@@ -88,7 +88,10 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
     generation++;
 
     pending = {};
-    pending.reserve = true;
+
+    if (lctx) {
+        lctx->lt_set_need_reserve();
+    }
 }
 
 void lt_kv_cache::choose_layers() {
@@ -135,6 +138,8 @@ void lt_kv_cache::choose_layers() {
 
     choosing = false;
     generation++;
+
+    lctx->lt_set_need_reserve();
 
     LLAMA_LOG_INFO("%s: streaming layers for this prompt: %s\n", __func__, spec.str().c_str());
 }

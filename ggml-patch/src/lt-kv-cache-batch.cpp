@@ -333,7 +333,7 @@ void lt_kv_cache::end_batch(const lt_batch & batch) {
 }
 
 bool lt_kv_cache::has_pending() const {
-    return pending.n_cells > 0 || !pending.finish.empty() || pending.choose || pending.reserve;
+    return pending.n_cells > 0 || !pending.finish.empty() || pending.choose;
 }
 
 void lt_kv_cache::apply_pending() {

@@ -86,6 +86,8 @@ void lt_kv_cache::request_room(const lt_batch & batch, const std::vector<llama_s
     uint32_t n_cells  = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
     uint32_t n_tokens = 0;
 
+    pending = {};
+
     for (const llama_seq_id s : move) {
         if (!in_prompt_part[s]) {
             pending.move.push_back(s);

@@ -223,8 +223,7 @@ private:
         uint32_t n_cells = 0;             // the prompt part needs so many cells
         std::vector<llama_seq_id> move;   // into the prompt part
         std::vector<llama_seq_id> finish; // their prompts have been read
-        bool choose  = false;             // choose the layers
-        bool reserve = false;             // the parts are new
+        bool choose = false;              // choose the layers
     } pending;
 
     std::unique_ptr<llama_kv_cache> create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const;

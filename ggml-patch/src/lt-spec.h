@@ -16,7 +16,7 @@ struct lt_spec {
     uint32_t n_sink   = 4;    // first positions that stay visible
     uint32_t n_window = 1020; // last positions that stay visible, including the query's own
 
-    lt_prefill prefill = LT_PREFILL_STREAM;
+    lt_prefill prefill = LT_PREFILL_FULL;
 
     // the layers are chosen for the first prompt of a conversation: this share of all, those with the highest lazy ratio
     // negative: they are given

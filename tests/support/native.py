@@ -20,6 +20,7 @@ else:
 
     C = load_llama_cpp()
 
+N_THREADS = int(os.environ.get("LT_TEST_THREADS", "1"))  # the models are small, where threads only cost
 FULL, STREAMING, PROMPT = 0, 1, 2  # enum lt_kv_part
 PARTIAL = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
@@ -123,12 +124,12 @@ class Model:
 
 class Context:
     """A llama_context. `settings` are fields of llama_context_params; `kv` sets the type of K and V, `flash` flash
-    attention. Where nothing is said: f32 KV, no flash attention, one thread, n_ubatch = n_batch = n_ctx."""
+    attention. Where nothing is said: f32 KV, no flash attention, N_THREADS, n_ubatch = n_batch = n_ctx."""
 
     def __init__(self, model: Model, *, n_ctx: int = 512, kv: str = "f32", flash: bool = False, **settings):
         self.model = model
         parameters = C.llama_context_default_params()
-        settings = {"n_batch": n_ctx, "n_ubatch": settings.get("n_batch", n_ctx), "n_threads": 1} | settings
+        settings = {"n_batch": n_ctx, "n_ubatch": settings.get("n_batch", n_ctx), "n_threads": N_THREADS} | settings
         settings |= {"type_k": KV_TYPES[kv], "type_v": KV_TYPES[kv], "flash_attn_type": int(flash), "n_ctx": n_ctx}
         for name, value in settings.items():
             setattr(parameters, name, value)
