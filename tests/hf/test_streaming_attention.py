@@ -20,7 +20,7 @@ FAMILY_NAMES = sorted(FAMILIES)
 
 
 def spec(layers, sink=4, window=20) -> StreamingSpec:
-    return StreamingSpec(layers=tuple(layers), n_layer=N_LAYER, sink=sink, window=window)
+    return StreamingSpec(layers=tuple(layers), n_layer=N_LAYER, sink=sink, window=window, prefill="stream")
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,9 +128,8 @@ def test_removing_it_restores_the_model_and_its_config(llama):
 @pytest.mark.parametrize(
     "streaming, implementation, words",
     [
-        (StreamingSpec(layers=(1,), n_layer=5, sink=4, window=8), "sdpa", "5 layers.*has 4"),
-        (StreamingSpec(layers=(1,), n_layer=4, sink=4, window=8, prefill="full"), "sdpa", "'full' needs the prompts"),
-        (StreamingSpec(layers=(1,), n_layer=4, sink=4, window=8), "flash", "'flash' is unknown.*sdpa, eager"),
+        (StreamingSpec(layers=(1,), n_layer=5, sink=4, window=8, prefill="stream"), "sdpa", "5 layers.*has 4"),
+        (StreamingSpec(layers=(1,), n_layer=4, sink=4, window=8, prefill="stream"), "flash", "'flash' is unknown.*sdpa, eager"),
     ],
 )
 def test_what_does_not_fit_is_refused(llama, streaming, implementation, words):

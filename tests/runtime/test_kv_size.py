@@ -6,7 +6,7 @@ import re
 
 import pytest
 from support.families import COMMON
-from support.native import FULL, KV_BYTES, STREAMING
+from support.native import FULL, KV_BYTES, PROMPT, STREAMING
 from support.oracle import Subject
 
 from lt_gguf.spec import StreamingSpec
@@ -39,8 +39,10 @@ def padded(cells: int) -> int:
         ([], 4, 60, 1024, 64, 1, False),
     ],
 )
-def test_bytes_are_those_of_the_formula(model, kv, flash, layers, sink, window, n_ctx, n_ubatch, n_seq, unified):
-    spec = StreamingSpec(tuple(layers), N_LAYER, sink, window)
+@pytest.mark.parametrize("prefill", ["stream", "full"])
+def test_bytes_are_those_of_the_formula(model, prefill, kv, flash, layers, sink, window, n_ctx, n_ubatch, n_seq, unified):
+    """In both modes: what `prefill = full` needs besides exists only while a prompt is read."""
+    spec = StreamingSpec(tuple(layers), N_LAYER, sink, window, prefill)
     settings = dict(n_batch=n_ubatch, n_ubatch=n_ubatch, n_seq_max=n_seq, kv_unified=unified, kv=kv, flash=flash)
     with model.context(spec, n_ctx=n_ctx, **settings) as context:
         of_a_stream = padded(n_ctx if unified else -(-n_ctx // n_seq))
@@ -49,6 +51,7 @@ def test_bytes_are_those_of_the_formula(model, kv, flash, layers, sink, window, 
         token_bytes = int(VALUES_A_TOKEN * KV_BYTES[kv])
         assert context.kv_bytes(FULL) == (N_LAYER - len(layers)) * of_a_stream * n_streams * token_bytes
         assert context.kv_bytes(STREAMING) == len(layers) * held * n_streams * token_bytes
+        assert context.kv_bytes(PROMPT) == 0
         if layers:
             assert context.kv_cells(FULL) == of_a_stream
             assert context.kv_cells(STREAMING) == held
@@ -58,13 +61,13 @@ def test_bytes_are_those_of_the_formula(model, kv, flash, layers, sink, window, 
 @pytest.mark.parametrize("swa_full", [True, False])
 def test_swa_full_changes_nothing(model, swa_full):
     """It is true in llama.cpp's defaults, and would undo the whole saving."""
-    spec = StreamingSpec((0, 1, 2, 3), N_LAYER, 4, 60)
+    spec = StreamingSpec((0, 1, 2, 3), N_LAYER, 4, 60, "stream")
     with model.context(spec, n_ctx=4096, n_batch=64, n_ubatch=64, swa_full=swa_full) as context:
         assert context.kv_cells(STREAMING) == 256
 
 
 def test_the_log_says_both_sizes(model):
-    with model.context(StreamingSpec((1, 3), N_LAYER, 4, 60), n_ctx=2048, n_batch=64, n_ubatch=64) as context:
+    with model.context(StreamingSpec((1, 3), N_LAYER, 4, 60, "stream"), n_ctx=2048, n_batch=64, n_ubatch=64) as context:
         log = "\n".join(context.log)
     assert re.search(r"full .*\b2048 cells", log)
     assert re.search(r"streaming .*\b256 cells.*layers=1,3;sink=4;window=60", log)
