@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,9 +66,12 @@ def chat(
             verbose=verbose,
         )
         conversation = Conversation(llm, system, n_predict, temperature)
-        full_kv = kv_memory(
-            model.read_model(file).kv_shape, None, llm.n_ctx(), type_k=cache_type, flash_attn=flash_attn
-        ).total
+
+        @cache
+        def full_kv() -> int:
+            shape = model.read_model(file).kv_shape
+            return kv_memory(shape, None, llm.n_ctx(), type_k=cache_type, flash_attn=flash_attn).total
+
         say(describe_memory(llm, full_kv))
         if "tokenizer.chat_template" not in llm.metadata:
             say(f"the file has no chat template, using {llm.chat_format}")
@@ -178,13 +183,13 @@ class Conversation:
         return self.llm.n_tokens >= self.llm.n_ctx() - 1
 
 
-def describe_memory(llm: Llama, full_kv: int) -> str:
-    """The KV memory of this context, beside the `full_kv` bytes of the same model without streaming layers."""
+def describe_memory(llm: Llama, full_kv: Callable[[], int]) -> str:
+    """The KV memory of this context, beside the `full_kv()` bytes of the same model without streaming layers."""
     used = llm.kv_bytes()["total"]
     if llm.streaming is None:
         return f"KV {format_bytes(used)}, no layer streams{' yet' if llm.auto else ''}"
     chosen = f", layers {format_layers(llm.streaming.layers)} stream" if llm.auto else ""
-    return f"KV {format_bytes(used)} hybrid, {format_bytes(full_kv)} full ({1 - used / full_kv:.0%} saved){chosen}"
+    return f"KV {format_bytes(used)} hybrid, {format_bytes(full_kv())} full ({1 - used / full_kv():.0%} saved){chosen}"
 
 
 def read_line() -> str | None:

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
@@ -170,6 +171,12 @@ def test_chat_says_that_no_layer_streams_yet(lt_gguf_command, hybrid_file, monke
     monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
     _, _, err = lt_gguf_command("chat", hybrid_file, *QUICK, "--streaming", "auto:0.5")
     assert err.splitlines()[0] == "KV 256.00 KiB, no layer streams yet"
+
+
+def test_chat_needs_no_formula_where_no_layer_streams():
+    """Models with a memory of their own have none."""
+    llm = SimpleNamespace(kv_bytes=lambda: {"total": 1024}, streaming=None, auto=None)
+    assert chat.describe_memory(llm, lambda: pytest.fail("asked")) == "KV 1.00 KiB, no layer streams"
 
 
 class FakeLlama:

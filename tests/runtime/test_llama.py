@@ -260,6 +260,11 @@ def test_errors_have_llama_cpps_reason(hybrid_file, tmp_path, monkeypatch):
         load(hybrid_file)
 
 
+def test_a_function_that_an_older_library_lacks_says_so():
+    with pytest.raises(lt_gguf.LibraryError, match="is an older lt-gguf without lt_of_tomorrow: install lt-gguf again"):
+        api._bind("lt_of_tomorrow", None)(1, 2)
+
+
 def test_the_log_goes_where_it_went_before(hybrid_file, capfd):
     load(hybrid_file, verbose=True)
     assert "streaming layers: layers=1,3" in capfd.readouterr().err
