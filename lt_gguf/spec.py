@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 DEFAULT_SINK = 4
 DEFAULT_WINDOW = 1020
 PREFILL_MODES = ("full", "stream")
-DEFAULT_PREFILL = "stream"
+DEFAULT_PREFILL = "full"
 DEFAULT_FRACTION = 0.5
 DEFAULT_W_LAST = 32
 MAX_W_LAST = 1024  # the runtime keeps a query for each
@@ -72,7 +72,8 @@ class StreamingSpec:
         n_layer: number of layers of the model (prediction heads included, as in the file's `block_count`).
         sink: number of first positions that stay visible.
         window: number of last positions that stay visible, the query's own included.
-        prefill: `stream`, or `full` if a prompt is read with full attention in every layer.
+        prefill: `full`: a prompt is read with full attention in every layer, for models that weren't trained to stream;
+            or `stream`.
 
     Raises:
         ValueError: a field is out of range; the message names it and says what is allowed.

@@ -20,7 +20,7 @@ from lt_gguf.spec import (
 )
 
 N_LAYER = 12
-CANONICAL = "layers=1,3,5-9;sink=4;window=1020;prefill=stream"
+CANONICAL = "layers=1,3,5-9;sink=4;window=1020;prefill=full"
 
 specs = st.builds(
     StreamingSpec,

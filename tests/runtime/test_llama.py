@@ -16,7 +16,7 @@ from lt_gguf.kv_memory import kv_memory
 from lt_gguf.runtime import api
 from lt_gguf.spec import AutoSpec, StreamingSpec
 
-SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW)
+SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW, "stream")
 # A micro-batch is 8 tokens: the streaming layers then hold at most 256 cells, fewer than the prompt's tokens.
 SETTINGS = {"n_ctx": 1024, "n_batch": 32, "n_ubatch": 8, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 PROMPT = np.random.default_rng(0).integers(3, N_VOCAB, 400).tolist()
@@ -51,8 +51,8 @@ def test_the_files_spec(hybrid_file):
     [
         ("off", None),
         ("layers=none", None),
-        ("window=9", StreamingSpec((1, 3), N_LAYER, SINK, 9)),
-        ("layers=0-2;sink=0;window=1", StreamingSpec((0, 1, 2), N_LAYER, 0, 1)),
+        ("window=9", StreamingSpec((1, 3), N_LAYER, SINK, 9, "stream")),
+        ("layers=0-2;sink=0;window=1", StreamingSpec((0, 1, 2), N_LAYER, 0, 1, "stream")),
         (StreamingSpec((2,), N_LAYER, 1, 2), StreamingSpec((2,), N_LAYER, 1, 2)),
         (StreamingSpec.off(N_LAYER), None),
     ],
@@ -110,7 +110,7 @@ def test_a_prompt_that_fits_the_window_chooses_nothing(hybrid_file):
 
 def test_environment(hybrid_file, monkeypatch):
     monkeypatch.setenv("LT_STREAMING", "window=77")
-    assert load(hybrid_file).streaming == StreamingSpec((1, 3), N_LAYER, SINK, 77)
+    assert load(hybrid_file).streaming == StreamingSpec((1, 3), N_LAYER, SINK, 77, "stream")
     monkeypatch.setenv("LT_STREAMING", "off")
     assert load(hybrid_file).streaming is None
     monkeypatch.setenv("LT_STREAMING", "auto=0.25;w_last=8")
@@ -349,5 +349,5 @@ def test_pickle(hybrid_file):
     assert (state["prompt_limit"], state["snapshot_limit"]) == (2**20, 77)
     llm = load(hybrid_file, streaming="window=9")
     copy = pickle.loads(pickle.dumps(llm))
-    assert copy.streaming == llm.streaming == StreamingSpec((1, 3), N_LAYER, SINK, 9)
+    assert copy.streaming == llm.streaming == StreamingSpec((1, 3), N_LAYER, SINK, 9, "stream")
     assert continuation(copy, PROMPT) == continuation(llm, PROMPT)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from support.gguf_edit import add_metadata, encode
 from support.oracle import EXACT, Subject, difference
 
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 CHILD = Path(__file__).parents[1] / "support" / "load_child.py"
 N_LAYER = 3
@@ -58,7 +59,7 @@ WRONG = [
     ({PREFILL: ("uint32", 1)}, PREFILL),
     ({PREFILL: ("array of string", ["stream"])}, PREFILL),
     ({PREFILL: None}, PREFILL),
-    ({PREFILL: ("string", "full")}, PREFILL),  # a spec that this runtime does not implement
+    ({PREFILL: ("string", "fullstream")}, PREFILL),
     ({LAYERS: None, WINDOW: None, PREFILL: None}, LAYERS),
 ]
 
@@ -94,18 +95,20 @@ def test_wrong_metadata_is_refused_by_name(plain, tmp_path):
 
 def test_right_metadata_is_used(plain, tmp_path):
     extremes = [
-        ({}, StreamingSpec((1,), N_LAYER, 2, 9)),
-        ({LAYERS: ("array of bool", [True] * 3)}, StreamingSpec((0, 1, 2), N_LAYER, 2, 9)),
-        ({SINK: ("uint32", 0), WINDOW: ("uint32", 1)}, StreamingSpec((1,), N_LAYER, 0, 1)),
-        ({SINK: ("uint32", 2**31 - 1)}, StreamingSpec((1,), N_LAYER, 2**31 - 1, 9)),
-        ({WINDOW: ("uint32", 2**31 - 1)}, StreamingSpec((1,), N_LAYER, 2, 2**31 - 1)),
+        ({}, StreamingSpec((1,), N_LAYER, 2, 9, "stream")),
+        ({PREFILL: ("string", "full")}, StreamingSpec((1,), N_LAYER, 2, 9, "full")),
+        ({LAYERS: ("array of bool", [True] * 3)}, StreamingSpec((0, 1, 2), N_LAYER, 2, 9, "stream")),
+        ({SINK: ("uint32", 0), WINDOW: ("uint32", 1)}, StreamingSpec((1,), N_LAYER, 0, 1, "stream")),
+        ({SINK: ("uint32", 2**31 - 1)}, StreamingSpec((1,), N_LAYER, 2**31 - 1, 9, "stream")),
+        ({WINDOW: ("uint32", 2**31 - 1)}, StreamingSpec((1,), N_LAYER, 2, 2**31 - 1, "stream")),
         ({LAYERS: ("array of bool", [False] * 3)}, None),
     ]
     answers = load([flagged(plain, tmp_path, changes) for changes, _ in extremes], decode=TOKENS)
     for (changes, spec), answer in zip(extremes, answers, strict=True):
         assert answer["error"] is None, f"{changes}: {answer['error'][-500:]}"
         assert answer["spec"] == ("off" if spec is None else str(spec))
-        expected = plain.expected(np.array(TOKENS), spec)[-1]
+        # all tokens ask for logits, so that they are decoded ones in both modes
+        expected = plain.expected(np.array(TOKENS), spec and replace(spec, prefill="stream"))[-1]
         assert difference(np.array(answer["logits"]), expected) <= EXACT
 
 
@@ -123,6 +126,8 @@ def test_a_key_that_is_there_twice(plain, tmp_path):
         ("off", "off"),
         ("window=30", "layers=1;sink=2;window=30;prefill=stream"),
         ("layers=all;sink=0", "layers=0-2;sink=0;window=9;prefill=stream"),
+        ("prefill=full", "layers=1;sink=2;window=9;prefill=full"),
+        ("auto=0.5", "auto=0.5;layers=none;sink=2;window=9;prefill=full;w_last=32"),
         ("", "layers=1;sink=2;window=9;prefill=stream"),
     ],
 )
@@ -131,7 +136,7 @@ def test_the_environment_overrides_the_file(plain, tmp_path, streaming, expected
     assert answer["spec"] == expected
 
 
-@pytest.mark.parametrize("streaming", ["layers=3", "window=0", "layers=1;prefill=full", "layers=1;wndow=3", "x", "layers=1;;", ";"])
+@pytest.mark.parametrize("streaming", ["layers=3", "window=0", "layers=1;prefill=half", "auto=2", "auto=0.5;layers=1", "w_last=8", "layers=1;wndow=3", "x", "layers=1;;", ";"])
 def test_a_wrong_environment_is_refused_by_name(plain, tmp_path, streaming):
     (answer,) = load([flagged(plain, tmp_path, {})], LT_STREAMING=streaming)
     assert answer["error"] and "LT_STREAMING" in answer["error"]
@@ -144,7 +149,7 @@ def test_a_spec_at_run_time(plain):
         with pytest.raises(ValueError):
             model.set_streaming(wrong)
         assert model.streaming() == "off"
-    first, second = StreamingSpec((0, 2), N_LAYER, 1, 5), StreamingSpec((1,), N_LAYER, 3, 20)
+    first, second = StreamingSpec((0, 2), N_LAYER, 1, 5, "stream"), StreamingSpec((1,), N_LAYER, 3, 20, "stream")
     tokens = np.array(TOKENS)
     with plain.context(first, n_ctx=256) as a, plain.context(second, n_ctx=256) as b, plain.context(None, n_ctx=256) as c:
         assert [a.streaming(), b.streaming(), c.streaming()] == [str(first), str(second), "off"]
@@ -155,9 +160,12 @@ def test_a_spec_at_run_time(plain):
     assert model.streaming() == "off"
 
 
-def test_prefill_full_is_refused_when_a_context_is_made(plain):
-    """The spec is a valid one, so that files can have it; this runtime has no such prefill."""
-    full = StreamingSpec((1,), N_LAYER, 2, 9, "full")
-    with pytest.raises(ValueError, match="prefill"):
-        with plain.context(full, n_ctx=256):
-            pass
+def test_what_is_left_out_has_the_same_default_everywhere(plain):
+    model = plain.native
+    try:
+        model.set_streaming("layers=1")
+        assert model.streaming() == str(StreamingSpec((1,), N_LAYER))
+        model.set_streaming("auto=0.5")
+        assert parse_running(model.streaming(), N_LAYER)[1] == AutoSpec()
+    finally:
+        model.set_streaming(None)

@@ -19,7 +19,7 @@ from lt_gguf.runtime.snapshots import Snapshots
 # f32 keys and values, so that little but the order of additions differs; and cells for a small part of the prompts
 SETTINGS = {"n_ctx": 2048, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 SETTINGS |= {"type_k": 0, "type_v": 0}
-SPECS = {"prefill_stream": "layers=1,3", "prefill_full": "layers=1,3;prefill=full", "auto": "auto:0.5"}
+SPECS = {"prefill_stream": "layers=1,3;prefill=stream", "prefill_full": "layers=1,3;prefill=full", "auto": "auto:0.5"}
 
 all_modes = pytest.mark.parametrize("mode", SPECS)
 
