@@ -187,7 +187,7 @@ def test_a_checkpoint_of_every_turn(subject):
             assert before.difference() <= EXACT
 
 
-def test_a_checkpoint_is_small_outside_of_prompts(subject):
+def test_a_checkpoint_is_small_where_the_context_says_so(subject):
     """It holds sinks, window and spare cells, not the conversation; in the middle of a long prompt it holds that."""
     model = subject("llama")
     spec, context = context_of(model, range(4))
@@ -197,10 +197,12 @@ def test_a_checkpoint_is_small_outside_of_prompts(subject):
         transcript.read(400)
         assert (SINK + WINDOW) * bytes_a_position <= len(context.save_seq(0, PARTIAL)) < (SINK + WINDOW + 8) * bytes_a_position
         transcript.decode(200)
-        transcript.read(20)
-        assert len(context.save_seq(0, PARTIAL)) < 264 * bytes_a_position
+        transcript.read(20, end=False)
+        assert context.can_checkpoint() and len(context.save_seq(0, PARTIAL)) < 264 * bytes_a_position
         transcript.read(400, end=False)
-        assert len(context.save_seq(0, PARTIAL)) > 400 * bytes_a_position
+        assert not context.can_checkpoint() and len(context.save_seq(0, PARTIAL)) > 400 * bytes_a_position
+        transcript.read(1)
+        assert context.can_checkpoint()
 
 
 def test_damaged_states_are_refused(subject):

@@ -70,7 +70,7 @@ def complete(address: str, prompt: list[int], n: int, cached: bool = True) -> tu
 def test_an_edited_conversation_goes_on_from_a_checkpoint(subject, tmp_path, layers):
     edited = PROMPT[:598] + random_tokens(100, seed=1).tolist()
     edited_early = PROMPT[:300] + random_tokens(200, seed=2).tolist()
-    streaming = f"layers={layers};sink=4;window={WINDOW}"
+    streaming = f"layers={layers};sink=4;window={WINDOW};prefill=stream"
     with running(subject.native.path, streaming, tmp_path / "server.log") as address:
         first, _ = complete(address, PROMPT, N_ANSWER)
         answers = {"edited": complete(address, edited, N_ANSWER)}

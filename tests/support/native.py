@@ -79,6 +79,13 @@ def api():
     return api
 
 
+def _lt(name: str, *arguments):
+    """A function of the patch that says yes or no of a context."""
+    function = getattr(C.llama_cpp._lib, name)
+    function.restype, function.argtypes = ctypes.c_bool, (ctypes.c_void_p, *arguments)
+    return function
+
+
 class Model:
     """A GGUF file, loaded. Raises ValueError with the log's last lines if llama.cpp refuses it."""
 
@@ -220,6 +227,14 @@ class Context:
 
     def seq_rm(self, seq: int, p0: int = -1, p1: int = -1) -> bool:
         return C.llama_memory_seq_rm(self.memory, seq, p0, p1)
+
+    def can_rm(self, seq: int, p0: int) -> bool:
+        """Whether `seq_rm(seq, p0, -1)` would succeed."""
+        return _lt("lt_seq_can_rm", ctypes.c_int32, ctypes.c_int32)(self.handle, seq, p0)
+
+    def can_checkpoint(self, seq: int = 0) -> bool:
+        """Whether a partial state of the sequence would be small, and could be restored."""
+        return _lt("lt_seq_can_checkpoint", ctypes.c_int32)(self.handle, seq)
 
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
         C.llama_memory_seq_cp(self.memory, src, dst, p0, p1)
