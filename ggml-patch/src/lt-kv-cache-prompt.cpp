@@ -53,7 +53,7 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
     }
 
     const uint32_t n_held = pos_streaming(seq_id).size();
-    const uint32_t n_past = seq_pos_max(seq_id) + 1;
+    const uint32_t n_past = pos_full(seq_id).size();
 
     if (n_tokens > kv_full->get_size() || n_past > kv_full->get_size() - n_tokens) {
         throw std::runtime_error(format("a prompt of %u tokens after %u others does not fit the context of %u tokens", n_tokens, n_past, kv_full->get_size()));
@@ -249,6 +249,44 @@ void lt_kv_cache::move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids)
     }
 
     set_phases({});
+}
+
+void lt_kv_cache::copy_in_prompt_part(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    // its keys must be turned to their positions first
+    update();
+
+    if (lctx) {
+        lctx->synchronize();
+    }
+
+    const pos_set held = kv_prompt->get_cells(0).seq_pos_get(seq_id_src);
+
+    const uint32_t n_cells = kv_prompt->get_cells(0).get_used() + held.size();
+
+    check_limit(n_cells, held.size());
+
+    grow_prompt_part(GGML_PAD(n_cells, LT_PROMPT_PAD));
+
+    const auto free = lt_kv_ops::find_cells(*kv_prompt, 0, 0, UINT32_MAX, held.size());
+    if (free.size() < held.size()) {
+        throw std::runtime_error("no memory for a copy of its prompt");
+    }
+
+    auto & cells = lt_kv_ops::cells(*kv_prompt, 0);
+
+    lt_kv_ops::cell_pairs pairs;
+    for (const auto & [_, i] : held) {
+        const uint32_t i_dst = free[pairs.size()];
+
+        lt_kv_ops::copy_cell(cells, i, cells, i_dst);
+        cells.seq_add(i_dst, seq_id_dst);
+
+        pairs.push_back({ i, i_dst });
+    }
+
+    lt_kv_ops::copy_data(*kv_prompt, 0, *kv_prompt, 0, pairs);
+
+    in_prompt_part.set(seq_id_dst);
 }
 
 void lt_kv_cache::leave_prompt_part(llama_seq_id seq_id) {

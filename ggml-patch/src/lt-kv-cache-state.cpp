@@ -142,6 +142,14 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     set_phases({});
 
     try {
+        // note: a part of which the state has no cells is not touched by llama_kv_cache::state_read()
+        for (llama_seq_id s = s0; s < s1; ++s) {
+            lt_kv_ops::purge(*kv_streaming, s);
+            if (!partial) {
+                lt_kv_ops::purge(*kv_full, s);
+            }
+        }
+
         if (!partial) {
             kv_full->state_read(io, seq_id, flags);
 

@@ -145,6 +145,18 @@ void lt_kv_cache::forget(llama_seq_id seq_id) {
     restored.reset(seq_id);
 }
 
+void lt_kv_cache::forget_empty() {
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        // note: what a refused seq_cp() left empty stays refused until it is removed
+        if (pos_full(s).empty() && !prompts[s].all().empty()) {
+            leave_prompt_part(s);
+            forget(s);
+        }
+    }
+
+    set_phases({});
+}
+
 bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? LT_POS_END : p1;
@@ -221,9 +233,16 @@ void lt_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
         forget(seq_id_dst); // the copy replaces what was there
     }
 
-    if (in_prompt_part[seq_id_src]) {
+    if (in_prompt_part[seq_id_src] && is_same_stream) {
         kv_prompt->seq_cp(seq_id_src, seq_id_dst, p0, p1);
         in_prompt_part.set(seq_id_dst);
+    } else if (in_prompt_part[seq_id_src]) {
+        try {
+            copy_in_prompt_part(seq_id_src, seq_id_dst);
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: sequence %d can't be continued, remove it: %s\n", __func__, seq_id_dst, err.what());
+            refused.set(seq_id_dst);
+        }
     }
 
     prompts[seq_id_dst].copy(prompts[seq_id_src], i0, i1);
@@ -268,7 +287,7 @@ void lt_kv_cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama
         }
     }
 
-    set_phases({});
+    forget_empty();
 }
 
 void lt_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
@@ -300,7 +319,7 @@ void lt_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d
         }
     }
 
-    set_phases({});
+    forget_empty();
 }
 
 llama_pos lt_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
@@ -313,16 +332,19 @@ llama_pos lt_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
 
     llama_pos res = f.begin()->first;
 
+    bool any_dropped = false;
+
     // note: from the back, because the sinks are there although what follows them may have been dropped
     auto it_s = s.rbegin();
     for (auto it_f = f.rbegin(); it_f != f.rend(); ++it_f, ++it_s) {
         if (it_s == s.rend() || *it_s != it_f->first) {
             res = it_f->first + 1;
+            any_dropped = true;
             break;
         }
     }
 
-    if (choosing) {
+    if (!any_dropped) {
         return res;
     }
 

@@ -231,6 +231,9 @@ private:
     // the sequence is empty
     void forget(llama_seq_id seq_id);
 
+    // the same for those that an operation has left empty
+    void forget_empty();
+
     llama_seq_id n_seq_ids() const;
 
     const pos_set & pos_full(llama_seq_id seq_id) const;
@@ -322,6 +325,9 @@ private:
     void free_prompt_part();
 
     void move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids);
+
+    // cells of its own for a copy of a sequence. throws std::runtime_error if there is no room
+    void copy_in_prompt_part(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
     // the prompt part is not needed for a sequence any more
     void leave_prompt_part(llama_seq_id seq_id);
