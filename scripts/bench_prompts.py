@@ -1,0 +1,462 @@
+"""Measures what prompts cost that are read with full attention (prefill = full), and what comes after them.
+
+    python scripts/bench_prompts.py [--depths 8192,32768] [--repeats 5] [--only memory,decode,prefill,auto,edit] [--model FILE.gguf]
+
+For each depth a prompt of random tokens is really read by contexts that are alive at the same time: one with full attention, a
+hybrid one, and one that chooses its layers for the prompt (auto). They take each batch in turn, so that what else the
+machine does hits all of them; what comes after is repeated in turn as well. Prints Markdown tables: KV memory before, while and
+after the prompt is read, decoding speed, the time to read the prompt and what its end costs, and the time to the first token
+after the last message of a long conversation was edited. Without --model it takes bench.py's model with random weights
+(16 layers of 8 KV heads of 64, half of them streaming). At 32768 tokens it needs 6 GiB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from bench import DEFAULT_MODEL, bytes_read, write_random_model  # noqa: E402
+from lt_gguf import Llama  # noqa: E402
+from lt_gguf.gguf_file import GGUFModel, read_model  # noqa: E402
+from lt_gguf.spec import DEFAULT_W_LAST, AutoSpec, StreamingSpec, parse_running  # noqa: E402
+from support.native import FULL, PROMPT, STREAMING, C, Context, Model, log  # noqa: E402
+
+PARTS = ("memory", "decode", "prefill", "auto", "edit")
+N_BATCH = 512
+N_LAST = DEFAULT_W_LAST  # tokens of the prompt's last batch: few, so that what its end costs isn't lost in its noise
+N_ROOM = 256  # cells of the context for what follows the prompt
+N_FOLLOWING = 4  # tokens decoded after the prompt's end: the first, and others to compare it with
+N_AUTO = 4096  # the shorter of the paper's two prompts
+N_TURNS, N_MESSAGE, N_ANSWER = 8, 256, 16  # of the conversation that is edited: turns, tokens of the last message, of each answer
+MIB = 2**20
+
+
+class BenchError(Exception):
+    """What could not be measured."""
+
+
+# ------------------------------------------------------------------------------------------- the log
+
+
+class TimedLog:
+    """llama.cpp's log, kept with the time of each line and not shown."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[float, str]] = []
+        self._callback = C.llama_log_callback(self._write)
+        C.llama_log_set(self._callback, ctypes.c_void_p())
+
+    def _write(self, _level: int, text: bytes, _user_data: int | None) -> None:
+        self.lines.append((time.perf_counter(), text.decode(errors="replace")))
+        log.lines.append(self.lines[-1][1].rstrip("\n"))  # where errors are quoted from
+
+    def seconds_of_switch(self, since: float) -> float:
+        """From the allocation of the chosen layers' streaming cache to the line that names the layers; 0 without them."""
+        lines = [(at, text) for at, text in self.lines if at >= since]
+        if end := next((at for at, text in lines if "streaming layers for this prompt" in text), None):
+            return end - lines[0][0]
+        return 0.0
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+class Reader:
+    """A context that reads a prompt; times are those of llama_decode until all is computed, in seconds."""
+
+    def __init__(self, model: Model, spec: str, n_tokens: int, threads: int, timed_log: TimedLog):
+        model.set_streaming(spec)
+        self.context: Context = model.context(
+            n_ctx=n_tokens + N_ROOM, n_batch=N_BATCH, n_ubatch=N_BATCH, kv="f16", flash=True, n_threads=threads
+        )
+        self.n_layer = model.n_layer
+        self._log = timed_log
+        self._batch = C.llama_batch_init(N_BATCH, 0, 1)
+        self._state: ctypes.Array | None = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        C.llama_batch_free(self._batch)
+        self.context.close()
+
+    @property
+    def spec(self) -> StreamingSpec:
+        """What streams now."""
+        return parse_running(self.context.streaming(), self.n_layer)[0]
+
+    def kv_bytes(self) -> tuple[int, int, int]:
+        return tuple(self.context.kv_bytes(part) for part in (FULL, STREAMING, PROMPT))
+
+    def read(self, tokens: Sequence[int], begin: int, asks_last: bool = False) -> float:
+        """Computes tokens from position `begin` on; only the last one may ask for logits."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, begin + i, 1, 0
+            batch.logits[i] = asks_last and i + 1 == len(tokens)
+        start = time.perf_counter()
+        code = C.llama_decode(self.context.handle, batch)
+        C.llama_synchronize(self.context.handle)
+        seconds = time.perf_counter() - start
+        if code:
+            raise BenchError(f"llama_decode returned {code} at position {begin}: {' | '.join(log.lines[-6:])}")
+        return seconds
+
+    def read_end(self, tokens: Sequence[int], begin: int) -> End:
+        """Reads the prompt's last tokens and decodes a few."""
+        start = time.perf_counter()
+        last = self.read(tokens, begin, asks_last=True)
+        following = [self.read([i], begin + len(tokens) + i, asks_last=True) for i in range(N_FOLLOWING)]
+        return End(last, following[0], statistics.median(following[1:]), self._log.seconds_of_switch(start))
+
+    def decode(self, n_tokens: int, begin: int) -> float:
+        """Tokens per second, one after the other. Afterwards the context is as before."""
+        seconds = sum(self.read([i], begin + i, asks_last=True) for i in range(n_tokens))
+        self.remove(begin)
+        return n_tokens / seconds
+
+    def remove(self, begin: int) -> None:
+        if not self.context.seq_rm(0, begin, -1):
+            raise BenchError(f"the positions from {begin} on can't be removed")
+
+    def save(self) -> None:
+        """Keeps this moment for `restore`."""
+        size = C.llama_state_get_size(self.context.handle)
+        self._state = (ctypes.c_uint8 * size)()
+        if C.llama_state_get_data(self.context.handle, self._state, size) != size:
+            raise BenchError("the state in the middle of the prompt can't be saved")
+
+    def restore(self) -> None:
+        if C.llama_state_set_data(self.context.handle, self._state, len(self._state)) != len(self._state):
+            raise BenchError(f"the state in the middle of the prompt can't be restored: {' | '.join(log.lines[-6:])}")
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a prompt, in seconds: its last batch, the first decoded token, a later one, and the switch of chosen layers."""
+
+    last: float
+    first: float
+    later: float
+    switch: float
+
+    @property
+    def cost(self) -> float:
+        """The last batch, and what the first decoded token takes more than a later one."""
+        return self.last + self.first - self.later
+
+
+@dataclass
+class Measured:
+    """What was measured for one length of the prompt, by the reader's name."""
+
+    n_tokens: int
+    batches: dict[str, list[float]] = field(default_factory=dict)  # seconds of each batch
+    ends: dict[str, list[End]] = field(default_factory=dict)
+    speeds: dict[str, list[float]] = field(default_factory=dict)  # tokens per second
+    specs: dict[str, StreamingSpec] = field(default_factory=dict)  # after the prompt
+    memory: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # of the hybrid, by moment
+
+    def prefill_ratio(self, name: str) -> str:
+        """Of all batches together, and the quartiles of the single ones."""
+        full, other = self.batches["full"], self.batches[name]
+        ratios = [b / a for a, b in zip(full, other)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        return f"{sum(other) / sum(full):.3f} | {middle:.3f} ({low:.3f} to {high:.3f})"
+
+    def end_costs(self, name: str) -> list[float]:
+        """What the end of the prompt costs more than with full attention, in seconds."""
+        return [end.cost - full.cost for full, end in zip(self.ends["full"], self.ends[name])]
+
+
+def in_turn(names: Iterable[str], i: int) -> Iterator[str]:
+    """The names, from another one on each time."""
+    names = list(names)
+    return itertools.islice(itertools.cycle(names), i % len(names), i % len(names) + len(names))
+
+
+def measure(model: Model, specs: dict[str, str], n_tokens: int, options: argparse.Namespace, timed_log: TimedLog, progress: Progress) -> Measured:
+    """Reads a prompt of `n_tokens` in a context for each spec, and measures what the parts ask for."""
+    tokens = np.random.default_rng(n_tokens).integers(0, model.n_vocab, n_tokens).tolist()
+    # note: two small batches at the end: before them a state is saved, and what a restored one still has to do falls to the first
+    cuts = [*range(0, n_tokens - 2 * N_LAST, N_BATCH), n_tokens - 2 * N_LAST, n_tokens - N_LAST]
+    measured = Measured(n_tokens, {name: [] for name in specs}, {name: [] for name in specs}, {name: [] for name in specs})
+    task = progress.add_task(f"{n_tokens} tokens: {', '.join(specs)}", total=n_tokens**2)
+    repeats_end = len(specs) > 1
+    with ExitStack() as stack:
+        readers = {name: stack.enter_context(Reader(model, spec, n_tokens, options.threads, timed_log)) for name, spec in specs.items()}
+        if "hybrid" in readers:
+            measured.memory["before"] = readers["hybrid"].kv_bytes()
+        if not options.undeclared:
+            for reader in readers.values():
+                reader.context.prompt_begin(n_tokens)
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            if end == cuts[-1] and repeats_end:
+                for reader in readers.values():
+                    reader.save()
+            for name in in_turn(readers, i):
+                measured.batches[name].append(readers[name].read(tokens[begin:end], begin))
+            progress.update(task, completed=end**2)
+        if "hybrid" in readers:
+            measured.memory["during"] = readers["hybrid"].kv_bytes()
+        for i in range(options.repeats if repeats_end else 1):
+            for name in in_turn(readers, i):
+                reader = readers[name]
+                if i > 0:
+                    reader.restore()
+                    reader.read(tokens[cuts[-2] : cuts[-1]], cuts[-2])
+                measured.ends[name].append(reader.read_end(tokens[cuts[-1] :], cuts[-1]))
+        for name, reader in readers.items():
+            reader.remove(n_tokens)
+            measured.batches[name].append(measured.ends[name][0].last)
+            measured.specs[name] = reader.spec
+        if "hybrid" in readers:
+            measured.memory["after"] = readers["hybrid"].kv_bytes()
+        for i in range(options.repeats if "decode" in options.only and "hybrid" in specs else 0):
+            for name in in_turn(readers, i):
+                measured.speeds[name].append(readers[name].decode(options.n_tokens, n_tokens))
+        progress.update(task, completed=n_tokens**2)
+    return measured
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def table(title: str, columns: str, rows: Iterable[str], note: str) -> None:
+    print(f"\n### {title}\n\n| {columns} |\n|{' --: |' * (columns.count('|') + 1)}")
+    print("\n".join(f"| {row} |" for row in rows))
+    print(f"\n{note}", flush=True)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def memory_table(model: GGUFModel, spec: StreamingSpec, results: Sequence[Measured]) -> None:
+    token_bytes = [model.kv_shape.token_bytes(il) for il in range(model.n_layer_main)]
+    rows = []
+    for result in results:
+        n_ctx = result.n_tokens + N_ROOM
+        n_kept = min(n_ctx, spec.sink + spec.window)
+        for moment, parts in result.memory.items():
+            n_streaming = n_kept + (result.n_tokens if moment == "during" else 0)
+            formula = sum(size * (n_streaming if spec.is_streaming(il) else n_ctx) for il, size in enumerate(token_bytes))
+            cells = [f"{n / MIB:.1f}" for n in (*parts, sum(parts), formula, n_ctx * sum(token_bytes))]
+            rows.append(f"{result.n_tokens} | {moment} | {' | '.join(cells)} | {sum(parts) / (n_ctx * sum(token_bytes)):.2f}")
+    table(
+        "KV memory of the hybrid, MiB",
+        "prompt, tokens | moment | full part | streaming part | prompt part | together | formula | all layers full | together ÷ all full",
+        rows,
+        f"Formula: (prompt + {N_ROOM}) cells in each full layer, sink + window in each streaming one, and during the prompt (before its last "
+        f"batch) as many more as it has tokens. What is allocated is larger by the micro-batch of {N_BATCH} and rounding up to 256 cells.",
+    )
+
+
+def decode_table(model: GGUFModel, results: Sequence[Measured], n_tokens: int) -> None:
+    rows = []
+    for result in results:
+        depth = result.n_tokens + n_tokens // 2
+        for name in (name for name, speeds in result.speeds.items() if speeds and name != "full"):
+            spec = result.specs[name]
+            ratios = [b / a for a, b in zip(result.speeds["full"], result.speeds[name])]
+            full, other = (statistics.median(result.speeds[n]) for n in ("full", name))
+            predicted = bytes_read(model, None, depth) / bytes_read(model, spec, depth)
+            share = statistics.median(ratios) / predicted
+            rows.append(f"{result.n_tokens} | {name} ({len(spec.layers)} streaming) | {full:.1f} | {other:.1f} | {spread(ratios, '.2f')} | {predicted:.2f} | {share:.0%}")
+    table(
+        "Decoding after the prompt",
+        "prompt, tokens | hybrid | full, tokens/s | hybrid, tokens/s | hybrid ÷ full, median (range) | predicted from bytes | measured ÷ predicted",
+        rows,
+        f"Runs of {n_tokens} tokens in turn, each from the prompt's end. Goal: at least 90 % of the prediction.",
+    )
+
+
+def prefill_table(results: Sequence[Measured]) -> None:
+    rows = []
+    for result in results:
+        full, hybrid = (sum(result.batches[name]) for name in ("full", "hybrid"))
+        costs = result.end_costs("hybrid")
+        rows.append(
+            f"{result.n_tokens} | {full:.1f} | {hybrid:.1f} | {result.prefill_ratio('hybrid')} | "
+            f"{spread([1000 * cost for cost in costs], '.1f')} | {statistics.median(costs) / full:.2%}"
+        )
+    table(
+        "Reading the prompt, and its end",
+        "prompt, tokens | full, s | hybrid, s | hybrid ÷ full, all batches | single batches, median (quartiles) | end of the prompt, ms more than full, "
+        "median (range) | share of the prefill",
+        rows,
+        f"End of the prompt: its last llama_decode ({N_LAST} tokens), and what the first decoded token takes more than later ones; of the hybrid minus "
+        "of the full context. It has the compaction. Goal: less than 1 % of the prefill at 32768 tokens.",
+    )
+
+
+def auto_table(results: Sequence[Measured]) -> None:
+    rows = []
+    for result in results:
+        full = sum(result.batches["full"])
+        costs = result.end_costs("auto")
+        switches = [1000 * end.switch for end in result.ends["auto"]]
+        firsts = [1000 * (b.first - b.later - a.first + a.later) for a, b in zip(result.ends["full"], result.ends["auto"])]
+        rows.append(
+            f"{result.n_tokens} | {full:.1f} | {result.prefill_ratio('auto')} | {spread([1000 * cost for cost in costs], '.1f')} | "
+            f"{spread(switches, '.1f')} | {spread(firsts, '.1f')} | {statistics.median(costs) / full:.2%}"
+        )
+    table(
+        "Layers chosen for the prompt (auto) beside full attention",
+        "prompt, tokens | full, s | auto ÷ full, all batches | single batches, median (quartiles) | end of the prompt, ms more than full, median (range) | "
+        "of it the switch | of it the first decoded token | share of the prefill",
+        rows,
+        f"End of the prompt, as above: it has the measurement of the lazy ratios and the switch to the chosen layers (copying what they keep, freeing the rest; timed "
+        "by llama.cpp's log), and what the first decoded token takes more than later ones because of it. Keeping the last queries of each batch is only in the ratios "
+        "of the batches. Goal for the share: at most 0.6 % at 4096 tokens, 0.15 % at 32768.",
+    )
+
+
+# ----------------------------------------------------------------------------------------- editing
+
+
+def measure_edit(path: Path, spec: StreamingSpec, options: argparse.Namespace, progress: Progress) -> None:
+    """Has a conversation, edits its last message several times, and reads the last of these again from nothing."""
+    n_before = max(options.edit_depth - N_MESSAGE, N_TURNS * (N_ANSWER + 1))
+    random = np.random.default_rng(1)
+    n_ctx = options.edit_depth + N_TURNS * N_ANSWER + 2 * N_BATCH
+    settings = dict(n_ctx=n_ctx, n_batch=N_BATCH, n_ubatch=N_BATCH, flash_attn=True, verbose=False)
+    threads = dict(n_threads=options.threads, n_threads_batch=options.threads)
+    with closing(Llama(str(path), streaming=spec, **settings, **threads)) as llm:
+
+        def message(n: int) -> list[int]:
+            return random.integers(0, llm.n_vocab(), n).tolist()
+
+        def first_token(prompt: list[int]) -> tuple[float, int]:
+            """Seconds, and tokens that were read."""
+            n_read, start = llm.n_read, time.perf_counter()
+            next(llm.generate(prompt, temp=0))
+            return time.perf_counter() - start, llm.n_read - n_read
+
+        task = progress.add_task(f"conversation of {options.edit_depth} tokens", total=N_TURNS + options.repeats + N_TURNS)
+        conversation: list[int] = []
+        for turn in range(1, N_TURNS):
+            conversation += message(n_before * turn // (N_TURNS - 1) - len(conversation) - N_ANSWER)
+            conversation += itertools.islice(llm.generate(conversation, temp=0), N_ANSWER)
+            progress.advance(task)
+        n_unchanged = N_MESSAGE // 2
+        asked = conversation + message(N_MESSAGE)
+        list(itertools.islice(llm.generate(asked, temp=0), N_ANSWER))
+        progress.advance(task)
+        edits = []
+        for _ in range(options.repeats):
+            edited = asked[: len(conversation) + n_unchanged] + message(N_MESSAGE - n_unchanged)
+            edits.append(first_token(edited))
+            list(itertools.islice(llm.generate(edited, temp=0), N_ANSWER))
+            progress.advance(task)
+        held = f"{len(llm._snapshots)} snapshots of {llm._snapshots.n_bytes / MIB:.0f} MiB together"
+        llm.reset()
+        again, n_again = first_token(edited)
+        progress.update(task, completed=2 * N_TURNS + options.repeats)
+    seconds = [edit[0] for edit in edits]
+    n_read = sorted({edit[1] for edit in edits})
+    table(
+        "Editing the last message",
+        "conversation, tokens | after the edit, s to the first token, median (range) | tokens read | read from nothing, s | tokens read | times faster",
+        [f"{len(edited)} | {spread(seconds, '.2f')} | {', '.join(map(str, n_read))} | {again:.1f} | {n_again} | {again / statistics.median(seconds):.0f}"],
+        f"{N_TURNS} turns with answers of {N_ANSWER} tokens; the second half of the last message, of {N_MESSAGE} tokens, is another one. {held}. Goal at 16384 tokens: at least 20 times.",
+    )
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def measure_prompts(path: Path, spec: StreamingSpec, options: argparse.Namespace, progress: Progress) -> None:
+    model = read_model(path)
+    in_auto = {min(N_AUTO, max(options.depths)), max(options.depths)} if "auto" in options.only else set()
+    auto = AutoSpec(len(spec.layers) / model.n_layer_main, spec.sink, spec.window)
+    results = []
+    timed_log = TimedLog()
+    with Model(path) as loaded:
+        for n_tokens in sorted({*options.depths, *in_auto}):
+            specs = {"full": "off"} if options.only & {"decode", "prefill", "auto"} else {}
+            if n_tokens in options.depths and options.only & {"memory", "decode", "prefill"}:
+                specs["hybrid"] = str(spec)
+            if n_tokens in in_auto:
+                specs["auto"] = str(auto)
+            if specs.keys() - {"full"}:
+                results.append(measure(loaded, specs, n_tokens, options, timed_log, progress))
+
+    hybrids = [result for result in results if "hybrid" in result.ends]
+    if "memory" in options.only:
+        memory_table(model, spec, hybrids)
+    if "decode" in options.only:
+        decode_table(model, hybrids, options.n_tokens)
+    if "prefill" in options.only:
+        prefill_table(hybrids)
+    if "auto" in options.only:
+        auto_table([result for result in results if "auto" in result.ends])
+
+
+def parse_arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(item) for item in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a GGUF file (default: bench.py's, with random weights)")
+    parser.add_argument("--streaming", help="spec of the hybrid (default: the file's, else every other layer, sink 4, window 1020), always with prefill = full")
+    parser.add_argument("--depths", type=numbers, default=[8192, 32768], help="lengths of the prompts, in tokens; auto has 4096 and the largest")
+    parser.add_argument("--edit-depth", type=int, default=16384, help="length of the conversation that is edited, in tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="of what isn't reading a prompt")
+    parser.add_argument("--n-tokens", type=int, default=32, help="to decode in each run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(PARTS), help=f"parts of {','.join(PARTS)}")
+    parser.add_argument("--undeclared", action="store_true", help="don't announce prompts (lt_prompt_begin), as llama.cpp's tools don't")
+    options = parser.parse_args()
+    if unknown := options.only - set(PARTS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: must be of {', '.join(PARTS)}")
+    if min(options.depths) < N_BATCH or options.edit_depth < 2 * N_BATCH:
+        parser.error(f"--depths, --edit-depth: must be at least {N_BATCH} and {2 * N_BATCH} tokens")
+    if options.repeats < 1 or not 1 <= options.n_tokens <= N_ROOM - N_LAST:
+        parser.error(f"--repeats, --n-tokens: must be at least 1, --n-tokens at most {N_ROOM - N_LAST}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    path = options.model or DEFAULT_MODEL
+    if not options.model and not path.exists():
+        write_random_model(path)
+    try:
+        model = read_model(path)
+        if options.streaming:
+            spec = StreamingSpec.parse(options.streaming, model.n_layer, model.spec)
+        else:
+            spec = model.spec or StreamingSpec.interleaved(model.n_layer, 0.5)
+        spec = replace(spec, prefill="full")
+        print(f"{path.name}, {spec}, f16 cache, flash attention, {options.threads} threads, batches of {N_BATCH} tokens, {options.repeats} repeats")
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            if options.only != {"edit"}:
+                measure_prompts(path, spec, options, progress)
+            if "edit" in options.only:
+                measure_edit(path, spec, options, progress)
+    except (BenchError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"bench_prompts: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
