@@ -90,3 +90,62 @@ def test_an_edited_conversation_goes_on_from_a_checkpoint(subject, tmp_path, lay
     assert answers["edited"][1] >= N_PROMPT - 6, log[-3000:]
     assert answers["regenerated"][1] >= N_PROMPT - 6, log[-3000:]
     assert answers["edited early"][1] == 0  # nothing was kept of what comes before there
+
+
+# -- prefill = full
+
+
+def conversation(*lengths: int) -> list[list[int]]:
+    return [random_tokens(n, seed=50 + i).tolist() for i, n in enumerate(lengths)]
+
+
+def replay(address: str, messages: list[list[int]], n_answer: int) -> tuple[list[int], list[int], list[int]]:
+    """Sends the messages one after the other, each with all that was said before it.
+
+    Returns the whole text before the last message, the last answer, and how many tokens of each prompt were cached.
+    """
+    text: list[int] = []
+    cached = []
+    for message in messages:
+        before, text = text, text + message
+        answer, n_cached = complete(address, text, n_answer)
+        cached.append(n_cached)
+        text = text + answer
+    return before, answer, cached
+
+
+def test_a_long_conversation_is_never_read_again(subject, tmp_path):
+    """With prefill = full: each turn reads its message only, and so does an edit of the last message or of an earlier one."""
+    streaming = f"layers=1,3;sink=4;window={WINDOW};prefill=full"
+    messages = conversation(700, 300, 280)
+    edited = [*messages[:2], random_tokens(290, seed=99).tolist()]
+    path = subject.native.path
+    with running(path, streaming, tmp_path / "edited.log") as address:
+        before, first, cached = replay(address, messages, 20)
+        second, again = complete(address, before + edited[2], 20)
+        regenerated, n_regenerated = complete(address, before + edited[2], 20)
+    with running(path, streaming, tmp_path / "fresh.log") as address:
+        _, fresh, _ = replay(address, edited, 20)
+    log = (tmp_path / "edited.log").read_text()
+    assert second == fresh, log[-3000:]
+    assert regenerated == fresh
+    assert first != second, "an edit that changes nothing shows nothing"
+    for n_cached, n_before in zip(cached, (0, 700 + 20, 700 + 300 + 40)):
+        assert n_cached >= n_before - 1, log[-3000:]
+    assert again >= len(before) - 2 and n_regenerated >= len(before) - 2, log[-3000:]
+
+
+def test_a_prompt_over_the_limit_is_refused(subject, tmp_path):
+    """In words, before it is read, and the server goes on."""
+    import urllib.error
+
+    os.environ["LT_PROMPT_LIMIT"] = "1"
+    try:
+        with running(subject.native.path, f"layers=1,3;sink=4;window={WINDOW};prefill=full", tmp_path / "limit.log") as address:
+            short, _ = complete(address, PROMPT[:300], 5)
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                complete(address, random_tokens(1900, seed=3).tolist(), 5)
+            assert b"tokens would fit" in refusal.value.read()
+            assert complete(address, PROMPT[:300], 5)[0] == short
+    finally:
+        del os.environ["LT_PROMPT_LIMIT"]
