@@ -13,6 +13,7 @@ CACHES = pytest.mark.parametrize("unified", [True, False], ids=["unified", "sepa
 LAYERS = pytest.mark.parametrize("layers", [[0, 2], range(4)], ids=["half", "all"])
 MOMENTS = {
     "after a prompt": [("read", 400, True)],
+    "in the first prompt": [("read", 400, False)],
     "in a long prompt": [("read", 200, True), ("decode", 20, None), ("read", 300, False)],
     "in a short prompt": [("read", 300, True), ("decode", 20, None), ("read", 15, False)],
     "after several turns": [("read", 300, True), ("decode", 50, None), ("read", 20, True), ("decode", 30, None)],
