@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.native import FULL, STREAMING, DecodeError, log
+from support.native import FULL, STREAMING, DecodeError, Token, log
 from support.oracle import EXACT, RELATIVE, Subject, difference, random_tokens
 from support.reference import NumpyLlama
 
@@ -137,7 +137,5 @@ def test_a_shift_while_a_long_prompt_is_read(subject, layers):
         assert difference(context.decode_one_by_one(answer, 400), expected) <= EXACT
 
 
-def prompt_part(text):
-    from support.native import Token
-
+def prompt_part(text) -> list[Token]:
     return [Token(int(token), i, logits=False) for i, token in enumerate(text)]

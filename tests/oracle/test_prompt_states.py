@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from support.native import FULL, PARTIAL, PROMPT, STREAMING, log
 from support.oracle import EXACT
@@ -208,8 +209,6 @@ def test_a_checkpoint_is_small_where_the_context_says_so(subject):
 
 def test_damaged_states_are_refused(subject):
     """Cut or changed ones end in a refusal or in something valid; the context stays usable."""
-    import numpy as np
-
     model = subject("llama")
     spec, context = context_of(model, [1, 2])
     random = np.random.default_rng(0)

@@ -204,8 +204,8 @@ def test_the_oracle_notices_one_key_too_many(subject, family):
     tokens, begin, end = random_tokens(400), 200, 330
     spec = model.spec(SINK, WINDOW, prefill="full")
     expected = model.expected(tokens, spec, [(0, 120), (begin, end)])
-    for prompts in ([(0, 120), (begin - 1, end)], [(0, 120), (begin + 1, end)], [(0, 120), (begin, end - 1)], [(0, 121), (begin, end)]):
-        assert difference(expected, model.expected(tokens, spec, prompts)) > 5 * EXACT
+    for first, last in ((120, (begin - 1, end)), (120, (begin + 1, end)), (120, (begin, end - 1)), (121, (begin, end))):
+        assert difference(expected, model.expected(tokens, spec, [(0, first), last])) > 5 * EXACT
     for other in (replace(spec, window=WINDOW + 1), replace(spec, sink=SINK + 1)):
         assert difference(expected, model.expected(tokens, other, [(0, 120), (begin, end)])) > 5 * EXACT
 

@@ -187,6 +187,32 @@ class TestLimit:
             good.decode(70)
             assert good.difference() <= EXACT
 
+    @pytest.mark.parametrize("what", ["whole", "sequence"])
+    def test_a_state_from_the_middle_of_a_longer_prompt_is_refused(self, model, what):
+        """With the reason, and nothing of it is left behind; with a larger limit it can be restored."""
+        spec, context = context_of(model)
+        with context:
+            saved = Transcript(model, spec, context)
+            saved.read(2000, n_batch=500, end=False)
+            state = context.save() if what == "whole" else context.save_seq()
+        spec, context = context_of(model)
+        with context:
+            context.set_prompt_limit(self.LIMIT)
+            start = log.mark()
+            assert not (context.restore(state) if what == "whole" else context.restore_seq(state))
+            assert any("2000 tokens" in line and "limit" in line for line in log.since(start))
+            assert context.kv_bytes(PROMPT) == 0 and context.positions(FULL) == context.positions(STREAMING) == []
+            other = Transcript(model, spec, context, seed=1)
+            other.read(100)
+            other.decode(70)
+            assert other.difference() <= EXACT
+            context.set_prompt_limit(0)
+            assert context.restore(state) if what == "whole" else context.restore_seq(state)
+            again = saved.copy(0, context)
+            again.read(20)
+            again.decode(70)
+            assert again.difference() <= EXACT
+
     def test_it_can_be_lifted(self, model):
         spec, context = context_of(model)
         with context:
