@@ -251,6 +251,43 @@ void lt_kv_cache::move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids)
     set_phases({});
 }
 
+bool lt_kv_cache::make_room(llama_seq_id seq_id, uint32_t n) {
+    const auto has_room = [&] {
+        return lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n).size() >= n;
+    };
+
+    if (!unified || has_room()) {
+        return has_room();
+    }
+
+    std::vector<llama_seq_id> move;
+
+    uint32_t n_cells = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
+
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        if (s != seq_id && is_in_prompt(s) && !in_prompt_part[s]) {
+            move.push_back(s);
+            n_cells += pos_streaming(s).size();
+        }
+    }
+
+    if (move.empty()) {
+        return false;
+    }
+
+    if (lctx) {
+        lctx->synchronize();
+    }
+
+    grow_prompt_part(GGML_PAD(n_cells, LT_PROMPT_PAD));
+
+    if (kv_prompt && kv_prompt->get_size() >= n_cells) {
+        move_to_prompt_part(move);
+    }
+
+    return has_room();
+}
+
 void lt_kv_cache::copy_in_prompt_part(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     // its keys must be turned to their positions first
     update();
@@ -312,6 +349,8 @@ void lt_kv_cache::finish(const std::vector<llama_seq_id> & seq_ids) {
             compact(strm);
             continue;
         }
+
+        make_room(s, mask.n_sink + mask.n_window);
 
         const auto & src = lt_kv_ops::cells(*kv_prompt, 0);
               auto & dst = lt_kv_ops::cells(*kv_streaming, strm);

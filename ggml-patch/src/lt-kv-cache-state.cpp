@@ -14,7 +14,7 @@
 // first word of a saved state
 static const uint32_t LT_STATE_MAGIC = 0x324b544c; // "LTK2"
 
-// a state is: magic, spec, layers if they were chosen for the prompt, full part, streaming part, for each sequence the list of its prompts, cells of the prompt part and, if
+// a state is: magic, spec, layers if they were chosen for the prompt, full part, number of cells and content of the streaming part, for each sequence the list of its prompts, cells of the prompt part and, if
 // there are any, the prompt part. a partial state has no full part
 
 // the spec that both contexts must have. layers that were chosen for a prompt are not part of it
@@ -32,6 +32,20 @@ static std::string lt_layers_text(const lt_spec & spec) {
     std::string res;
     for (size_t il = 0; spec.is_auto() && il < spec.layers.size(); ++il) {
         res += spec.layers[il] ? '1' : '0';
+    }
+
+    return res;
+}
+
+uint32_t lt_kv_cache::n_saved(llama_seq_id seq_id) const {
+    uint32_t res = 0;
+
+    if (seq_id >= 0) {
+        const auto & cells = kv_streaming->get_cells(seq_id);
+
+        for (const auto & [_, i] : cells.seq_pos_get(seq_id)) {
+            res += !mask.is_spare(cells, i, seq_id);
+        }
     }
 
     return res;
@@ -68,6 +82,10 @@ void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_
     if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
         kv_full->state_write(io, seq_id, flags);
     }
+
+    const uint32_t n_streaming = n_saved(seq_id);
+
+    io.write(&n_streaming, sizeof(n_streaming));
 
     kv_streaming->state_write(io, seq_id, flags);
 
@@ -158,7 +176,20 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
             }
         }
 
-        kv_streaming->state_read(io, seq_id, flags);
+        uint32_t n_streaming;
+        io.read(&n_streaming, sizeof(n_streaming));
+
+        const bool fits = seq_id < 0 || make_room(seq_id, n_streaming);
+
+        if (!fits && unified) {
+            // the beginning of a prompt, which then goes on in the prompt part
+            reserve_prompt_part(n_streaming);
+
+            kv_prompt->state_read(io, seq_id, flags);
+            in_prompt_part.set(seq_id);
+        } else {
+            kv_streaming->state_read(io, seq_id, flags);
+        }
 
         for (llama_seq_id s = s0; s < s1; ++s) {
             prompts[s].read(io);
@@ -197,14 +228,7 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     set_phases({});
 }
 
-void lt_kv_cache::read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    uint32_t n_cells;
-    io.read(&n_cells, sizeof(n_cells));
-
-    if (n_cells == 0) {
-        return;
-    }
-
+void lt_kv_cache::reserve_prompt_part(uint32_t n_cells) {
     const uint64_t n_all = (uint64_t) n_cells + (kv_prompt ? kv_prompt->get_cells(0).get_used() : 0);
     if (n_all > (uint64_t) kv_full->get_size()*kv_full->get_n_stream()) {
         throw std::runtime_error(format("the state holds %u tokens of a prompt, more than the context of %u tokens", n_cells, kv_full->get_size()));
@@ -216,6 +240,17 @@ void lt_kv_cache::read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, ll
     if (!kv_prompt || kv_prompt->get_size() < n_all) {
         throw std::runtime_error("no memory for the prompt in the state");
     }
+}
+
+void lt_kv_cache::read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    uint32_t n_cells;
+    io.read(&n_cells, sizeof(n_cells));
+
+    if (n_cells == 0) {
+        return;
+    }
+
+    reserve_prompt_part(n_cells);
 
     kv_prompt->state_read(io, seq_id, flags);
 

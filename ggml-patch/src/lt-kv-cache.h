@@ -319,10 +319,20 @@ private:
     // throws std::runtime_error if the prompt part may not have so many cells
     void check_limit(uint32_t n_cells, uint32_t n_tokens) const;
 
+    // the cells of the streaming part in the state of a sequence
+    uint32_t n_saved(llama_seq_id seq_id) const;
+
     void read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
 
     void grow_prompt_part(uint32_t n_cells);
     void free_prompt_part();
+
+    // have n cells free in the streaming part for a sequence: the prompts of others that are read in it have to go
+    // note: may put another object in the place of the prompt part
+    bool make_room(llama_seq_id seq_id, uint32_t n);
+
+    // have n more cells free in the prompt part. throws std::runtime_error
+    void reserve_prompt_part(uint32_t n_cells);
 
     void move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids);
 
