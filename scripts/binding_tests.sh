@@ -39,4 +39,6 @@ cd "$dir"
 # what is left out needs models of other kinds (recurrent, embedding, a certain chat model)
 selection="not real_ and not recurrent and not hybrid"
 "$python" -m pytest -q -p no:cacheprovider tests -k "$selection"
-LT_STREAMING="layers=all;sink=4;window=28" "$python" -m pytest -q -p no:cacheprovider tests -k "$selection"
+for prefill in stream full; do
+    LT_STREAMING="layers=all;sink=4;window=28;prefill=$prefill" "$python" -m pytest -q -p no:cacheprovider tests -k "$selection"
+done

@@ -66,8 +66,10 @@ check "test-save-load-state, all architectures" "$bin/test-save-load-state" --mo
 check "test-recurrent-state-rollback, all architectures" "$bin/test-recurrent-state-rollback" --models "$generated"
 on_model "" "$model_tests"
 
-export LT_STREAMING="layers=all;sink=4;window=28"
-on_model "streaming: " "$memory_tests"
+for prefill in stream full; do
+    export LT_STREAMING="layers=all;sink=4;window=28;prefill=$prefill"
+    on_model "streaming, prefill = $prefill: " "$memory_tests"
+done
 unset LT_STREAMING
 
 work=$PWD

@@ -123,7 +123,7 @@ bool lt_seq_can_rm(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0)
 bool lt_seq_can_checkpoint(const llama_context * ctx, llama_seq_id seq_id) {
     const auto * kv = lt_get_cache(ctx);
 
-    return !kv || (lt_has_seq(*kv->get_full(), seq_id) && !kv->is_choosing() && !kv->is_in_prompt_part(seq_id));
+    return !kv || (lt_has_seq(*kv->get_full(), seq_id) && kv->can_checkpoint(seq_id));
 }
 
 bool lt_seq_in_prompt(const llama_context * ctx, llama_seq_id seq_id) {
@@ -171,4 +171,10 @@ int32_t lt_lazy_ratios(const llama_context * ctx, float * ratios, int32_t n) {
     std::copy_n(kv->get_lazy_ratios().begin(), std::min(std::max(n, 0), n_layer), ratios);
 
     return n_layer;
+}
+
+uint32_t lt_n_sink(const llama_context * ctx) {
+    const auto * kv = lt_get_cache(ctx);
+
+    return kv ? kv->get_spec().n_sink : 0;
 }

@@ -72,6 +72,8 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
 
     this->choosing = choosing;
 
+    chosen_end = 0;
+
     kv_full      = create(model.hparams, size_full,      false, unified);
     kv_streaming = create(model.hparams, size_streaming, true,  unified);
 
@@ -102,25 +104,39 @@ void lt_kv_cache::choose_layers() {
         return;
     }
 
-    spec.layers = layers;
-
-    auto kv_new = create(model.hparams, size_streaming, true, unified);
-
-    lt_kv_ops::use_rotation_of(*kv_full, *kv_new);
-
     const auto & src = lt_kv_ops::cells(*kv_full, 0);
-          auto & dst = lt_kv_ops::cells(*kv_new,  0);
 
     lt_kv_ops::cell_pairs pairs;
     for (const auto & [p, i] : src.seq_pos_get(0)) {
         if (p < (llama_pos) mask.n_sink || p > src.seq_pos_max(0) - (llama_pos) mask.n_window) {
-            const uint32_t i_dst = pairs.size();
-
-            lt_kv_ops::copy_cell(src, i, dst, i_dst);
-            dst.seq_add(i_dst, 0);
-
-            pairs.push_back({ i, i_dst });
+            pairs.push_back({ i, (uint32_t) pairs.size() });
         }
+    }
+
+    // note: the tokens of an image can all have the same position
+    if (pairs.size() > size_streaming) {
+        LLAMA_LOG_WARN("%s: the last %u positions are those of %zu tokens, more than a streaming layer has cells for. all layers stay full\n",
+                __func__, mask.n_window, pairs.size());
+        return;
+    }
+
+    std::unique_ptr<llama_kv_cache> kv_new;
+
+    spec.layers = layers;
+    try {
+        kv_new = create(model.hparams, size_streaming, true, unified);
+    } catch (...) {
+        spec.layers.assign(layers.size(), false);
+        throw;
+    }
+
+    lt_kv_ops::use_rotation_of(*kv_full, *kv_new);
+
+    auto & dst = lt_kv_ops::cells(*kv_new, 0);
+
+    for (const auto & [i, i_dst] : pairs) {
+        lt_kv_ops::copy_cell(src, i, dst, i_dst);
+        dst.seq_add(i_dst, 0);
     }
 
     lt_kv_ops::copy_data(*kv_full, 0, *kv_new, 0, pairs);
@@ -136,10 +152,24 @@ void lt_kv_cache::choose_layers() {
 
     lazy_ratio.reset();
 
-    choosing = false;
+    choosing   = false;
+    chosen_end = seq_pos_max(0) + 1;
     generation++;
 
     lctx->lt_set_need_reserve();
 
     LLAMA_LOG_INFO("%s: streaming layers for this prompt: %s\n", __func__, spec.str().c_str());
+}
+
+void lt_kv_cache::choose_anew() {
+    const auto layers = spec.layers;
+
+    try {
+        set_layers(std::vector<bool>(layers.size(), false), true);
+    } catch (const std::exception & err) {
+        // what was there before has just been given back
+        LLAMA_LOG_ERROR("%s: no memory for all layers with full attention, these go on streaming: %s (%s)\n", __func__, spec.str().c_str(), err.what());
+
+        set_layers(layers, false);
+    }
 }

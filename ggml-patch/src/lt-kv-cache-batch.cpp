@@ -15,7 +15,7 @@
 // a sequence with at most so many tokens in a batch may be rolled back to the first of them: speculative decoding
 static const uint32_t LT_N_DRAFT_MAX = 64;
 
-lt_batch lt_kv_cache::inspect(const llama_batch & batch) const {
+lt_batch lt_kv_cache::inspect(const llama_batch & batch, bool embd_all) const {
     lt_batch res;
 
     std::array<int32_t, LLAMA_MAX_SEQ> index;
@@ -38,7 +38,7 @@ lt_batch lt_kv_cache::inspect(const llama_batch & batch) const {
             cur.begin = std::min(cur.begin, batch.pos[i]);
             cur.end   = std::max(cur.end,   batch.pos[i] + 1);
             cur.n_tokens++;
-            cur.is_prompt = cur.is_prompt || !batch.logits[i];
+            cur.is_prompt = cur.is_prompt || !batch.logits[i] || (embd_all && cur.n_tokens > 1); // embeddings are asked for of all tokens
 
             has_logits[s] = batch.logits[i];
         }
@@ -86,9 +86,7 @@ void lt_kv_cache::set_phases(const lt_batch & batch) {
 }
 
 llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
-    GGML_UNUSED(embd_all);
-
-    const lt_batch batch = inspect(balloc.get_batch());
+    const lt_batch batch = inspect(balloc.get_batch(), embd_all);
 
     for (const auto & cur : batch) {
         if (spec.is_auto() && cur.id != 0) {
@@ -289,8 +287,13 @@ uint32_t lt_kv_cache::set_rollback(const std::vector<llama_ubatch> & ubatches) {
     return res;
 }
 
-void lt_kv_cache::begin_batch(const lt_batch & batch) {
+void lt_kv_cache::begin_ubatch(const lt_batch & batch, const llama_ubatch & ubatch) {
     for (const auto & cur : batch) {
+        // note: sequences of later ubatches may never come to it
+        if (std::find(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq, cur.id) == ubatch.seq_id_unq + ubatch.n_seqs_unq) {
+            continue;
+        }
+
         if (cur.is_prompt && !prompts[cur.id].current()) {
             prompts[cur.id].open(cur.begin, std::max(0, cur.begin - (llama_pos) mask.n_window));
         }
@@ -346,12 +349,23 @@ void lt_kv_cache::apply_pending() {
 
     if (todo.n_cells > 0) {
         grow_prompt_part(todo.n_cells);
-        move_to_prompt_part(todo.move);
+
+        if (kv_prompt && kv_prompt->get_size() < todo.n_cells) {
+            grow_prompt_part(todo.n_needed);
+        }
+
+        if (kv_prompt && kv_prompt->get_size() >= todo.n_needed) {
+            move_to_prompt_part(todo.move);
+        }
     }
 
     finish(todo.finish);
 
     if (todo.choose) {
-        choose_layers();
+        try {
+            choose_layers();
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: all layers stay full: %s\n", __func__, err.what());
+        }
     }
 }

@@ -85,9 +85,7 @@ bool lt_kv_cache_context::apply() {
         return res;
     }
 
-    if (i_next == 0) {
-        kv->begin_batch(batch);
-    }
+    kv->begin_ubatch(batch, ubatches.all[i_next]);
 
     if (!kv->is_choosing()) {
         res = res & (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->apply();

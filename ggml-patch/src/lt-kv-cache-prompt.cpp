@@ -32,7 +32,7 @@ size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
     return res;
 }
 
-void lt_kv_cache::check_limit(uint32_t n_cells, uint32_t n_tokens) const {
+void lt_kv_cache::check_limit(uint32_t n_cells, uint32_t n_tokens, uint32_t n_spare) const {
     const size_t n_bytes = prompt_bytes(GGML_PAD(n_cells, LT_PROMPT_PAD));
 
     if (prompt_limit == 0 || n_bytes <= prompt_limit) {
@@ -44,7 +44,7 @@ void lt_kv_cache::check_limit(uint32_t n_cells, uint32_t n_tokens) const {
 
     throw std::runtime_error(format("a prompt of %u tokens needs %.1f MiB while its streaming layers read it with full attention, the limit is %.1f MiB: "
                 "at most %u tokens would fit, or use a larger limit (%s), a KV cache of a smaller type, or prefill=stream",
-                n_tokens, n_bytes/1024.0/1024.0, prompt_limit/1024.0/1024.0, n_fit > n_own ? n_fit - n_own : 0, "LT_PROMPT_LIMIT"));
+                n_tokens, n_bytes/1024.0/1024.0, prompt_limit/1024.0/1024.0, std::max(n_fit > n_own ? n_fit - n_own : 0, n_spare), "LT_PROMPT_LIMIT"));
 }
 
 void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
@@ -59,12 +59,15 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
         throw std::runtime_error(format("a prompt of %u tokens after %u others does not fit the context of %u tokens", n_tokens, n_past, kv_full->get_size()));
     }
 
-    const bool fits_spare = n_tokens <= lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
+    const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
 
-    if (!fits_spare) {
-        const uint32_t n_used = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
+    if (n_tokens > n_spare) {
+        uint32_t n_used = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            n_used += s == seq_id ? 0 : n_declared[s];
+        }
 
-        check_limit(n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens, n_tokens);
+        check_limit(n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);
     }
 
     n_declared[seq_id] = n_tokens;
@@ -118,7 +121,8 @@ void lt_kv_cache::request_room(const lt_batch & batch, const std::vector<llama_s
 
     const bool may_grow = prompt_limit == 0 || prompt_bytes(GGML_PAD(n_grown, LT_PROMPT_PAD)) <= prompt_limit;
 
-    pending.n_cells = GGML_PAD(may_grow ? std::max(n_cells, n_grown) : n_cells, LT_PROMPT_PAD);
+    pending.n_needed = GGML_PAD(n_cells, LT_PROMPT_PAD);
+    pending.n_cells  = GGML_PAD(may_grow ? std::max(n_cells, n_grown) : n_cells, LT_PROMPT_PAD);
 }
 
 void lt_kv_cache::grow_prompt_part(uint32_t n_cells) {
@@ -189,10 +193,6 @@ void lt_kv_cache::free_prompt_part() {
 }
 
 void lt_kv_cache::move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids) {
-    if (!kv_prompt) {
-        return;
-    }
-
     // note: for what a new prompt sees, its beginning must be known. it follows what is there
     for (const llama_seq_id s : seq_ids) {
         if (!prompts[s].current()) {
@@ -372,9 +372,10 @@ void lt_kv_cache::finish(const std::vector<llama_seq_id> & seq_ids) {
         }
 
         std::vector<uint32_t> missing;
+        std::vector<uint32_t> shared;
         for (const auto & [p, i] : src.seq_pos_get(s)) {
             if (is_kept(p) && count(dst.seq_pos_get(s), p) == 0) {
-                missing.push_back(i);
+                (copied.count({ strm, i }) ? shared : missing).push_back(i);
             }
         }
 
@@ -395,14 +396,12 @@ void lt_kv_cache::finish(const std::vector<llama_seq_id> & seq_ids) {
 
         lt_kv_ops::cell_pairs pairs;
 
+        for (const uint32_t i : shared) {
+            dst.seq_add(copied[{ strm, i }], s);
+        }
+
         size_t n_free = 0;
         for (const uint32_t i : missing) {
-            const auto it = copied.find({ strm, i });
-            if (it != copied.end()) {
-                dst.seq_add(it->second, s);
-                continue;
-            }
-
             const uint32_t i_dst = free[n_free++];
 
             lt_kv_ops::copy_cell(src, i, dst, i_dst);

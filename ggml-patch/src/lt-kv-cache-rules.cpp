@@ -130,6 +130,8 @@ void lt_kv_cache::map_prompts(llama_seq_id seq_id, const std::function<llama_pos
         return cells.seq_has(i, seq_id) ? map(p) : p;
     };
 
+    chosen_end = 0; // it has moved, too
+
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         if (kv_full->get_stream(s) == kv_full->get_stream(seq_id)) {
             prompts[s] = mapped_prompts(s, map_cell);
@@ -227,6 +229,11 @@ bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const 
             return true; // nothing remains
         }
         p_last = std::prev(it_rm)->first;
+    }
+
+    // the layers were chosen for a prompt that would lose its end
+    if (p1 == LT_POS_END && p_last + 1 < chosen_end) {
+        return false;
     }
 
     // note: when the end of the prompt part goes, the streaming part may still have what was there before, see is_ahead()

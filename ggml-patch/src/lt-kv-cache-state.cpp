@@ -37,6 +37,11 @@ static std::string lt_layers_text(const lt_spec & spec) {
     return res;
 }
 
+bool lt_kv_cache::can_checkpoint(llama_seq_id seq_id) const {
+    // note: a message that has just begun is little more than what it follows
+    return !choosing && !in_prompt_part[seq_id] && n_saved(seq_id) <= mask.n_sink + mask.n_window + LT_N_SPARE;
+}
+
 uint32_t lt_kv_cache::n_saved(llama_seq_id seq_id) const {
     uint32_t res = 0;
 
@@ -214,6 +219,11 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
             }
             leave_prompt_part(s);
             forget(s);
+        }
+
+        if (spec.is_auto() && !choosing && pos_full(0).empty()) {
+            lazy_ratios.clear();
+            choose_anew();
         }
 
         set_phases({});

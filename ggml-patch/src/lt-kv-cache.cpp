@@ -1,6 +1,7 @@
 #include "lt-kv-cache.h"
 
 #include "lt-kv-cache-context.h"
+#include "lt-kv-ops.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -11,9 +12,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
-
-// decoding keeps room for a draft of so many tokens besides what it sees
-static const uint32_t LT_N_SPARE = 64;
 
 static const char * const LT_ENV_PROMPT_LIMIT = "LT_PROMPT_LIMIT"; // [MiB]
 
@@ -131,7 +129,7 @@ void lt_kv_cache::clear(bool data) {
     }
 
     if (spec.is_auto() && !choosing) {
-        set_layers(std::vector<bool>(spec.layers.size(), false), true);
+        choose_anew();
     }
 
     set_phases({});
@@ -198,7 +196,7 @@ bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     set_phases({});
 
     if (spec.is_auto() && !choosing && pos_full(0).empty()) {
-        set_layers(std::vector<bool>(spec.layers.size(), false), true);
+        choose_anew();
     }
 
     return res;
@@ -303,19 +301,10 @@ void lt_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d
 
     map_prompts(seq_id, map);
 
-    // note: one by one, because llama_kv_cells::pos_div() turns the keys the wrong way
-    std::vector<llama_pos> pos;
-    for (const auto & [p, _] : pos_full(seq_id)) {
-        if (p >= p0 && p < p1) {
-            pos.push_back(p);
-        }
-    }
-
-    for (const llama_pos p : pos) {
-        for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
-            if (kv) {
-                kv->seq_add(seq_id, p, p + 1, p / d - p);
-            }
+    // note: not by llama_kv_cache::seq_div(), which turns the keys the wrong way
+    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+        if (kv) {
+            lt_kv_ops::map(*kv, seq_id, map);
         }
     }
 
@@ -381,9 +370,11 @@ llama_memory_context_ptr lt_kv_cache::init_full() {
 }
 
 llama_memory_context_ptr lt_kv_cache::init_update(llama_context * lctx, bool optimize) {
-    this->lctx = lctx;
-
     return std::make_unique<lt_kv_cache_context>(this, lctx, optimize);
+}
+
+void lt_kv_cache::set_context(llama_context * lctx) {
+    this->lctx = lctx;
 }
 
 bool lt_kv_cache::get_can_shift() const {

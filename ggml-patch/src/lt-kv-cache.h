@@ -108,6 +108,9 @@ public:
     // lt_kv_cache specific API
     //
 
+    // once, by the context that it is the memory of
+    void set_context(llama_context * lctx);
+
     const lt_spec & get_spec() const;
 
     llama_kv_cache * get_full()      const;
@@ -127,6 +130,9 @@ public:
 
     // whether seq_rm() would succeed
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // whether a partial state of the sequence is small, and can be restored later
+    bool can_checkpoint(llama_seq_id seq_id) const;
 
     // prompts
 
@@ -153,9 +159,9 @@ public:
     // a prompt part as large as can be, without memory: what the graphs are reserved for. null if there is never one
     llama_kv_cache * get_reserve();
 
-    // used by lt_kv_cache_context: the first ubatch of a batch is applied, the last one has been computed
-    void begin_batch(const lt_batch & batch);
-    void end_batch  (const lt_batch & batch);
+    // used by lt_kv_cache_context: an ubatch is applied, and the last one of a batch has been computed
+    void begin_ubatch(const lt_batch & batch, const llama_ubatch & ubatch);
+    void end_batch   (const lt_batch & batch);
 
     bool has_pending() const;
     void apply_pending();
@@ -185,7 +191,7 @@ private:
 
     const lt_mask mask;
 
-    // known from the first update on, before which there is nothing to update
+    // null while this is constructed
     llama_context * lctx = nullptr;
 
     std::unique_ptr<llama_kv_cache> kv_full;
@@ -201,6 +207,9 @@ private:
     std::unique_ptr<lt_lazy_ratio> lazy_ratio; // null if no layers are to be chosen
 
     std::vector<float> lazy_ratios; // [n_layer_all], as measured last
+
+    // the end of the prompt that chose. what is rolled back behind it is another conversation, which is to choose for itself
+    llama_pos chosen_end = 0;
 
     size_t prompt_limit = 0; // [bytes]
 
@@ -220,7 +229,8 @@ private:
 
     // what the next update does
     struct {
-        uint32_t n_cells = 0;             // the prompt part needs so many cells
+        uint32_t n_cells  = 0;            // the prompt part is to have so many cells
+        uint32_t n_needed = 0;            // or at least so many
         std::vector<llama_seq_id> move;   // into the prompt part
         std::vector<llama_seq_id> finish; // their prompts have been read
         bool choose = false;              // choose the layers
@@ -291,7 +301,7 @@ private:
     //
 
     // which sequences the batch has, and which of them read a prompt
-    lt_batch inspect(const llama_batch & batch) const;
+    lt_batch inspect(const llama_batch & batch, bool embd_all) const;
 
     // batch: the one that is about to be processed, if any
     void set_phases(const lt_batch & batch);
@@ -316,8 +326,9 @@ private:
 
     size_t prompt_bytes(uint32_t n_cells) const;
 
-    // throws std::runtime_error if the prompt part may not have so many cells
-    void check_limit(uint32_t n_cells, uint32_t n_tokens) const;
+    // throws std::runtime_error if the prompt part may not have so many cells, of which n_tokens are for a new prompt
+    // n_spare: tokens of it that need no prompt part
+    void check_limit(uint32_t n_cells, uint32_t n_tokens, uint32_t n_spare = 0) const;
 
     // the cells of the streaming part in the state of a sequence
     uint32_t n_saved(llama_seq_id seq_id) const;
@@ -356,6 +367,9 @@ private:
     void set_layers(const std::vector<bool> & layers, bool choosing);
 
     void choose_layers();
+
+    // all layers are full again, and the next prompt chooses
+    void choose_anew();
 
     // those of a state
     void take_layers(const std::string & text);

@@ -164,6 +164,17 @@ void lt_kv_ops::copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_c
     dst.ext_set(i_dst, ext);
 }
 
+void lt_kv_ops::map(llama_kv_cache & kv, llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) {
+    auto & cells = kv.v_cells[kv.seq_to_stream[seq_id]];
+
+    const auto pos = cells.seq_pos_get(seq_id);
+    for (const auto & [p, i] : pos) {
+        if (map(p) != p) {
+            cells.pos_add(i, map(p) - p);
+        }
+    }
+}
+
 bool lt_kv_ops::is_sane(const llama_kv_cache & kv, llama_seq_id seq_id) {
     const auto & pos = kv.get_cells(seq_id).seq_pos_get(seq_id);
 

@@ -3,6 +3,7 @@
 #include "llama-kv-cache.h"
 
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,9 @@ struct lt_kv_ops {
 
     // copy position and extension of a cell, not its sequences
     static void copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_cells & dst, uint32_t i_dst);
+
+    // change the positions of a sequence. negative: removed
+    static void map(llama_kv_cache & kv, llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map);
 
     // whether all positions of a sequence could be those of tokens
     static bool is_sane(const llama_kv_cache & kv, llama_seq_id seq_id);

@@ -9,6 +9,9 @@
 // the end of a range of positions that has none
 static constexpr llama_pos LT_POS_END = std::numeric_limits<llama_pos>::max();
 
+// decoding keeps room for a draft of so many tokens besides what it sees
+static constexpr uint32_t LT_N_SPARE = 64;
+
 // what the sequences of a cache are doing, as far as the mask depends on it
 struct lt_phases {
     // the first position behind the sinks that the tokens of the prompt in progress see. -1: the sequence decodes

@@ -238,7 +238,7 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
     }
 
     if (is_seen(LT_KEY_W_LAST)) {
-        throw std::invalid_argument(format("%s: has a meaning with %s only, as in auto=0.5;w_last=32", LT_KEY_W_LAST, LT_KEY_AUTO));
+        throw std::invalid_argument(format("%s: has a meaning with %s only, as in auto=0.5;w_last=16", LT_KEY_W_LAST, LT_KEY_AUTO));
     }
 
     if (res.layers.empty()) {

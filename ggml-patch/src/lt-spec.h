@@ -21,7 +21,7 @@ struct lt_spec {
     // the layers are chosen for the first prompt of a conversation: this share of all, those with the highest lazy ratio
     // negative: they are given
     float    auto_fraction = -1.0f;
-    uint32_t n_last        = 32; // the last queries of the prompt that the lazy ratio is the mean of
+    uint32_t n_last        = 16; // the last queries of the prompt that the lazy ratio is the mean of
 
     bool is_auto() const;
 

@@ -9,7 +9,7 @@
 // Specs are written as text, here and in LT_STREAMING:
 //   off
 //   layers=1,3,5-9;sink=4;window=1020;prefill=stream
-//   auto=0.5;sink=4;window=1020;w_last=32
+//   auto=0.5;sink=4;window=1020;w_last=16
 // "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
 // "layers" takes numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4,
@@ -44,6 +44,9 @@ extern "C" {
 
     // The spec that this context runs with.
     LLAMA_API int32_t lt_context_spec(const struct llama_context * ctx, char * buf, size_t buf_size);
+
+    // The number of first positions that stay visible in its streaming layers, 0 if it has none. A context shift must keep them.
+    LLAMA_API uint32_t lt_n_sink(const struct llama_context * ctx);
 
     //
     // what the KV cache holds

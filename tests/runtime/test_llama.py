@@ -86,14 +86,14 @@ def fed(path, tokens, **settings) -> lt_gguf.Llama:
     return llm
 
 
-@pytest.mark.parametrize("streaming", ["auto:0.5", "auto=0.5;w_last=32", AutoSpec(0.5, SINK, WINDOW)])
+@pytest.mark.parametrize("streaming", ["auto:0.5", "auto=0.5;w_last=16", AutoSpec(0.5, SINK, WINDOW)])
 def test_layers_chosen_for_the_prompt(hybrid_file, streaming):
     llm = load(hybrid_file, streaming=streaming)
     assert llm.streaming is None
     assert llm.auto == AutoSpec(0.5, SINK, WINDOW)
     assert llm.kv_bytes()["streaming"] == 0
     for prompt in (PROMPT, PROMPT[::-1], PROMPT[:300]):
-        laziest = np.argsort(llm.lazy_ratios(prompt, SINK, WINDOW))[2:]
+        laziest = np.argsort(llm.lazy_ratios(prompt, SINK, WINDOW, llm.auto.w_last))[2:]
         llm.reset()
         llm.eval(prompt)
         assert llm.streaming == StreamingSpec(tuple(laziest), N_LAYER, SINK, WINDOW, "full")

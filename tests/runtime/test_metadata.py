@@ -127,7 +127,7 @@ def test_a_key_that_is_there_twice(plain, tmp_path):
         ("window=30", "layers=1;sink=2;window=30;prefill=stream"),
         ("layers=all;sink=0", "layers=0-2;sink=0;window=9;prefill=stream"),
         ("prefill=full", "layers=1;sink=2;window=9;prefill=full"),
-        ("auto=0.5", "auto=0.5;layers=none;sink=2;window=9;prefill=full;w_last=32"),
+        ("auto=0.5", "auto=0.5;layers=none;sink=2;window=9;prefill=full;w_last=16"),
         ("", "layers=1;sink=2;window=9;prefill=stream"),
     ],
 )
