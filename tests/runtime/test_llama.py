@@ -163,7 +163,7 @@ def test_lazy_ratios_with_an_adapter(hybrid_file, tmp_path):
     llm = load(hybrid_file, lora_path=str(path), lora_scale=0.5, use_mmap=False)
     auto = load(hybrid_file, streaming="auto=0.5", lora_path=str(path), lora_scale=0.5, use_mmap=False)
     auto.eval(PROMPT)
-    ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW)
+    ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW, auto.auto.w_last)
     np.testing.assert_allclose(ratios, api.lazy_ratios(auto.ctx), atol=1e-5)
     assert not np.allclose(ratios, load(hybrid_file).lazy_ratios(PROMPT, SINK, WINDOW), atol=1e-4)
 
