@@ -29,7 +29,7 @@ def subject(tmp_path_factory) -> Subject:
 
 
 @contextlib.contextmanager
-def running(model: Path, streaming: str, log: Path) -> Iterator[str]:
+def running(model: Path, streaming: str, log: Path, *options: str) -> Iterator[str]:
     """A server on a free port of this machine; its address."""
     try:
         tool = tool_path("llama-server")
@@ -40,7 +40,7 @@ def running(model: Path, streaming: str, log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [tool, "--model", model, "--host", "127.0.0.1", "--port", str(port), "--parallel", "1", "--threads", "1"]
     command += ["--ctx-size", "2048", "--batch-size", "256", "--ubatch-size", str(N_UBATCH), "--cache-ram", "0"]
-    command += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-warmup", "--offline"]
+    command += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-warmup", "--offline", *options]
     with open(log, "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"LT_STREAMING": streaming})
     try:
@@ -149,3 +149,19 @@ def test_a_prompt_over_the_limit_is_refused(subject, tmp_path):
             assert complete(address, PROMPT[:300], 5)[0] == short
     finally:
         del os.environ["LT_PROMPT_LIMIT"]
+
+
+def test_an_older_prompt_once_more(subject, tmp_path):
+    """Its checkpoint is that of its end, where at least one token must be read again: in the middle of what it was."""
+    text = random_tokens(600, seed=7).tolist()
+    with running(subject.native.path, f"layers=1,3;sink=4;window={WINDOW};prefill=full", tmp_path / "older.log") as address:
+        first, _ = complete(address, text[:150], 1)
+        complete(address, text[:550], 1)
+        assert complete(address, text[:150], 1)[0] == first
+
+
+def test_a_context_shift_keeps_the_sinks(subject, tmp_path):
+    """Also where the request asks to keep less: an answer longer than the context is made to its end."""
+    with running(subject.native.path, "layers=1,3;sink=4;window=40;prefill=full", tmp_path / "shift.log", "--context-shift") as address:
+        answer, _ = complete(address, PROMPT, 1800)
+        assert len(answer) == 1800
