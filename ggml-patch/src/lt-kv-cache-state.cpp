@@ -27,10 +27,14 @@ static std::string lt_spec_text(const lt_spec & spec) {
     return res.str();
 }
 
-// the layers that were chosen, '0' or '1' for each
+// the layers that were chosen, '0' or '1' for each, or "-"
 static std::string lt_layers_text(const lt_spec & spec) {
+    if (!spec.is_auto()) {
+        return "-";
+    }
+
     std::string res;
-    for (size_t il = 0; spec.is_auto() && il < spec.layers.size(); ++il) {
+    for (size_t il = 0; il < spec.layers.size(); ++il) {
         res += spec.layers[il] ? '1' : '0';
     }
 
@@ -81,7 +85,9 @@ void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_
         const uint32_t n = lazy_ratios.size();
 
         io.write(&n, sizeof(n));
-        io.write(lazy_ratios.data(), n*sizeof(float));
+        if (n > 0) {
+            io.write(lazy_ratios.data(), n*sizeof(float));
+        }
     }
 
     if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
@@ -137,7 +143,9 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
         }
 
         ratios_state.resize(n);
-        io.read(ratios_state.data(), n*sizeof(float));
+        if (n > 0) {
+            io.read(ratios_state.data(), n*sizeof(float));
+        }
     }
 
     const bool partial = flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
