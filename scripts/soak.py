@@ -119,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         with Model(write_tiny_model(Path(directory) / "tiny.gguf")) as model:
-            model.set_streaming(f"layers={'1' if options.layers == 'half' else 'all'};sink={SINK};window={WINDOW}")
+            model.set_streaming(f"layers={'1' if options.layers == 'half' else 'all'};sink={SINK};window={WINDOW};prefill=stream")
             settings = dict(n_batch=512, n_ubatch=64, n_seq_max=options.sequences, kv_unified=options.unified)
             settings |= dict(kv=options.kv, flash=options.kv != "f32")
             with model.context(n_ctx=N_CTX_SEQ * options.sequences, **settings) as context:
