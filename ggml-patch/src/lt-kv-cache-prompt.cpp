@@ -1,4 +1,4 @@
-// the part of the cache that exists while long prompts are read with full attention, see lt-kv-cache.h
+// the part of the cache that exists while long prompts are read with full attention, see lt-kv-cache.h. how it ends: lt-kv-cache-prompt-end.cpp
 //
 // policy: a prompt is read in the spare cells of the streaming part as long as they suffice, about n_ubatch tokens, so that chatting
 //   allocates nothing. else it moves to the prompt part, which grows by half at least, or at once to what begin_prompt() announced.
@@ -13,7 +13,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
 static const uint32_t LT_PROMPT_PAD = 256;
@@ -203,7 +202,7 @@ void lt_kv_cache::move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids)
     auto & dst = lt_kv_ops::cells(*kv_prompt, 0);
 
     // cells that are shared stay shared
-    std::map<std::pair<uint32_t, uint32_t>, uint32_t> copied;
+    cell_map copied;
 
     for (const llama_seq_id s : seq_ids) {
         const uint32_t strm = kv_streaming->get_stream(s);
@@ -337,127 +336,4 @@ void lt_kv_cache::leave_prompt_part(llama_seq_id seq_id) {
     if (in_prompt_part.none()) {
         free_prompt_part();
     }
-}
-
-void lt_kv_cache::finish(const std::vector<llama_seq_id> & seq_ids) {
-    std::map<std::pair<uint32_t, uint32_t>, uint32_t> copied;
-
-    for (const llama_seq_id s : seq_ids) {
-        const uint32_t strm = kv_streaming->get_stream(s);
-
-        if (!in_prompt_part[s]) {
-            compact(strm);
-            continue;
-        }
-
-        make_room(s, mask.n_sink + mask.n_window);
-
-        const auto & src = lt_kv_ops::cells(*kv_prompt, 0);
-              auto & dst = lt_kv_ops::cells(*kv_streaming, strm);
-
-        const auto is_kept = [&](llama_pos p) {
-            return p < (llama_pos) mask.n_sink || p >= src.seq_pos_max(s) + 1 - (llama_pos) mask.n_window;
-        };
-
-        const auto count = [](const pos_set & pos, llama_pos p) {
-            return std::distance(pos.lower_bound({ p, 0 }), pos.lower_bound({ p + 1, 0 }));
-        };
-
-        // note: a position can be there more than once, for the tokens of an image. then it is copied as a whole
-        const pos_set held = dst.seq_pos_get(s);
-        for (const auto & [p, i] : held) {
-            if (!is_kept(p) || count(held, p) != count(src.seq_pos_get(s), p)) {
-                dst.seq_rm(i, s);
-            }
-        }
-
-        std::vector<uint32_t> missing;
-        std::vector<uint32_t> shared;
-        for (const auto & [p, i] : src.seq_pos_get(s)) {
-            if (is_kept(p) && count(dst.seq_pos_get(s), p) == 0) {
-                (copied.count({ strm, i }) ? shared : missing).push_back(i);
-            }
-        }
-
-        const uint32_t n_near = std::min(mask.n_cells_decode, dst.size());
-
-        auto free = lt_kv_ops::find_cells(*kv_streaming, strm, 0, n_near, missing.size());
-        if (free.size() < missing.size()) {
-            const auto far = lt_kv_ops::find_cells(*kv_streaming, strm, n_near, dst.size(), missing.size() - free.size());
-            free.insert(free.end(), far.begin(), far.end());
-        }
-
-        if (free.size() < missing.size()) {
-            // more sequences than the context was made for. it works from where it is
-            LLAMA_LOG_WARN("%s: sequence %d: no room in the streaming part, the memory for its prompt is kept\n", __func__, s);
-            kv_streaming->seq_rm(s, -1, -1);
-            continue;
-        }
-
-        lt_kv_ops::cell_pairs pairs;
-
-        for (const uint32_t i : shared) {
-            dst.seq_add(copied[{ strm, i }], s);
-        }
-
-        size_t n_free = 0;
-        for (const uint32_t i : missing) {
-            const uint32_t i_dst = free[n_free++];
-
-            lt_kv_ops::copy_cell(src, i, dst, i_dst);
-            dst.seq_add(i_dst, s);
-
-            copied[{ strm, i }] = i_dst;
-            pairs.push_back({ i, i_dst });
-        }
-
-        if (n_free > 0) {
-            lt_kv_ops::set_head(*kv_streaming, strm, free[n_free - 1] + 1);
-        }
-
-        lt_kv_ops::copy_data(*kv_prompt, 0, *kv_streaming, strm, pairs);
-
-        leave_prompt_part(s);
-    }
-}
-
-void lt_kv_cache::compact(uint32_t strm) {
-    auto & cells = lt_kv_ops::cells(*kv_streaming, strm);
-
-    const uint32_t n_near = std::min(mask.n_cells_decode, cells.size());
-
-    std::vector<uint32_t> far;
-    for (uint32_t i = n_near; i < cells.size(); ++i) {
-        if (cells.is_empty(i)) {
-            continue;
-        }
-
-        if (mask.is_dead(cells, i)) {
-            cells.rm(i);
-        } else {
-            far.push_back(i);
-        }
-    }
-
-    const auto near = lt_kv_ops::find_cells(*kv_streaming, strm, 0, n_near, far.size());
-
-    lt_kv_ops::cell_pairs pairs;
-
-    for (size_t j = 0; j < near.size(); ++j) {
-        lt_kv_ops::copy_cell(cells, far[j], cells, near[j]);
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (cells.seq_has(far[j], s)) {
-                cells.seq_add(near[j], s);
-            }
-        }
-        cells.rm(far[j]);
-
-        pairs.push_back({ far[j], near[j] });
-    }
-
-    if (!near.empty()) {
-        lt_kv_ops::set_head(*kv_streaming, strm, near.back() + 1);
-    }
-
-    lt_kv_ops::copy_data(*kv_streaming, strm, *kv_streaming, strm, pairs);
 }

@@ -14,8 +14,9 @@
 // first word of a saved state
 static const uint32_t LT_STATE_MAGIC = 0x324b544c; // "LTK2"
 
-// a state is: magic, spec, layers if they were chosen for the prompt, full part, number of cells and content of the streaming part, for each sequence the list of its prompts, cells of the prompt part and, if
-// there are any, the prompt part. a partial state has no full part
+// a state is: magic, spec, layers if they were chosen for the prompt, full part, number of cells and content of the streaming part,
+//   for each sequence the list of its prompts, number of cells of the prompt part and, if there are any, its content.
+//   a partial state has no full part
 
 // the spec that both contexts must have. layers that were chosen for a prompt are not part of it
 static std::string lt_spec_text(const lt_spec & spec) {

@@ -11,6 +11,7 @@
 #include <array>
 #include <bitset>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -236,6 +237,9 @@ private:
         bool choose = false;              // choose the layers
     } pending;
 
+    // (stream, cell of the part that is copied from) -> cell of the part that it was copied to
+    using cell_map = std::map<std::pair<uint32_t, uint32_t>, uint32_t>;
+
     std::unique_ptr<llama_kv_cache> create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const;
 
     // the sequence is empty
@@ -353,8 +357,16 @@ private:
     // the prompt part is not needed for a sequence any more
     void leave_prompt_part(llama_seq_id seq_id);
 
-    // copy what is to be kept of the sequences that have read their prompts
+    //
+    // the end of prompts, see lt-kv-cache-prompt-end.cpp
+    //
+
+    // keep what is to be kept of the sequences that have read their prompts
     void finish(const std::vector<llama_seq_id> & seq_ids);
+
+    // copy it from the prompt part to the streaming part. cells that sequences share stay shared
+    // returns false if there is no room
+    bool copy_back(llama_seq_id seq_id, cell_map & copied);
 
     // move what decoding reads to the cells that it keeps to
     void compact(uint32_t strm);

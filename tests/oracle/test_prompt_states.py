@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.native import FULL, PARTIAL, PROMPT, STREAMING, log
 from support.oracle import EXACT
+from support.refusals import restore_damaged
 from support.transcript import Transcript
 
 SINK, WINDOW = 4, 40
@@ -36,6 +37,11 @@ def run(transcript: Transcript, moment: str) -> Transcript:
     return transcript
 
 
+def run_both(model, spec, context, moment: str, other: str) -> tuple[Transcript, Transcript]:
+    """Two sequences of one context, each at a moment of its own."""
+    return run(Transcript(model, spec, context, 0), moment), run(Transcript(model, spec, context, 1), other)
+
+
 def go_on(transcript: Transcript) -> None:
     """The rest of a prompt or a message, and an answer longer than the window; compared with transformers."""
     assert transcript.context.in_prompt(transcript.seq) == transcript.in_prompt
@@ -52,8 +58,7 @@ def test_into_the_same_context(subject, unified, layers, moment):
     model = subject("llama")
     spec, context = context_of(model, layers, kv_unified=unified)
     with context:
-        first = run(Transcript(model, spec, context, 0), moment)
-        second = run(Transcript(model, spec, context, 1), "after several turns")
+        first, second = run_both(model, spec, context, moment, "after several turns")
         whole, single = context.save(), context.save_seq(0)
         originals = first.copy(0), second.copy(1)
         go_on(first)
@@ -76,8 +81,7 @@ def test_into_another_context(subject, n_ctx, n_ubatch, unified, layers, moment)
     model = subject("llama")
     spec, context = context_of(model, layers, kv_unified=unified)
     with context:
-        first = run(Transcript(model, spec, context, 0), moment)
-        second = run(Transcript(model, spec, context, 1), "in a long prompt")
+        first, second = run_both(model, spec, context, moment, "in a long prompt")
         whole, single = context.save(), context.save_seq(0)
     for what in ("whole", "sequence"):
         _, context = context_of(model, layers, n_ctx, n_ubatch=n_ubatch, kv_unified=unified)
@@ -217,12 +221,6 @@ def test_damaged_states_are_refused(subject):
             context.clear()
             saved = run(Transcript(model, spec, context), moment)
             state = context.save_seq(0)
-            for length in [0, 1, 3, 4, 8, 40, 100, len(state) // 2, len(state) - 1]:
-                assert not context.restore_seq(state[:length], 1)
-            for _ in range(40):
-                damaged = bytearray(state)
-                damaged[random.integers(0, 300)] ^= int(random.integers(1, 256))
-                context.restore_seq(bytes(damaged), 1)
-                context.seq_rm(1, -1, -1)
+            restore_damaged(context, state, 1, random)
             assert context.restore_seq(state, 1)
             go_on(saved.copy(1))

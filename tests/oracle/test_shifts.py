@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.native import FULL, PARTIAL, STREAMING, DecodeError, log
+from support.native import FULL, PARTIAL, STREAMING, DecodeError
 from support.oracle import EXACT, RELATIVE, Subject, difference, random_tokens
 from support.reference import NumpyLlama
+from support.refusals import refuse_shift
 
 from lt_gguf.spec import StreamingSpec
 
@@ -74,13 +75,7 @@ def test_a_shift_that_needs_what_was_dropped_is_refused(subject, layers, n_keep,
     with model.context(spec, n_ctx=1024, n_batch=512, n_ubatch=32, n_seq_max=2, kv_unified=True) as context:
         context.decode(text[:300], seq=1)
         context.decode(text[:600])
-        assert context.seq_rm(0, n_keep, n_keep + n_discard)
-        start = log.mark()
-        context.seq_add(0, n_keep + n_discard, -1, -n_discard)
-        assert "sink" in " ".join(log.since(start)) and "n_keep" in " ".join(log.since(start))
-        with pytest.raises(DecodeError) as refusal:
-            context.decode([5], 600)
-        assert refusal.value.code < 0
+        refuse_shift(context, n_keep, n_discard)
         # the other sequence goes on, and this one can be processed again
         context.decode(text[300:320], 300, seq=1)
         assert context.seq_rm(0, -1, -1)
