@@ -1,4 +1,4 @@
-"""Which layers stream and what they see: `StreamingSpec`, its text form and its GGUF keys; `AutoSpec` leaves the layers open.
+"""Which layers stream and what they see: `StreamingSpec`, its text form and its GGUF keys. (`AutoSpec` leaves the layers open.)
 
 A streaming layer lets the query at position q see the key at position p of the same sequence iff
 `p <= q and (p < sink or q - p < window)` (LightTransfer, arXiv 2410.13846). The same rules, in the same words, are in
@@ -8,12 +8,12 @@ A streaming layer lets the query at position q see the key at position p of the 
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any, NamedTuple, NoReturn
+
+from lt_gguf.fields import bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
 
 DEFAULT_SINK = 4
 DEFAULT_WINDOW = 1020
@@ -21,8 +21,6 @@ PREFILL_MODES = ("full", "stream")
 DEFAULT_PREFILL = "full"
 DEFAULT_FRACTION = 0.5
 DEFAULT_W_LAST = 32
-DEFAULT_AUTO_W_LAST = 16  # measured while somebody waits: half the cost of 32, and 8 to 64 choose alike (the paper's ablation)
-MAX_W_LAST = 1024  # the runtime keeps a query for each
 
 # Environment variable that overrides the file's spec in every tool of the patched llama.cpp.
 ENVIRONMENT_VARIABLE = "LT_STREAMING"
@@ -32,8 +30,6 @@ SELECTION_KEY = "lighttransfer.selection"
 LAZY_RATIO_KEY = "lighttransfer.lazy_ratio"
 CALIBRATION_KEY = "lighttransfer.calibration"
 FORMAT_VERSION = 1
-
-_INT32_MAX = 2**31 - 1  # positions are int32 in llama.cpp
 
 
 class Typed(NamedTuple):
@@ -87,15 +83,15 @@ class StreamingSpec:
     prefill: str = DEFAULT_PREFILL
 
     def __post_init__(self) -> None:
-        n_layer = _check_integer("n_layer", self.n_layer, 1)
-        layers = tuple(sorted({_check_integer("layers", il, None) for il in self.layers}))
+        n_layer = check_integer("n_layer", self.n_layer, 1)
+        layers = tuple(sorted({check_integer("layers", il, None) for il in self.layers}))
         for il in layers:
             if not 0 <= il < n_layer:
                 _bad_layers(str(il), n_layer)
         object.__setattr__(self, "n_layer", n_layer)
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "sink", _check_integer("sink", self.sink, 0))
-        object.__setattr__(self, "window", _check_integer("window", self.window, 1))
+        object.__setattr__(self, "sink", check_integer("sink", self.sink, 0))
+        object.__setattr__(self, "window", check_integer("window", self.window, 1))
         _check_prefill("prefill", self.prefill)
 
     @classmethod
@@ -117,7 +113,7 @@ class StreamingSpec:
         Raises:
             ValueError: `fraction` is not a number from 0 to 1.
         """
-        share = _check_fraction(fraction)
+        share = check_fraction(fraction)
         # note: exact, so that a rounding error never costs a layer
         layers = (il for il in range(n_layer) if math.floor((il + 1) * share) > math.floor(il * share))
         return cls(tuple(layers), n_layer, sink, window, prefill)
@@ -139,11 +135,11 @@ class StreamingSpec:
             raise ValueError(f'"{text}": chooses the layers while a prompt is read, must name them here, as in layers=1,3,5-9')
         example = "layers=1,3,5-9;sink=4;window=1020;prefill=stream"
         fields: dict[str, Any] = {}
-        for key, value in _split_fields(text, f'"off" or key=value pairs with ; between them, as in {example}').items():
+        for key, value in split_fields(text, f'"off" or key=value pairs with ; between them, as in {example}').items():
             if key == "layers":
                 fields[key] = parse_layers(value, n_layer)
             elif key in ("sink", "window"):
-                fields[key] = _parse_integer(key, value)
+                fields[key] = parse_integer(key, value)
             elif key == "prefill":
                 fields[key] = value
             else:
@@ -168,15 +164,15 @@ class StreamingSpec:
         layers_type = f"an array of bool, one for each of the {n_layer} layers"
         flags = _read(metadata, layers_key(arch), "array of bool", layers_type)
         if len(flags) != n_layer:
-            _bad_value(layers_key(arch), f"[array of {len(flags)} bool]", layers_type)
+            bad_value(layers_key(arch), f"[array of {len(flags)} bool]", layers_type)
         sink = _read(metadata, sink_key(arch), "uint32", "an uint32 of at least 0")
         window = _read(metadata, window_key(arch), "uint32", "an uint32 of at least 1")
         prefill = _read(metadata, prefill_key(arch), "string", '"full" or "stream"')
         return cls(
             tuple(il for il, flag in enumerate(flags) if flag),
             n_layer,
-            _check_integer(sink_key(arch), sink, 0),
-            _check_integer(window_key(arch), window, 1),
+            check_integer(sink_key(arch), sink, 0),
+            check_integer(window_key(arch), window, 1),
             _check_prefill(prefill_key(arch), prefill),
         )
 
@@ -205,89 +201,6 @@ class StreamingSpec:
 
 
 @dataclass(frozen=True)
-class AutoSpec:
-    """Lets the runtime choose the streaming layers for the prompt at hand: those with the highest lazy ratio.
-
-    The first prompt of a conversation is read with full attention, as every prompt (`prefill = full`); at its end the
-    lazy ratio of each layer is measured and the laziest layers begin to stream (Test mode of arXiv 2410.13846).
-
-    Args:
-        fraction: share of the layers that stream, rounded down; 0 measures only.
-        sink: number of first positions that stay visible.
-        window: number of last positions that stay visible, the query's own included.
-        w_last: number of last queries of the prompt that the ratios are measured on.
-
-    Raises:
-        ValueError: a field is out of range; the message names it and says what is allowed.
-    """
-
-    fraction: float = DEFAULT_FRACTION
-    sink: int = DEFAULT_SINK
-    window: int = DEFAULT_WINDOW
-    w_last: int = DEFAULT_AUTO_W_LAST
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.fraction)
-        object.__setattr__(self, "fraction", float(self.fraction))
-        object.__setattr__(self, "sink", _check_integer("sink", self.sink, 0))
-        object.__setattr__(self, "window", _check_integer("window", self.window, 1))
-        object.__setattr__(self, "w_last", _check_integer("w_last", self.w_last, 1, MAX_W_LAST))
-
-    @classmethod
-    def parse(cls, text: str) -> AutoSpec:
-        """Reads `auto:0.5` or `auto=0.5;sink=4;window=1020;w_last=16`; keys that are left out have their defaults.
-
-        Raises:
-            ValueError: the text is malformed.
-        """
-        example = "auto:0.5 or auto=0.5;sink=4;window=1020;w_last=16"
-        fields: dict[str, Any] = {}
-        for key, value in _split_fields(runtime_text(text), example).items():
-            if key == "auto":
-                fields["fraction"] = _parse_fraction(value)
-            elif key in ("sink", "window", "w_last"):
-                fields[key] = _parse_integer(key, value)
-            elif key == "prefill":
-                if value != "full":
-                    _bad_value("prefill", f'"{value}"', '"full" where the layers are chosen for the prompt')
-            elif key == "layers":
-                raise ValueError("layers: are chosen for the prompt, must not be given beside auto")
-            else:
-                raise ValueError(f"{key}: unknown key, must be one of auto, sink, window, w_last")
-        return cls(**fields)
-
-    def __str__(self) -> str:
-        fraction = f"{self.fraction:.6f}".rstrip("0").rstrip(".")
-        return f"auto={fraction};sink={self.sink};window={self.window};w_last={self.w_last}"
-
-
-def is_auto(text: str) -> bool:
-    """True if the text of a spec asks for layers that are chosen for the prompt."""
-    return re.match(r"\s*auto\s*[:=]", text) is not None
-
-
-def runtime_text(spec: StreamingSpec | AutoSpec | str) -> str:
-    """The text of a spec as the runtime takes it: `auto=0.5` for `auto:0.5`."""
-    return re.sub(r"^\s*auto\s*:", "auto=", str(spec))
-
-
-def parse_running(text: str, n_layer: int) -> tuple[StreamingSpec, AutoSpec | None]:
-    """Reads what the runtime says of a context: what streams now and, if it chooses the layers itself, how.
-
-    The text of the latter is `auto=0.5;layers=…;sink=…;window=…;w_last=…;prefill=full`.
-
-    Raises:
-        ValueError: the text is malformed.
-    """
-    if not is_auto(text):
-        return StreamingSpec.parse(text, n_layer), None
-    items = [item.strip() for item in text.split(";")]
-    auto = AutoSpec.parse(";".join(item for item in items if not item.startswith("layers")))
-    streaming = ";".join(item for item in items if not item.startswith(("auto", "w_last")))
-    return StreamingSpec.parse(streaming, n_layer), auto
-
-
-@dataclass(frozen=True)
 class Provenance:
     """How the streaming layers of a file were chosen (the `lighttransfer.*` keys).
 
@@ -309,7 +222,7 @@ class Provenance:
         calibration = metadata.get(CALIBRATION_KEY)
         return cls(
             str(metadata[SELECTION_KEY].value),
-            tuple(ratios.value) if ratios and ratios.type == "array of float32" else None,
+            tuple(ratios.value) if ratios and ratios.type == "array of float32" and ratios.value is not None else None,
             str(calibration.value) if calibration else None,
         )
 
@@ -355,69 +268,18 @@ def format_layers(layers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _split_fields(text: str, allowed: str) -> dict[str, str]:
-    """The key=value pairs of a text with ; between them. Raises ValueError if it isn't `allowed`, or names a key twice."""
-    fields: dict[str, str] = {}
-    for item in text.split(";"):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise ValueError(f'"{item.strip()}": must be {allowed}')
-        if key in fields:
-            raise ValueError(f"{key}: is given twice")
-        fields[key] = value
-    return fields
-
-
-def check_size(what: str, value: Any) -> int:
-    """A number of bytes. Raises ValueError, which names it as `what`, if it isn't one."""
-    return _check_integer(what, value, 0, 2**63 - 1)
-
-
-def _bad_value(what: str, value: str, allowed: str) -> NoReturn:
-    raise ValueError(f"{what} = {value}: must be {allowed}")
-
-
 def _bad_layers(item: str, n_layer: int) -> NoReturn:
-    _bad_value(
+    bad_value(
         "layers",
         f'"{item}"',
         f'"all", "none", or layers and ranges of layers from 0 to {n_layer - 1}, as in 1,3,5-9',
     )
 
 
-def _check_integer(what: str, value: Any, minimum: int | None, maximum: int = _INT32_MAX) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        _bad_value(what, repr(value), "an integer")
-    if minimum is not None and not minimum <= number <= maximum:
-        _bad_value(what, str(number), f"an integer from {minimum} to {maximum}")
-    return number
-
-
-def _parse_integer(what: str, text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        _bad_value(what, f'"{text}"', "an integer")
-    return int(text)
-
-
-def _parse_fraction(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        _bad_value("fraction", f'"{text}"', "a number from 0 to 1, the share of the layers that stream")
-
-
 def _check_prefill(what: str, value: Any) -> str:
     if value not in PREFILL_MODES:
-        _bad_value(what, f'"{value}"', '"full" or "stream"')
+        bad_value(what, f'"{value}"', '"full" or "stream"')
     return value
-
-
-def _check_fraction(value: float) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 <= value <= 1:
-        _bad_value("fraction", str(value), "a number from 0 to 1, the share of the layers that stream")
-    return Fraction(value).limit_denominator(10_000)
 
 
 def _read(metadata: Mapping[str, Typed], key: str, type_: str, allowed: str) -> Any:
@@ -426,5 +288,5 @@ def _read(metadata: Mapping[str, Typed], key: str, type_: str, allowed: str) -> 
         raise ValueError(f"{key}: is missing, must be {allowed} in a file with streaming layers")
     if found.type != type_:
         value = "" if found.type.startswith("array") else f"{found.value} "
-        _bad_value(key, f"{value}({found.type})", allowed)
+        bad_value(key, f"{value}({found.type})", allowed)
     return found.value

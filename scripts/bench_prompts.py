@@ -13,7 +13,6 @@ after the last message of a long conversation was edited. Without --model it tak
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import os
 import statistics
@@ -28,139 +27,20 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from bench import DEFAULT_MODEL, bytes_read, write_random_model  # beside this file
+from prompt_reader import N_BATCH, N_ROOM, BenchError, End, Reader, TimedLog
+from support.native import Model
 
-from bench import DEFAULT_MODEL, bytes_read, write_random_model  # noqa: E402
-from lt_gguf import Llama  # noqa: E402
-from lt_gguf.gguf_file import GGUFModel, read_model  # noqa: E402
-from lt_gguf.spec import DEFAULT_W_LAST, AutoSpec, StreamingSpec, parse_running  # noqa: E402
-from support.native import FULL, PROMPT, STREAMING, C, Context, Model, log  # noqa: E402
+from lt_gguf import Llama
+from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.auto_spec import AutoSpec
+from lt_gguf.spec import DEFAULT_W_LAST, StreamingSpec
 
 PARTS = ("memory", "decode", "prefill", "auto", "edit")
-N_BATCH = 512
 N_LAST = DEFAULT_W_LAST  # tokens of the prompt's last batch: few, so that what its end costs isn't lost in its noise
-N_ROOM = 256  # cells of the context for what follows the prompt
-N_FOLLOWING = 4  # tokens decoded after the prompt's end: the first, and others to compare it with
 N_AUTO = 4096  # the shorter of the paper's two prompts
 N_TURNS, N_MESSAGE, N_ANSWER = 8, 256, 16  # of the conversation that is edited: turns, tokens of the last message, of each answer
 MIB = 2**20
-
-
-class BenchError(Exception):
-    """What could not be measured."""
-
-
-# ------------------------------------------------------------------------------------------- the log
-
-
-class TimedLog:
-    """llama.cpp's log, kept with the time of each line and not shown."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[float, str]] = []
-        self._callback = C.llama_log_callback(self._write)
-        C.llama_log_set(self._callback, ctypes.c_void_p())
-
-    def _write(self, _level: int, text: bytes, _user_data: int | None) -> None:
-        self.lines.append((time.perf_counter(), text.decode(errors="replace")))
-        log.lines.append(self.lines[-1][1].rstrip("\n"))  # where errors are quoted from
-
-    def seconds_of_switch(self, since: float) -> float:
-        """From the allocation of the chosen layers' streaming cache to the line that names the layers; 0 without them."""
-        lines = [(at, text) for at, text in self.lines if at >= since]
-        if end := next((at for at, text in lines if "streaming layers for this prompt" in text), None):
-            return end - lines[0][0]
-        return 0.0
-
-
-# ----------------------------------------------------------------------------------------- reading
-
-
-class Reader:
-    """A context that reads a prompt; times are those of llama_decode until all is computed, in seconds."""
-
-    def __init__(self, model: Model, spec: str, n_tokens: int, threads: int, timed_log: TimedLog):
-        model.set_streaming(spec)
-        self.context: Context = model.context(
-            n_ctx=n_tokens + N_ROOM, n_batch=N_BATCH, n_ubatch=N_BATCH, kv="f16", flash=True, n_threads=threads
-        )
-        self.n_layer = model.n_layer
-        self._log = timed_log
-        self._batch = C.llama_batch_init(N_BATCH, 0, 1)
-        self._state: ctypes.Array | None = None
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_) -> None:
-        C.llama_batch_free(self._batch)
-        self.context.close()
-
-    @property
-    def spec(self) -> StreamingSpec:
-        """What streams now."""
-        return parse_running(self.context.streaming(), self.n_layer)[0]
-
-    def kv_bytes(self) -> tuple[int, int, int]:
-        return tuple(self.context.kv_bytes(part) for part in (FULL, STREAMING, PROMPT))
-
-    def read(self, tokens: Sequence[int], begin: int, asks_last: bool = False) -> float:
-        """Computes tokens from position `begin` on; only the last one may ask for logits."""
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, begin + i, 1, 0
-            batch.logits[i] = asks_last and i + 1 == len(tokens)
-        start = time.perf_counter()
-        code = C.llama_decode(self.context.handle, batch)
-        C.llama_synchronize(self.context.handle)
-        seconds = time.perf_counter() - start
-        if code:
-            raise BenchError(f"llama_decode returned {code} at position {begin}: {' | '.join(log.lines[-6:])}")
-        return seconds
-
-    def read_end(self, tokens: Sequence[int], begin: int) -> End:
-        """Reads the prompt's last tokens and decodes a few."""
-        start = time.perf_counter()
-        last = self.read(tokens, begin, asks_last=True)
-        following = [self.read([i], begin + len(tokens) + i, asks_last=True) for i in range(N_FOLLOWING)]
-        return End(last, following[0], statistics.median(following[1:]), self._log.seconds_of_switch(start))
-
-    def decode(self, n_tokens: int, begin: int) -> float:
-        """Tokens per second, one after the other. Afterwards the context is as before."""
-        seconds = sum(self.read([i], begin + i, asks_last=True) for i in range(n_tokens))
-        self.remove(begin)
-        return n_tokens / seconds
-
-    def remove(self, begin: int) -> None:
-        if not self.context.seq_rm(0, begin, -1):
-            raise BenchError(f"the positions from {begin} on can't be removed")
-
-    def save(self) -> None:
-        """Keeps this moment for `restore`."""
-        size = C.llama_state_get_size(self.context.handle)
-        self._state = (ctypes.c_uint8 * size)()
-        if C.llama_state_get_data(self.context.handle, self._state, size) != size:
-            raise BenchError("the state in the middle of the prompt can't be saved")
-
-    def restore(self) -> None:
-        if C.llama_state_set_data(self.context.handle, self._state, len(self._state)) != len(self._state):
-            raise BenchError(f"the state in the middle of the prompt can't be restored: {' | '.join(log.lines[-6:])}")
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a prompt, in seconds: its last batch, the first decoded token, a later one, and the switch of chosen layers."""
-
-    last: float
-    first: float
-    later: float
-    switch: float
-
-    @property
-    def cost(self) -> float:
-        """The last batch, and what the first decoded token takes more than a later one."""
-        return self.last + self.first - self.later
 
 
 @dataclass
@@ -324,7 +204,7 @@ def auto_table(results: Sequence[Measured]) -> None:
         "prompt, tokens | full, s | auto ÷ full, all batches | single batches, median (quartiles) | end of the prompt, ms more than full, median (range) | "
         "of it the switch | of it the first decoded token | share of the prefill",
         rows,
-        f"End of the prompt, as above: it has the measurement of the lazy ratios and the switch to the chosen layers (copying what they keep, freeing the rest; timed "
+        "End of the prompt, as above: it has the measurement of the lazy ratios and the switch to the chosen layers (copying what they keep, freeing the rest; timed "
         "by llama.cpp's log), and what the first decoded token takes more than later ones because of it. Keeping the last queries of each batch is only in the ratios "
         "of the batches. Goal for the share: at most 0.6 % at 4096 tokens, 0.15 % at 32768.",
     )
@@ -389,7 +269,7 @@ def measure_prompts(path: Path, spec: StreamingSpec, options: argparse.Namespace
     in_auto = {min(N_AUTO, max(options.depths)), max(options.depths)} if "auto" in options.only else set()
     auto = AutoSpec(len(spec.layers) / model.n_layer_main, spec.sink, spec.window)
     results = []
-    timed_log = TimedLog()
+    timed_log = TimedLog(time.thread_time if options.cpu_time else time.perf_counter)
     with Model(path) as loaded:
         for n_tokens in sorted({*options.depths, *in_auto}):
             specs = {"full": "off"} if options.only & {"decode", "prefill", "auto"} else {}
@@ -424,12 +304,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-tokens", type=int, default=32, help="to decode in each run")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(PARTS), help=f"parts of {','.join(PARTS)}")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor instead of the clock, for a machine with other work; one thread")
     parser.add_argument("--undeclared", action="store_true", help="don't announce prompts (lt_prompt_begin), as llama.cpp's tools don't")
     options = parser.parse_args()
     if unknown := options.only - set(PARTS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: must be of {', '.join(PARTS)}")
     if min(options.depths) < N_BATCH or options.edit_depth < 2 * N_BATCH:
         parser.error(f"--depths, --edit-depth: must be at least {N_BATCH} and {2 * N_BATCH} tokens")
+    if options.cpu_time:
+        options.threads = 1  # whose time can be told
     if options.repeats < 1 or not 1 <= options.n_tokens <= N_ROOM - N_LAST:
         parser.error(f"--repeats, --n-tokens: must be at least 1, --n-tokens at most {N_ROOM - N_LAST}")
     return options
@@ -447,7 +330,8 @@ def main() -> None:
         else:
             spec = model.spec or StreamingSpec.interleaved(model.n_layer, 0.5)
         spec = replace(spec, prefill="full")
-        print(f"{path.name}, {spec}, f16 cache, flash attention, {options.threads} threads, batches of {N_BATCH} tokens, {options.repeats} repeats")
+        threads = "processor time of one thread" if options.cpu_time else f"{options.threads} threads"
+        print(f"{path.name}, {spec}, f16 cache, flash attention, {threads}, batches of {N_BATCH} tokens, {options.repeats} repeats")
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True)) as progress:
             if options.only != {"edit"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # before torch and the libraries read it: the tests measure small models, where threads only cost
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell starts what runs in the background with Ctrl-C ignored, and the processes that the tests interrupt would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lt_gguf.cli import model
-from lt_gguf.cli.common import format_bytes
-from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, kv_memory
+from lt_gguf.kv_memory import kv_memory
+from lt_gguf.sizes import format_bytes
 from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:
@@ -24,15 +24,12 @@ HELP = (
 )
 
 
+@model.takes_options(model.RunOptions)
 def chat(
     file: model.ModelFile,
     system: Annotated[str | None, typer.Option("--system", "-s", help="What the model is told first.")] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer; -1: no limit.")] = -1,
     temperature: model.Temperature = model.DEFAULT_TEMPERATURE,
-    seed: model.Seed = -1,
-    ctx: model.Context = model.DEFAULT_CONTEXT,
-    streaming: model.Streaming = None,
-    prompt_limit: model.PromptLimit = None,
     snapshot_limit: Annotated[
         str | None,
         typer.Option(
@@ -40,37 +37,20 @@ def chat(
             help="Most memory for going back to an earlier message without reading all again; 0: none. Else 512MiB.",
         ),
     ] = None,
-    cache_type: model.CacheType = DEFAULT_CACHE_TYPE,
-    threads: model.Threads = 0,
-    n_gpu_layers: model.GpuLayers = -1,
-    batch_size: model.BatchSize = model.DEFAULT_BATCH_SIZE,
-    flash_attn: model.FlashAttention = True,
-    verbose: model.Verbose = False,
+    *,
+    options: model.RunOptions,
 ) -> None:
     """Chat with a GGUF model. Answers go to stdout, everything else to stderr."""
     from lt_gguf.runtime.log import captured_errors
 
-    with captured_errors(forward=verbose):
-        llm = model.load(
-            file,
-            ctx=ctx,
-            streaming=streaming,
-            prompt_limit=prompt_limit,
-            snapshot_limit=snapshot_limit,
-            cache_type=cache_type,
-            threads=threads,
-            n_gpu_layers=n_gpu_layers,
-            batch_size=batch_size,
-            flash_attn=flash_attn,
-            seed=seed,
-            verbose=verbose,
-        )
+    with captured_errors(forward=options.verbose):
+        llm = model.load(file, options, snapshot_limit)
         conversation = Conversation(llm, system, n_predict, temperature)
 
         @cache
         def full_kv() -> int:
             shape = model.read_model(file).kv_shape
-            return kv_memory(shape, None, llm.n_ctx(), type_k=cache_type, flash_attn=flash_attn).total
+            return kv_memory(shape, None, llm.n_ctx(), type_k=options.cache_type, flash_attn=options.flash_attn).total
 
         say(describe_memory(llm, full_kv))
         if "tokenizer.chat_template" not in llm.metadata:

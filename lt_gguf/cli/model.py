@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lt_gguf.cli.common import parse_size
 from lt_gguf.gguf_file import read_model
-from lt_gguf.kv_memory import CACHE_TYPES
+from lt_gguf.kv_memory import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from lt_gguf.kv_memory import cache_type as cache_type_of
+from lt_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
     from lt_gguf.runtime.llama import Llama
@@ -48,21 +52,54 @@ DEFAULT_TEMPERATURE = 0.8
 DEFAULT_BATCH_SIZE = 512
 
 
-def load(
-    file: str,
-    *,
-    ctx: int,
-    streaming: str | None,
-    cache_type: str,
-    threads: int,
-    n_gpu_layers: int,
-    batch_size: int,
-    flash_attn: bool,
-    seed: int,
-    verbose: bool,
-    prompt_limit: str | None = None,
-    snapshot_limit: str | None = None,
-) -> Llama:
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded: the options of the commands that take one, see `takes_options`."""
+
+    cache_type: CacheType = DEFAULT_CACHE_TYPE
+    threads: Threads = 0
+    n_gpu_layers: GpuLayers = -1
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE
+    flash_attn: FlashAttention = True
+    verbose: Verbose = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(LoadOptions):
+    """The same for commands that generate text."""
+
+    ctx: Context = DEFAULT_CONTEXT
+    streaming: Streaming = None
+    prompt_limit: PromptLimit = None
+    seed: Seed = -1
+
+
+def takes_options(options_class: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a typer command: its parameter `options`, an object of that dataclass, becomes one option for each field."""
+    # note: typer reads options off a function's signature and has no groups of them
+    hints = get_type_hints(options_class, include_extras=True)
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(options_class)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+
+        @functools.wraps(command)
+        def with_options(**given: Any) -> None:
+            shared = {option.name: given.pop(option.name) for option in options}
+            command(**given, options=options_class(**shared))
+
+        with_options.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+        return with_options
+
+    return decorate
+
+
+def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> Llama:
     """The model as the options ask for it. A context is never larger than the model was trained for.
 
     Raises:
@@ -70,28 +107,30 @@ def load(
     """
     from lt_gguf.runtime.llama import Llama
 
-    if ctx < 0:
-        raise ValueError(f"--ctx = {ctx}: must be at least 0")
-    if batch_size < 1:
-        raise ValueError(f"--batch-size = {batch_size}: must be at least 1")
+    if options.ctx < 0:
+        raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size = {options.batch_size}: must be at least 1")
     n_ctx_train = read_model(file).n_ctx_train
-    ggml_type = cache_type_of(cache_type).ggml_type
-    settings: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads} if threads > 0 else {}
-    if prompt_limit is not None:
-        settings["prompt_limit"] = _parse_size("--prompt-limit", prompt_limit)
+    ggml_type = cache_type_of(options.cache_type).ggml_type
+    settings: dict[str, Any] = {}
+    if options.threads > 0:
+        settings |= {"n_threads": options.threads, "n_threads_batch": options.threads}
+    if options.prompt_limit is not None:
+        settings["prompt_limit"] = _parse_size("--prompt-limit", options.prompt_limit)
     if snapshot_limit is not None:
         settings["snapshot_limit"] = _parse_size("--snapshot-limit", snapshot_limit)
     return Llama(
         file,
-        streaming=streaming,
-        n_ctx=min(ctx or n_ctx_train, n_ctx_train or ctx),
-        n_batch=batch_size,
-        n_gpu_layers=n_gpu_layers,
-        flash_attn=flash_attn,
+        streaming=options.streaming,
+        n_ctx=min(options.ctx or n_ctx_train, n_ctx_train or options.ctx),
+        n_batch=options.batch_size,
+        n_gpu_layers=options.n_gpu_layers,
+        flash_attn=options.flash_attn,
         type_k=ggml_type,
         type_v=ggml_type,
-        seed=seed,
-        verbose=verbose,
+        seed=options.seed,
+        verbose=options.verbose,
         **settings,
     )
 

@@ -3,9 +3,9 @@
 In a streaming layer the key at position p is visible to the query at position q iff
 `p <= q and (p < sink or q - p < window)` (LightTransfer, arXiv 2410.13846, section 3); the other layers stay as they
 are. With `prefill = full` this holds for decoded tokens, and a prompt's tokens see all of their prompt, the sinks and
-the last `window` positions before it: which tokens are prompts is then given. The model's code and weights are not touched: transformers builds one attention mask a forward pass and hands it
-to every layer, so the mask registered here has two slots, `causal` and `streaming`, and the attention function
-registered here gives each layer the slot that is its own.
+the last `window` positions before it: which tokens are prompts is then given. The model's code and weights are not
+touched: transformers builds one attention mask a forward pass and hands it to every layer, so the mask registered here has
+two slots, `causal` and `streaming`, and the attention function registered here gives each layer the slot that is its own.
 """
 
 from __future__ import annotations

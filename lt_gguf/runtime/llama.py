@@ -7,19 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from lt_gguf.auto_spec import AutoSpec, runtime_text
+from lt_gguf.fields import check_size
 from lt_gguf.runtime import api, lazy_ratios
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
-from lt_gguf.spec import (
-    DEFAULT_SINK,
-    DEFAULT_W_LAST,
-    DEFAULT_WINDOW,
-    AutoSpec,
-    StreamingSpec,
-    check_size,
-    runtime_text,
-)
+from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
 
 
 class Llama(RewindingLlama):

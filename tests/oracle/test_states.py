@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.native import FULL, PARTIAL, STREAMING, DecodeError
+from support.native import FULL, PARTIAL, DecodeError
 from support.oracle import EXACT, difference, random_tokens
 from support.refusals import restore_damaged
 

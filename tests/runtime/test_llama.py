@@ -14,7 +14,8 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 from lt_gguf.runtime import api
-from lt_gguf.spec import AutoSpec, StreamingSpec
+from lt_gguf.auto_spec import AutoSpec
+from lt_gguf.spec import StreamingSpec
 
 SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW, "stream")
 # A micro-batch is 8 tokens: the streaming layers then hold at most 256 cells, fewer than the prompt's tokens.
