@@ -1,0 +1,185 @@
+"""The README of a published hybrid model, and the section of it that a report writes on its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, KVShape, kv_memory
+from lt_gguf.sizes import format_bytes
+from lt_gguf.spec import StreamingSpec, format_layers
+
+if TYPE_CHECKING:
+    from lt_gguf.report import Report
+
+CONTEXTS = (4096, 32768, 131072)
+PAPER = "[arXiv 2410.13846](https://arxiv.org/abs/2410.13846)"
+
+
+class KVRow(NamedTuple):
+    """Bytes of the KV cache at a context size: of the ordinary model, and of the hybrid one."""
+
+    n_ctx: int
+    full: int
+    hybrid: int
+
+
+def kv_rows(
+    shape: KVShape, spec: StreamingSpec, n_ctx_train: int = 0, cache_type: str = DEFAULT_CACHE_TYPE
+) -> list[KVRow]:
+    """The rows of a card's table of memory, up to the context size that the model was trained for, if that is known.
+
+    Raises:
+        ValueError: as `kv_memory` does.
+    """
+    contexts = [*(n_ctx for n_ctx in CONTEXTS if n_ctx < n_ctx_train), n_ctx_train] if n_ctx_train else CONTEXTS
+    return [
+        KVRow(
+            n_ctx,
+            kv_memory(shape, None, n_ctx, type_k=cache_type).total,
+            kv_memory(shape, spec, n_ctx, type_k=cache_type).total,
+        )
+        for n_ctx in contexts
+    ]
+
+
+def model_card(
+    report: Report,
+    files: Sequence[Path],
+    base_model: str | None,
+    license: str | None,
+    kv: Sequence[KVRow] = (),
+    *,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+    folder: str = "",
+) -> str:
+    """A README.md for the hub, ready to publish.
+
+    Args:
+        files: the GGUF files, as they lie beside the card.
+        base_model: hub id of the checkpoint, as in `org/name`; anything else is named in the text only.
+        license: of the checkpoint, as its own card says; left out if unknown.
+        kv: rows of the table of memory.
+        cache_type: type of the KV cache that they are for.
+        folder: where the report's pictures lie, seen from the card; beside it if empty.
+    """
+    title = f"{base_model.rstrip('/').rsplit('/', 1)[-1] if base_model else Path(report.model).stem}, hybrid"
+    first = files[0].name if files else "model.gguf"
+    of = f" of {_link(base_model)}" if base_model else ""
+    parts = [
+        _front_matter(report, base_model, license),
+        f"# {title}",
+        f"A GGUF file{of} in which {len(report.spec.layers)} of {report.spec.n_layer} attention layers keep a KV cache of "
+        f"constant size: sinks and a window (LightTransfer, {PAPER}). The weights are those of the "
+        "base model, as far as they aren't quantized.",
+        streaming_section(report, folder).rstrip(),
+    ]
+    if kv:
+        parts += ["## Memory", _kv_table(kv, cache_type)]
+    parts += ["## Files", _files_list(files), "## Run it", _how_to_run(first)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def streaming_section(report: Report, folder: str = "") -> str:
+    """The Markdown section that says which layers stream and why, with the pictures of a report in `folder`."""
+    spec, chosen = report.spec, report.selection
+    layers = f" ({format_layers(spec.layers)})" if spec.layers else ""
+    parts = [
+        "## Streaming layers",
+        f"{len(spec.layers)} of {spec.n_layer} layers stream{layers}: there a token sees the first {spec.sink} tokens and the "
+        f"last {spec.window}, its own included. The other layers see everything. {_prefill(spec)}",
+        f"Chosen by `{chosen.strategy}`: {_plain(chosen.reason)}.",
+    ]
+    mean = report.mean_ratios
+    if mean is not None:
+        path = f"{folder.rstrip('/')}/" if folder else ""
+        parts += [
+            _measured(report),
+            f"![Lazy ratio of each layer, the streaming ones marked]({path}lazy_ratio.png)",
+            f"![Lazy ratio of each layer and sample]({path}lazy_ratio_by_sample.png)",
+            _ratio_table(mean, spec),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _prefill(spec: StreamingSpec) -> str:
+    if spec.prefill == "full":
+        return "A prompt is read with full attention in all layers; the streaming ones stream after it."
+    return "They stream while a prompt is read, too."
+
+
+def _measured(report: Report) -> str:
+    text = "A layer's lazy ratio is the share of its attention that goes to these tokens, here measured with " + report.conditions
+    if report.calibration is not None:
+        text += f" ({_plain(report.calibration.data)}, sha256 {report.calibration.sha256[:12]})"
+    return text + "."
+
+
+def _ratio_table(mean: Sequence[float], spec: StreamingSpec) -> str:
+    lines = ["| layer | lazy ratio | |", "| --: | --: | --- |"]
+    for il, ratio in enumerate(mean):
+        value = "not measured" if math.isnan(ratio) else f"{ratio:.4f}"
+        lines.append(f"| {il} | {value} | {'streams' if spec.is_streaming(il) else ''} |")
+    # note: folded, a big model has 80 layers
+    return "\n".join(["<details><summary>All lazy ratios</summary>", "", *lines, "", "</details>"])
+
+
+def _front_matter(report: Report, base_model: str | None, license: str | None) -> str:
+    # note: a JSON string is a YAML string too, whatever is in it
+    lines = ["---"]
+    if license:
+        lines.append(f"license: {json.dumps(license)}")
+    if base_model and _is_hub_id(base_model):
+        lines += [f"base_model: {json.dumps(base_model)}", "base_model_relation: quantized"]
+    lines += ["library_name: gguf", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"- {tag}" for tag in ("gguf", "llama.cpp", "lt-gguf", "lighttransfer", "long-context")]
+    return "\n".join([*lines, "---"])
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def _link(base_model: str) -> str:
+    return f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else _plain(base_model)
+
+
+def _kv_table(rows: Sequence[KVRow], cache_type: str) -> str:
+    lines = [
+        f"The KV cache, {cache_type}, one sequence:",
+        "",
+        "| context | full | hybrid | saved |",
+        "| --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        saved = f"{1 - row.hybrid / row.full:.0%}" if row.full else "-"
+        lines.append(f"| {row.n_ctx:,} | {format_bytes(row.full)} | {format_bytes(row.hybrid)} | {saved} |")
+    return "\n".join(lines)
+
+
+def _files_list(files: Sequence[Path]) -> str:
+    return "\n".join(f"- `{file.name}`" + (f", {format_bytes(file.stat().st_size)}" if file.exists() else "") for file in files)
+
+
+def _how_to_run(file: str) -> str:
+    return "\n".join(
+        [
+            "With lt-gguf, which gives the streaming layers their small cache:",
+            "",
+            "```sh",
+            f"lt-gguf inspect {file}",
+            f"lt-gguf chat {file}",
+            "```",
+            "",
+            "Any other llama.cpp loads it too, and runs it with full attention in all layers.",
+        ]
+    )
+
+
+def _plain(text: str) -> str:
+    """A text with nothing in it that Markdown or HTML would take for its own."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)

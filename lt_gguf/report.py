@@ -1,0 +1,300 @@
+"""The report of a selection: which layers stream, why, and the lazy ratios that it follows from.
+
+`report.json` says it exactly and can be read again (`lt-gguf flag --from`); beside it are pictures and `report.md`, a section
+for a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lt_gguf.calibration import Calibration
+from lt_gguf.model_card import streaming_section
+from lt_gguf.selection.base import Selection, fit_ratios, mean_over_samples
+from lt_gguf.spec import Provenance, StreamingSpec
+
+REPORT = "report.json"
+SECTION = "report.md"
+BARS = "lazy_ratio"
+HEAT_MAP = "lazy_ratio_by_sample"
+FILES = (f"{BARS}.png", f"{BARS}.svg", f"{HEAT_MAP}.png", f"{HEAT_MAP}.svg", SECTION, REPORT)
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured and what was chosen.
+
+    Args:
+        model: name of the model or its file, without a folder.
+        architecture: llama.cpp's name of it, or transformers' where no GGUF file has been made yet.
+        spec: what streams.
+        selection: how it was chosen; its layers, sink and window are those of `spec`.
+        fraction: share of the layers that was to stream; `None` if something else decided their number.
+        w_last: last tokens of each sample whose attention was measured; `None` if nothing was.
+        ratios: lazy ratios (samples, layers), NaN where a layer wasn't measured; `None` if none were. Layers at the end
+            may be left out.
+        calibration: what they were measured on.
+
+    Raises:
+        ValueError: the parts contradict each other; one line.
+    """
+
+    model: str
+    architecture: str
+    spec: StreamingSpec
+    selection: Selection
+    fraction: float | None = None
+    w_last: int | None = None
+    ratios: tuple[tuple[float, ...], ...] | None = None
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        spec, chosen = self.spec, self.selection
+        if (chosen.layers, chosen.sink, chosen.window) != (spec.layers, spec.sink, spec.window):
+            raise ValueError(f"report: the selection is not what streams ({spec})")
+        object.__setattr__(self, "selection", replace(chosen, prefill=spec.prefill))
+        if self.calibration is not None and (self.ratios is None or self.w_last is None):
+            raise ValueError("report: has a calibration, must have lazy ratios and w_last too")
+        if self.ratios is not None:
+            n_measured = len(self.ratios[0]) if len(self.ratios) else 0
+            ratios = fit_ratios(self.ratios, spec.n_layer, min(n_measured, spec.n_layer))
+            object.__setattr__(self, "ratios", tuple(map(tuple, ratios.tolist())))
+
+    @property
+    def mean_ratios(self) -> tuple[float, ...] | None:
+        """The mean over all samples, one number a layer; NaN where a layer wasn't measured."""
+        if self.ratios is None:
+            return None
+        return tuple(mean_over_samples(np.array(self.ratios)).tolist())
+
+    @property
+    def provenance(self) -> Provenance:
+        """What a GGUF file says of the selection."""
+        calibration = None if self.calibration is None else json.dumps(self._described_calibration())
+        return Provenance(self.selection.strategy, self.mean_ratios, calibration)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `report.json`. NaN, which JSON doesn't have, is null."""
+        mean = self.mean_ratios
+        return {
+            "version": FORMAT_VERSION,
+            "model": self.model,
+            "architecture": self.architecture,
+            "n_layer": self.spec.n_layer,
+            "strategy": self.selection.strategy,
+            "reason": self.selection.reason,
+            "fraction": self.fraction,
+            "streaming_layers": list(self.spec.layers),
+            "sink": self.spec.sink,
+            "window": self.spec.window,
+            "prefill": self.spec.prefill,
+            "streaming": str(self.spec),
+            "w_last": self.w_last,
+            "lazy_ratio": None if mean is None else _without_nan(mean),
+            "lazy_ratio_by_sample": None if self.ratios is None else list(map(_without_nan, self.ratios)),
+            "calibration": None if self.calibration is None else self._described_calibration(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Any) -> Report:
+        """The report that `to_json` described.
+
+        Raises:
+            ValueError: a key is missing or wrong; one line that names it.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError("is no JSON object, must be a report of lt-gguf")
+        if content.get("version") != FORMAT_VERSION:
+            raise ValueError(f"version = {_short(content.get('version'))}: must be {FORMAT_VERSION}, in a report of lt-gguf")
+        layers = _get(content, "streaming_layers", "a list of layers", _is_integers)
+        sink, window = (_get(content, key, "an integer", _is_integer) for key in ("sink", "window"))
+        n_layer = _get(content, "n_layer", "an integer", _is_integer)
+        prefill = _get(content, "prefill", '"full" or "stream"', _is_string)
+        spec = StreamingSpec(tuple(layers), n_layer, sink, window, prefill)
+        strategy, reason = (_get(content, key, "a string", _is_string) for key in ("strategy", "reason"))
+        if content.get("streaming", str(spec)) != str(spec):
+            raise ValueError(f'streaming = {_short(content["streaming"])}: contradicts the other keys, which say "{spec}"')
+        report = cls(
+            _get(content, "model", "a string", _is_string),
+            _get(content, "architecture", "a string", _is_string),
+            spec,
+            Selection(strategy, spec.layers, reason, sink, window),
+            _get(content, "fraction", "a number from 0 to 1, or null", _is_fraction),
+            _get(content, "w_last", "an integer of at least 1, or null", lambda value: value is None or _is_count(value)),
+            _read_ratios(content, n_layer),
+            _read_calibration(content),
+        )
+        mean = report.mean_ratios
+        if mean is not None and not _agree(content.get("lazy_ratio"), mean):
+            raise ValueError("lazy_ratio: must be the mean of lazy_ratio_by_sample, one number a layer")
+        return report
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report in a file.
+
+        Raises:
+            ValueError: it isn't one; one line that names the file and the key.
+            OSError: the file can't be read.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_bytes()))
+        except ValueError as error:
+            what = "is no JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else str(error)
+            raise ValueError(f"{path}: {what}") from None
+
+    def write(self, folder: Path, overwrite: bool = False) -> list[Path]:
+        """Writes the report, its pictures and the section for a model card into a folder, which is made if need be.
+
+        Returns:
+            The files; no pictures if nothing was measured.
+
+        Raises:
+            ValueError: there is a report already, or the folder is a file.
+            OSError: it can't be written; nothing of it is there then.
+            ImportError: matplotlib is missing, and something was measured.
+        """
+        check_destination(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _hidden_folder(folder if folder.exists() else folder.parent, folder.name) as unfinished:
+            names = self._write_into(unfinished)
+            if folder.exists():
+                for name in FILES:  # note: report.json is the last, so whoever sees it sees its pictures
+                    if name in names:
+                        (unfinished / name).replace(folder / name)
+                    else:
+                        (folder / name).unlink(missing_ok=True)
+            else:
+                unfinished.rename(folder)
+        return [folder / name for name in names]
+
+    def _write_into(self, folder: Path) -> list[str]:
+        if self.ratios is not None:
+            from lt_gguf import plots
+
+            mean, layers = self.mean_ratios, self.spec.layers
+            plots.save(plots.lazy_ratio_bars(mean, layers, f"Lazy ratios of {self.model}", self.conditions), folder / BARS)
+            title = f"Lazy ratios of {self.model} by sample"
+            plots.save(plots.ratio_heat_map(self.ratios, layers, title, self.conditions), folder / HEAT_MAP)
+        (folder / SECTION).write_text(streaming_section(self), encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return [name for name in FILES if (folder / name).exists()]
+
+    @property
+    def conditions(self) -> str:
+        """What the ratios were measured with, for a subtitle; what streams where nothing was measured."""
+        text = f"sink {self.spec.sink}, window {self.spec.window}"
+        if self.w_last is not None:
+            text += f", last {self.w_last} tokens"
+        if self.calibration is not None:
+            n = self.calibration.samples
+            text += f" of {'one sample' if n == 1 else f'each of {n} samples'} of {self.calibration.length} tokens"
+        return text
+
+    def _described_calibration(self) -> dict[str, Any]:
+        assert self.calibration is not None and self.w_last is not None
+        return self.calibration.describe(self.spec.sink, self.spec.window, self.w_last)
+
+
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Raises ValueError if no report can be written into `folder`: long before there is one."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, must be a folder for the report")
+    existing = [] if overwrite else [name for name in FILES if (folder / name).exists()]
+    if existing:
+        raise ValueError(f"{folder / existing[-1]}: exists, remove it, name another folder or use --overwrite")
+
+
+@contextmanager
+def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder in `parent`; gone at the end of the with block, if it hasn't been renamed."""
+    folder = parent / f".{name}.{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _without_nan(ratios: tuple[float, ...]) -> list[float | None]:
+    return [None if math.isnan(ratio) else ratio for ratio in ratios]
+
+
+def _get(content: Mapping[str, Any], key: str, allowed: str, is_right: Any) -> Any:
+    if key not in content:
+        raise ValueError(f"{key}: is missing, must be {allowed}")
+    if not is_right(content[key]):
+        raise ValueError(f"{key} = {_short(content[key])}: must be {allowed}")
+    return content[key]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and value >= 1
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_integer, value))
+
+
+def _is_fraction(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_ratios(value: Any) -> bool:
+    return isinstance(value, list) and all(ratio is None or _is_fraction(ratio) for ratio in value)
+
+
+def _read_ratios(content: Mapping[str, Any], n_layer: int) -> tuple[tuple[float, ...], ...] | None:
+    def is_right(value: Any) -> bool:
+        if value is None:
+            return True
+        return isinstance(value, list) and bool(value) and all(_is_ratios(row) and len(row) == n_layer for row in value)
+
+    allowed = f"null, or for each sample a list of {n_layer} numbers from 0 to 1, null where a layer wasn't measured"
+    rows = _get(content, "lazy_ratio_by_sample", allowed, is_right)
+    if rows is None:
+        return None
+    return tuple(tuple(math.nan if ratio is None else float(ratio) for ratio in row) for row in rows)
+
+
+def _read_calibration(content: Mapping[str, Any]) -> Calibration | None:
+    described = _get(content, "calibration", "an object, or null", lambda value: value is None or isinstance(value, dict))
+    if described is None:
+        return None
+    data, sha256 = (_get(described, key, "a string", _is_string) for key in ("data", "sha256"))
+    samples, length = (_get(described, key, "an integer of at least 1", _is_count) for key in ("samples", "length"))
+    return Calibration(data, sha256, samples, length)
+
+
+def _agree(stored: Any, mean: tuple[float, ...]) -> bool:
+    if not _is_ratios(stored) or len(stored) != len(mean):
+        return False
+    return all(
+        math.isnan(right) if ratio is None else math.isclose(ratio, right, abs_tol=1e-6)
+        for ratio, right in zip(stored, mean, strict=True)
+    )

@@ -1,0 +1,206 @@
+"""What every strategy of selection takes and gives."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model when its layers are chosen.
+
+    Args:
+        architecture: llama.cpp's name of it, or transformers' where no GGUF file has been made yet.
+        name: for messages, and for what is recognised by it.
+        n_layer: number of layers, those included that only predict ahead.
+        n_layer_main: of them, the first ones, which the main graph runs; only these may stream.
+        config: the checkpoint's config.json, empty if unknown.
+    """
+
+    architecture: str
+    name: str
+    n_layer: int
+    n_layer_main: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a strategy is to choose from.
+
+    Args:
+        model: whose layers.
+        n_streaming: how many layers must stream so that a KV budget is kept; `None`: the share `fraction`.
+        fraction: share of the layers that is to stream, rounded down.
+        ratios: lazy ratios, float64 (samples, layers), NaN where none was measured; `None` if none were. Layers at the end
+            that only predict ahead may be left out.
+        layers: the layers that the user names, for `manual`.
+        threshold: smallest lazy ratio of a streaming layer, for `threshold`; its own default if not given.
+        sink: number of first positions that a streaming layer sees.
+        window: number of last positions that it sees.
+
+    Raises:
+        ValueError: a number is out of range, or the ratios aren't those of this model.
+    """
+
+    model: Model
+    n_streaming: int | None = None
+    fraction: float = DEFAULT_FRACTION
+    ratios: np.ndarray | None = None
+    layers: str | None = None
+    threshold: float | None = None
+    sink: int = DEFAULT_SINK
+    window: int = DEFAULT_WINDOW
+
+    def __post_init__(self) -> None:
+        n_layer, n_main = self.model.n_layer, self.model.n_layer_main
+        StreamingSpec.interleaved(n_layer, self.fraction, self.sink, self.window)  # checks these
+        if self.n_streaming is not None and not 0 <= self.n_streaming <= n_main:
+            raise ValueError(f"streaming layers = {self.n_streaming}: must be from 0 to {n_main}, the layers that can stream")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold = {self.threshold}: must be a lazy ratio, a number from 0 to 1")
+        if self.ratios is not None:
+            object.__setattr__(self, "ratios", fit_ratios(self.ratios, n_layer, n_main))
+
+    @property
+    def mean_ratios(self) -> np.ndarray:
+        """The mean over all samples, float64 (n_layer,), NaN where a layer wasn't measured."""
+        assert self.ratios is not None
+        return mean_over_samples(self.ratios)
+
+    @property
+    def measured_layers(self) -> list[int]:
+        """The main layers that have a ratio: those among which a strategy chooses by ratios."""
+        mean = self.mean_ratios[: self.model.n_layer_main]
+        return [il for il, ratio in enumerate(mean) if not math.isnan(ratio)]
+
+    def count(self, n_candidates: int) -> int:
+        """How many of `n_candidates` layers are to stream: what the budget needs, else floor(fraction * n_candidates).
+
+        Raises:
+            ValueError: the budget needs more layers than there are candidates.
+        """
+        if self.n_streaming is None:
+            return len(StreamingSpec.interleaved(n_candidates, self.fraction).layers) if n_candidates else 0
+        if self.n_streaming > n_candidates:
+            raise ValueError(
+                f"the KV budget needs {self.n_streaming} streaming layers, only {n_candidates} can be chosen: "
+                "must be a larger budget or a smaller context"
+            )
+        return self.n_streaming
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a strategy chose.
+
+    Args:
+        strategy: its name, as `lighttransfer.selection` says it.
+        layers: the layers that are to stream, ascending.
+        reason: one sentence for the report.
+        sink: number of first positions that they see; a preset has its own.
+        window: number of last positions that they see; a preset has its own.
+        prefill: `full` or `stream` where the strategy knows it (a checkpoint that was trained to stream), else `None`:
+            what the user says.
+    """
+
+    strategy: str
+    layers: tuple[int, ...]
+    reason: str
+    sink: int
+    window: int
+    prefill: str | None = None
+
+    def spec(self, n_layer: int, prefill: str = DEFAULT_PREFILL) -> StreamingSpec:
+        """The spec of a model of `n_layer` layers. Raises ValueError as `StreamingSpec` does."""
+        return StreamingSpec(self.layers, n_layer, self.sink, self.window, self.prefill or prefill)
+
+
+class Strategy(ABC):
+    """Chooses the layers that are to stream.
+
+    A subclass says its `name` and implements `choose`; `select` makes sure that what it is given and what it gives back
+    makes sense, the same for all.
+    """
+
+    name: str
+    needs_ratios: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = False
+    takes_threshold: ClassVar[bool] = False
+    counts: ClassVar[bool] = True  # makes as many layers stream as it is asked to
+    instead: ClassVar[str] = "a larger budget or a smaller context"  # what would be right where it breaks the budget
+
+    def select(self, request: Request) -> Selection:
+        """Chooses the layers.
+
+        Raises:
+            ValueError: the request lacks what this strategy needs, or has what it doesn't take, or the layers don't keep
+                the budget; one line.
+        """
+        self.check_options(request.layers, request.threshold)
+        if self.needs_ratios and request.ratios is None:
+            raise ValueError(f"selection {self.name}: needs lazy ratios, and none were measured")
+        selection = self.choose(request)
+        if request.n_streaming is not None and len(selection.layers) < request.n_streaming:
+            raise ValueError(
+                f"selection {self.name}: makes {len(selection.layers)} layers stream, the KV budget needs "
+                f"{request.n_streaming}: must be {self.instead}"
+            )
+        return selection
+
+    def check_options(self, layers: str | None, threshold: float | None) -> None:
+        """Raises ValueError if this strategy is given what another takes, or not what it takes; before anything is measured."""
+        if layers is not None and not self.takes_layers:
+            raise ValueError(f"selection {self.name}: chooses the layers itself, must not be given --streaming-layers")
+        if layers is None and self.takes_layers:
+            raise ValueError(f"selection {self.name}: needs --streaming-layers, as in 1,3,5-9, all or none")
+        if threshold is not None and not self.takes_threshold:
+            raise ValueError(f"selection {self.name}: takes no --threshold, only threshold does")
+
+    @abstractmethod
+    def choose(self, request: Request) -> Selection:
+        """The layers, of a request that has what this strategy needs."""
+
+    def selection(self, request: Request, layers: list[int] | tuple[int, ...], reason: str) -> Selection:
+        """A selection with the request's own sink and window."""
+        return Selection(self.name, tuple(sorted(layers)), reason, request.sink, request.window)
+
+
+def fit_ratios(ratios: Any, n_layer: int, n_layer_main: int | None = None) -> np.ndarray:
+    """Lazy ratios with a column for each layer: float64 (samples, n_layer). Columns that are added hold NaN.
+
+    Raises:
+        ValueError: the shape isn't (samples, layers), a ratio isn't in [0, 1], or a layer was measured in some samples only.
+    """
+    n_layer_main = n_layer if n_layer_main is None else n_layer_main
+    ratios = np.array(ratios, dtype=np.float64)  # a copy: nobody else changes it
+    if ratios.ndim != 2 or len(ratios) < 1:
+        raise ValueError(f"lazy ratios: are an array of shape {ratios.shape}, must be (samples, layers)")
+    if not n_layer_main <= ratios.shape[1] <= n_layer:
+        raise ValueError(f"lazy ratios: are of {ratios.shape[1]} layers, the model has {n_layer}")
+    if bad := next((float(ratio) for ratio in ratios.flat if not (math.isnan(ratio) or -1e-6 <= ratio <= 1 + 1e-6)), None):
+        raise ValueError(f"lazy ratios: {bad} is among them, must be numbers from 0 to 1")
+    unmeasured = np.isnan(ratios)
+    if partly := np.flatnonzero(unmeasured.any(axis=0) & ~unmeasured.all(axis=0)).tolist():
+        n_samples = int((~unmeasured[:, partly[0]]).sum())
+        raise ValueError(f"lazy ratios: layer {partly[0]} was measured in {n_samples} of {len(ratios)} samples, must be in all")
+    # note: measured in float32 by the runtime, so a ratio may be a little more than 1
+    ratios = np.clip(ratios, 0, 1)
+    padding = np.full((len(ratios), n_layer - ratios.shape[1]), math.nan)
+    return np.hstack([ratios, padding])
+
+
+def mean_over_samples(ratios: np.ndarray) -> np.ndarray:
+    """The mean of lazy ratios (samples, layers), float64 (layers,), NaN where a layer wasn't measured.
+
+    Exact sums, so that the order of the samples never decides a tie.
+    """
+    return np.array([math.fsum(of_layer) / len(of_layer) for of_layer in ratios.T.tolist()])
