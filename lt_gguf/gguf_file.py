@@ -81,10 +81,18 @@ def read_model(path: str | os.PathLike[str]) -> GGUFModel:
             the file, the key and what is allowed.
     """
     path = Path(path)
-    header = read_header(path)
+    return describe_model(path, read_header(path))
+
+
+def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
+    """The description of the model whose first file is at `path` and has this header, or is to have it.
+
+    Raises:
+        ValueError: as `read_model` does.
+    """
     metadata = header.metadata
     try:
-        files = _shards(path, header)
+        files = model_files(path, header)
         arch = _string(metadata, "general.architecture")
         layers = layer_count(arch, metadata)
         n_head = _per_layer(metadata, f"{arch}.attention.head_count", layers, default=(0,) * layers.all)
@@ -130,21 +138,27 @@ def check_can_stream(arch: str, spec: StreamingSpec | None, n_layer_main: int, r
         )
 
 
-def _shards(path: Path, header: GGUFHeader) -> list[Path]:
-    """All files of the model whose first one is `path`."""
+def model_files(path: Path, header: GGUFHeader) -> list[Path]:
+    """All files of the model whose first one is `path`. Raises ValueError if it isn't the first, or others are missing."""
     count = _integer(header.metadata, "split.count", 1)
+    files = split_files(path, count)
+    if _integer(header.metadata, "split.no", 0) != 0 and count > 1 or files[0].name != path.name:
+        number = int(path.stem.rsplit("-of-", 1)[0][-5:])
+        raise ValueError(f"is part {number} of {count}, name the first one: {files[0].name}")
+    missing = [file.name for file in files[1:] if not file.is_file()]
+    if missing:
+        raise ValueError(f"is the first of {count} files, of which {len(missing)} are not beside it: {', '.join(missing[:3])}")
+    return files
+
+
+def split_files(path: Path, count: int) -> list[Path]:
+    """The names of all `count` files of a model of which `path` is one. Raises ValueError if it isn't named so."""
     if count <= 1:
         return [path]
     name = _SHARD_NAME.fullmatch(path.name)
     if not name or int(name["count"]) != count:
         raise ValueError(f"is the first of {count} files, must be named like model-00001-of-{count:05}.gguf")
-    if _integer(header.metadata, "split.no", 0) != 0 or int(name["number"]) != 1:
-        raise ValueError(f"is part {int(name['number'])} of {count}, name the first one: {name['stem']}-00001-of-{count:05}.gguf")
-    files = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"is the first of {count} files, of which {len(missing)} are not beside it: {', '.join(missing[:3])}")
-    return files
+    return [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
 
 
 def _string(metadata: Mapping[str, Typed], key: str) -> str:

@@ -1,33 +1,41 @@
-"""`lt-gguf inspect`: which layers stream, and what that saves."""
+"""`lt-gguf inspect`: which layers stream, why, and what that saves."""
 
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lt_gguf.cli.common import format_bytes
 from lt_gguf.cli.model import CacheType, ModelFile, Streaming
 from lt_gguf.gguf_file import GGUFModel, check_can_stream, read_model
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, KVMemory, kv_memory
-from lt_gguf.spec import StreamingSpec, format_layers
+from lt_gguf.sizes import format_bytes
+from lt_gguf.spec import LAZY_RATIO_KEY, StreamingSpec, format_layers
 
 CONTEXTS = (4096, 32768, 131072)
+BAR_WIDTH = 10
 
 
 def inspect(
     file: ModelFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the lazy ratios, as .png or .svg.", show_default=False)
+    ] = None,
     cache_type: CacheType = DEFAULT_CACHE_TYPE,
     streaming: Streaming = None,
 ) -> None:
-    """Show which layers of a GGUF model stream, and the memory of its KV cache with and without that."""
+    """Show which layers of a GGUF model stream, how they were chosen, and the memory of its KV cache with and without that."""
     model = read_model(file)
     spec = model.spec
     if streaming is not None:
         spec = StreamingSpec.parse(streaming, model.n_layer, model.spec)
         check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+    if plot is not None:
+        draw(model, spec, plot)
     if as_json:
         print(json.dumps(describe(model, spec, cache_type), indent=2))
     else:
@@ -35,11 +43,12 @@ def inspect(
 
 
 def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEFAULT_CACHE_TYPE) -> dict[str, Any]:
-    """What `inspect --json` prints. Sizes are in bytes, contexts in tokens.
+    """What `inspect --json` prints. Sizes are in bytes, contexts in tokens; a lazy ratio that wasn't measured is null.
 
     Raises:
         ValueError: the cache type is unknown or doesn't fit the model.
     """
+    ratios = _lazy_ratios(model) or (math.nan,) * model.n_layer
     return {
         "path": str(model.path),
         "name": model.name,
@@ -53,6 +62,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
         "cache_type": cache_type,
         "streaming": _describe_spec(model, spec),
         "why_not_streaming": model.why_not_streaming,
+        "provenance": {"selection": model.provenance.selection, "calibration": _calibration(model)} if model.provenance else None,
         "layers": [
             {
                 "layer": il,
@@ -60,6 +70,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
                 "n_head": model.n_head[il],
                 "n_head_kv": model.n_head_kv[il],
                 "kv_bytes_per_token": _token_bytes(model, il, cache_type),
+                "lazy_ratio": round(ratios[il], 6) if math.isfinite(ratios[il]) else None,
             }
             for il in range(model.n_layer)
         ],
@@ -87,14 +98,20 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
     files = f" in {model.n_files} files" if model.n_files > 1 else ""
     size = f"{model.n_layer} layers, {format_bytes(model.n_bytes)}{files}"
     console.print(f"[bold]{escape(model.name)}[/bold]: {model.architecture}, {size}")
-    console.print(_summary(model, spec))
+    for line in (_summary(model, spec), *_provenance(model)):
+        console.print(line, markup=False)
 
+    ratios = _lazy_ratios(model)
     layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({cache_type})")
     for index in (0, 2, 3):
         layers.columns[index].justify = "right"
+    if ratios:
+        layers.add_column("lazy ratio", no_wrap=True)
     for il in range(model.n_layer):
         attention, token_bytes = _attention(model, spec, il), _token_bytes(model, il, cache_type)
-        cells = (il, attention or "-", model.n_head_kv[il], "-" if token_bytes is None else f"{token_bytes:,}")
+        cells = [il, attention or "-", model.n_head_kv[il], "-" if token_bytes is None else f"{token_bytes:,}"]
+        if ratios:
+            cells.append(_bar(ratios[il]))
         layers.add_row(*map(str, cells), style="green" if attention == "streaming" else None)
     console.print(layers)
 
@@ -108,6 +125,27 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
         saved = f"{1 - hybrid.total / full.total:.0%}" if full.total else "-"
         memory.add_row(f"{n_ctx // 1024}k", format_bytes(full.total), format_bytes(hybrid.total), saved)
     console.print(memory)
+
+
+def draw(model: GGUFModel, spec: StreamingSpec | None, path: Path) -> None:
+    """Draws the model's lazy ratios into a file.
+
+    Raises:
+        ValueError: the model has none, or the file's name ends in neither .png nor .svg.
+        OSError: it can't be written.
+        ImportError: matplotlib is missing.
+    """
+    from lt_gguf import plots
+
+    plots.check()
+    ratios = _lazy_ratios(model)
+    if not ratios:
+        raise ValueError(
+            f"{model.path}: has no lazy ratios to draw: lt-gguf analyze measures them, lt-gguf flag --from adds them"
+        )
+    layers = spec.layers if spec else ()
+    subtitle = _describe_calibration(_calibration(model))
+    plots.save_as(plots.lazy_ratio_bars(ratios, layers, f"Lazy ratios of {model.name}", subtitle), path)
 
 
 def _summary(model: GGUFModel, spec: StreamingSpec | None) -> str:
@@ -134,6 +172,55 @@ def _describe_spec(model: GGUFModel, spec: StreamingSpec | None) -> dict[str, An
         "prefill": spec.prefill,
         "selection": provenance.selection if provenance else None,
     }
+
+
+def _lazy_ratios(model: GGUFModel) -> tuple[float, ...] | None:
+    """One number a layer, NaN where none was measured; `None` if the file has none, or not one for each layer."""
+    ratios = model.provenance.lazy_ratio if model.provenance else None
+    return ratios if ratios is not None and len(ratios) == model.n_layer else None
+
+
+def _calibration(model: GGUFModel) -> Any:
+    """What the file says of it, as JSON; else as the text that it is."""
+    text = model.provenance.calibration if model.provenance else None
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _provenance(model: GGUFModel) -> list[str]:
+    """Lines on where the lazy ratios come from."""
+    if model.provenance is None:
+        return []
+    lines = []
+    ratios, calibration = model.provenance.lazy_ratio, _calibration(model)
+    if ratios is not None and len(ratios) != model.n_layer:
+        lines.append(f"{LAZY_RATIO_KEY} has {len(ratios)} numbers, must have one for each of {model.n_layer} layers: not shown")
+    if calibration is not None:
+        lines.append(f"lazy ratios measured on {_describe_calibration(calibration)}")
+    return lines
+
+
+def _describe_calibration(calibration: Any) -> str:
+    """The keys are those of `calibration.Calibration.describe`; whatever else somebody has written is shown as it is."""
+    if calibration is None:
+        return ""
+    try:
+        return (
+            f"{calibration['data']}: {calibration['samples']} samples of {calibration['length']} tokens, last "
+            f"{calibration['w_last']} of each, sink {calibration['w_sink']}, window {calibration['w_recent']}"
+        )
+    except (KeyError, TypeError):
+        return calibration if isinstance(calibration, str) else json.dumps(calibration)
+
+
+def _bar(ratio: float) -> str:
+    if not math.isfinite(ratio):
+        return "-"
+    return f"{ratio:.4f} {'█' * round(min(max(ratio, 0), 1) * BAR_WIDTH):░<{BAR_WIDTH}}"
 
 
 def _attention(model: GGUFModel, spec: StreamingSpec | None, il: int) -> str | None:

@@ -1,0 +1,166 @@
+"""`lt-gguf flag`: say which layers of an existing GGUF file stream."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lt_gguf.cli.model import ModelFile
+from lt_gguf.flagging import Progress, flag_in_place
+from lt_gguf.flagging import flag as write_flagged
+from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.sizes import format_bytes
+from lt_gguf.spec import Provenance, StreamingSpec, format_layers, parse_layers
+
+_INHERITED = "by default as the report or the file says, else"
+
+
+def flag(
+    file: ModelFile,
+    outfile: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="File to write, the first one of a split model, or a folder.", show_default=False),
+    ] = None,
+    streaming_layers: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Layers that stream: 1,3,5-9, all or none.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="REPORT.json", help="Or what lt-gguf analyze or convert has found and written."),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Or make it an ordinary model: remove all that we have written.")] = False,
+    sink: Annotated[
+        int | None, typer.Option(help=f"First positions that a streaming layer always sees, {_INHERITED} 4.", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help=f"Last positions that a streaming layer sees, {_INHERITED} 1020.", show_default=False)
+    ] = None,
+    prefill: Annotated[
+        str | None,
+        typer.Option(help=f"How a prompt is read: stream, or full (full attention in all layers), {_INHERITED} full."),
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Change the file itself, where that is safe: where only a few bytes change.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+) -> None:
+    """Change which layers of a GGUF file stream, without converting it again: its tensors are copied as they are."""
+    sees = {key: value for key, value in (("sink", sink), ("window", window), ("prefill", prefill)) if value is not None}
+    _check_options(streaming_layers, report, off, sees)
+    if (outfile is None) != in_place:
+        raise ValueError(f"{file}: give the file to write after it, or --in-place, and not both")
+    spec, provenance = (None, None) if off else _choose(read_model(file), streaming_layers, report, sees)
+    if outfile is None:
+        if not flag_in_place(file, spec, provenance):
+            print(f"{file}: says that already, nothing was changed", file=sys.stderr)
+        written = file
+    else:
+        with _progress() as progress, _signals_as_exceptions():
+            written = str(write_flagged(file, outfile, spec, provenance, progress, overwrite)[0])
+    _print_summary(written, read_model(written))
+
+
+def _check_options(layers: str | None, report: Path | None, off: bool, sees: dict[str, Any]) -> None:
+    chosen = [name for name, given in (("--streaming-layers", layers), ("--from", report), ("--off", off)) if given]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)}: give one of them")
+    if not chosen and not sees:
+        raise ValueError(
+            "what to change: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json, or --off, or, for a file whose "
+            "layers stay as they are, --sink, --window or --prefill"
+        )
+    if off and sees:
+        raise ValueError(f"--off removes what --{next(iter(sees))} would change: give one of them")
+
+
+def _choose(
+    model: GGUFModel, layers: str | None, report: Path | None, sees: dict[str, Any]
+) -> tuple[StreamingSpec, Provenance | None]:
+    """The new spec and how its layers were chosen.
+
+    Raises:
+        ValueError: an option is out of range, or the report isn't one of this model.
+        OSError: the report can't be read.
+    """
+    if report is not None:
+        spec, provenance = _from_report(model, report)
+        return replace(spec, **sees), provenance
+    if layers is not None:
+        base = model.spec or StreamingSpec.off(model.n_layer)
+        # note: what was measured on the model stays true of it, whatever layers somebody chooses then
+        measured = model.provenance or Provenance("")
+        spec = replace(base, layers=parse_layers(layers, model.n_layer), **sees)
+        return spec, replace(measured, selection="manual")
+    if model.spec is None:
+        raise ValueError(f"{model.path}: no layer streams: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json")
+    return replace(model.spec, **sees), model.provenance
+
+
+def _from_report(model: GGUFModel, path: Path) -> tuple[StreamingSpec, Provenance]:
+    from lt_gguf.report import Report
+
+    report = Report.read(path)
+    n_layer = report.spec.n_layer
+    # note: a checkpoint may have been measured without the layers that only predict ahead
+    if n_layer not in (model.n_layer, model.n_layer_main):
+        raise ValueError(f"{path}: is of a model of {n_layer} layers, {model.path} has {model.n_layer}")
+    # note: no error, transformers has other names: mistral is llama in llama.cpp
+    if report.architecture != model.architecture:
+        note = f"note: {path} is of {report.model} ({report.architecture}), {model.path} is a {model.architecture}"
+        print(note, file=sys.stderr)
+    provenance = report.provenance
+    if provenance.lazy_ratio is not None:
+        not_measured = (math.nan,) * (model.n_layer - n_layer)
+        provenance = replace(provenance, lazy_ratio=provenance.lazy_ratio + not_measured)
+    return replace(report.spec, n_layer=model.n_layer), provenance
+
+
+def _print_summary(file: str, model: GGUFModel) -> None:
+    print(f"{file}: {model.architecture}, {format_bytes(model.n_bytes)}")
+    spec = model.spec
+    if spec is None or not spec.layers:
+        print("no layer streams: an ordinary model")
+    else:
+        print(
+            f"{len(spec.layers)} of {model.n_layer} layers stream ({format_layers(spec.layers)}): "
+            f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Shows how far the copy is, if stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Display
+
+    console = Console(stderr=True)
+    columns = (TextColumn("Copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Display(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
+        task = display.add_task("Copying")
+        yield lambda done, total: display.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Lets `kill` and a closed terminal end the process as Ctrl-C does, so that unfinished files are removed."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)  # as a shell reports it
+
+    # note: nohup has a closed terminal ignored
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
