@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_gguf import Llama, StreamingSpec
-from lt_gguf.cli.common import format_bytes
+from lt_gguf.sizes import format_bytes
 from lt_gguf.cli.inspect import print_tables
 from lt_gguf.conversion import convert
 from lt_gguf.gguf_file import read_model
@@ -118,8 +118,8 @@ def make_f16() -> Path:
         if model.spec == StreamingSpec.interleaved(model.n_layer, 0.5, SINK, WINDOW, PREFILL):
             return file
     console.print(f"Converting {CHECKPOINT.relative_to(ROOT)}")
-    options = {"fraction": 0.5, "sink": SINK, "window": WINDOW, "prefill": PREFILL}
-    return convert(CHECKPOINT, file, outtype="f16", overwrite=True, **options)[0]
+    options = {"select": "interleave-odd", "sink": SINK, "window": WINDOW, "prefill": PREFILL}
+    return convert(CHECKPOINT, file, outtype="f16", overwrite=True, **options).files[0]
 
 
 def quantize(source: Path, name: str) -> Path:

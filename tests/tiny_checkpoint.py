@@ -69,8 +69,8 @@ def make_hybrid(folder: Path) -> Path:
     checkpoint = folder / "tiny-llama"
     checkpoint.mkdir()
     write_checkpoint(checkpoint)
-    options = {"outtype": "f32", "fraction": 0.5, "sink": SINK, "window": WINDOW, "prefill": "stream"}
-    return convert(checkpoint, folder / "tiny.gguf", **options)[0]
+    options = {"outtype": "f32", "select": "interleave-odd", "sink": SINK, "window": WINDOW, "prefill": "stream"}
+    return convert(checkpoint, folder / "tiny.gguf", **options).files[0]
 
 
 @pytest.fixture(scope="session")

@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lt_gguf.cli import common
-from lt_gguf.spec import DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, format_layers
+from lt_gguf.cli import common, model
+from lt_gguf.conversion.options import Options
+from lt_gguf.sizes import format_bytes
+from lt_gguf.spec import format_layers
+
+if TYPE_CHECKING:
+    from lt_gguf.conversion import Converted, Progress
 
 
+@model.takes_options(Options)
 def convert(
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or its id on the hub.")],
     outfile: Annotated[
-        Path | None, typer.Option(help="File to write, or a folder to write it into; else the checkpoint's folder.")
+        Path | None,
+        typer.Option(
+            help="File to write, {ftype} in its name stands for the type of the weights; or a folder to write it into. "
+            "Else the checkpoint's folder, of a model on the hub the current one."
+        ),
     ] = None,
-    outtype: Annotated[str, typer.Option(help="Type of the weights: f32, f16, bf16, q8_0 or auto.")] = "auto",
-    streaming_layers: Annotated[
-        str | None, typer.Option(metavar="LAYERS", help="Layers that stream: 1,3,5-9, all or none.")
-    ] = None,
-    streaming_fraction: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Or the share of layers that stream, spread evenly; 0.5: the odd layers."),
-    ] = None,
-    sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK,
-    window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW,
-    prefill: Annotated[
-        str, typer.Option(help="How a prompt is read: stream, or full (full attention in all layers).")
-    ] = DEFAULT_PREFILL,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log of upstream's converter.")] = False,
+    options: Options = Options(),
 ) -> None:
-    """Convert a Hugging Face checkpoint to a GGUF file whose metadata says which layers stream."""
-    from lt_gguf import conversion
-    from lt_gguf.gguf_file import read_model
+    """Convert a Hugging Face checkpoint to a GGUF file in which lazy layers stream.
 
-    _say(f"Converting {model}: upstream's converter is starting")
-    files = conversion.convert(
-        model,
-        outfile,
-        outtype=outtype,
-        layers=streaming_layers,
-        fraction=streaming_fraction,
-        sink=sink,
-        window=window,
-        prefill=prefill,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
-    written = read_model(files[0])
-    spec = written.spec
-    assert spec is not None
-    layers = f" ({format_layers(spec.layers)})" if spec.layers else ""
-    print(f"{files[0]}: {written.architecture}, {common.format_bytes(written.n_bytes)}")
-    print(
-        f"{len(spec.layers)} of {written.n_layer} layers stream{layers}: "
-        f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
-    )
+    Which layers are lazy is measured, unless --select or --streaming-layers says otherwise.
+    """
+    from lt_gguf import conversion
+
+    with _progress() as progress:
+        converted = conversion.convert(checkpoint, outfile, progress=progress, **asdict(options))
+    if options.dry_run:
+        _print_plan(converted)
+    else:
+        _print_result(converted)
 
 
 def main() -> None:
@@ -68,5 +52,57 @@ def main() -> None:
     common.run(app, "hf_to_gguf_lt.py")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _print_plan(converted: Converted) -> None:
+    plan = converted.plan
+    before = "" if len(plan.files) == len(converted.files) and plan.files[0].name == converted.files[0].name else " before quantization"
+    for file, planned in zip(converted.files, plan.files):
+        print(f"{file}: {planned.n_tensors} tensors, {format_bytes(planned.n_bytes)}{before}")
+    if converted.spec is None:
+        print(f"which of {plan.model.n_layer} layers stream has to be measured")
+    else:
+        _print_layers(converted)
+    print("nothing was written (--dry-run)")
+
+
+def _print_result(converted: Converted) -> None:
+    n_bytes = sum(file.stat().st_size for file in converted.files)
+    parts = f" and {len(converted.files) - 1} more files" if len(converted.files) > 1 else ""
+    print(f"{converted.files[0]}{parts}: {converted.plan.model.architecture}, {format_bytes(n_bytes)}")
+    _print_layers(converted)
+    if converted.report_folder is not None:
+        print(f"{converted.report_folder}: the report, and a model card to publish with the file")
+
+
+def _print_layers(converted: Converted) -> None:
+    spec, selection = converted.spec, converted.selection
+    assert spec is not None and selection is not None
+    layers = f" ({format_layers(spec.layers)})" if spec.layers else ""
+    print(
+        f"{len(spec.layers)} of {spec.n_layer} layers stream{layers}: "
+        f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
+    )
+    print(f"{selection.strategy}: {selection.reason}")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Shows on stderr what is being done: a bar for each step in a terminal, else a line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True, highlight=False)
+    steps: dict[str, int] = {}
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def show(what: str, done: int, total: int) -> None:
+            # note: "Measuring layer 3" is one step with "Measuring layer 4"
+            step = what.split()[0]
+            if step not in steps:
+                steps[step] = bars.add_task(what, total=None)
+                if not console.is_terminal:
+                    console.print(what, markup=False)
+            bars.update(steps[step], description=what, completed=done, total=total or None)
+
+        yield show

@@ -12,7 +12,8 @@ import pytest
 from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 from lt_gguf.cli import app, chat
-from lt_gguf.cli.common import format_bytes, parse_size, run
+from lt_gguf.cli.common import run
+from lt_gguf.sizes import format_bytes, parse_size
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 
@@ -47,7 +48,7 @@ def test_inspect_json(lt_gguf_command, hybrid_file):
         "sink": SINK,
         "window": WINDOW,
         "prefill": "stream",
-        "selection": "interleave",
+        "selection": "interleave-odd",
     }
     assert [layer["attention"] for layer in described["layers"]] == ["full", "streaming"] * 2
     assert [layer["kv_bytes_per_token"] for layer in described["layers"]] == [2 * 2 * 16 * 4] * N_LAYER
@@ -62,7 +63,7 @@ def test_inspect_json(lt_gguf_command, hybrid_file):
 def test_inspect_tables(lt_gguf_command, hybrid_file):
     status, out, _ = lt_gguf_command("inspect", hybrid_file)
     assert status == 0
-    assert "2 layers stream, chosen by interleave: 1,3; sink 2, window 40" in " ".join(out.split())
+    assert "2 layers stream, chosen by interleave-odd: 1,3; sink 2, window 40" in " ".join(out.split())
     # 4 layers x 128 bytes x 4096 cells; 2 x 128 x 4096 + 2 x 128 x 768
     assert "2.00 MiB" in out and "1.19 MiB" in out and "41%" in out
     status, out, _ = lt_gguf_command("inspect", hybrid_file, "--streaming", "off")
@@ -111,7 +112,7 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
         (["chat", "FILE", "--snapshot-limit", "-1"], 1, '--snapshot-limit: size = "-1"'),
         (["inspect", "FILE", "--streaming", "auto:0.5"], 1, '"auto:0.5": chooses the layers while a prompt is read'),
         (["convert", "none", "--streaming-fraction", "0.5"], 1, "none: must be the folder of a Hugging Face checkpoint"),
-        (["convert", "none"], 1, "which layers stream: give either"),
+        (["convert", "none", "--select", "best"], 1, 'selection = "best": must be one of lazy-ratio'),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -11,18 +12,19 @@ import sys
 import time
 from pathlib import Path
 
-import gguf
 import psutil
 import pytest
+from support.compare_gguf import assert_same_but_for_the_streaming_keys
 from tiny_checkpoint import N_LAYER, write_checkpoint
 
-from lt_gguf import conversion_worker
+from lt_gguf.conversion import worker as conversion_worker
 from lt_gguf.conversion import convert
 from lt_gguf.gguf_file import read_model
+from lt_gguf.conversion.nan_check import NanCheck
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 
-SCRIPT = Path(__file__).parent.parent / "convert" / "hf_to_gguf_lt.py"
+SCRIPT = Path(__file__).parents[2] / "convert" / "hf_to_gguf_lt.py"
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +41,15 @@ def run(*arguments: object, **settings) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=120, **settings)
 
 
-def assert_same_but_for_the_streaming_keys(ours: Path, upstreams: Path) -> None:
-    ours_reader, upstreams_reader = gguf.GGUFReader(ours), gguf.GGUFReader(upstreams)
-    added = [key for key in ours_reader.fields if ".attention.streaming." in key or key.startswith("lighttransfer.")]
-    assert len(added) == 6
-    assert [key for key in ours_reader.fields if key not in added] == list(upstreams_reader.fields)
-    for key, field in upstreams_reader.fields.items():
-        if key != "GGUF.kv_count":
-            assert ours_reader.fields[key].types == field.types
-            assert ours_reader.fields[key].contents() == field.contents()
-    assert len(ours_reader.tensors) == len(upstreams_reader.tensors) > 8
-    for our, upstreams_own in zip(ours_reader.tensors, upstreams_reader.tensors):
-        assert (our.name, our.tensor_type, our.shape.tolist()) == (
-            upstreams_own.name,
-            upstreams_own.tensor_type,
-            upstreams_own.shape.tolist(),
-        )
-        assert our.data.tobytes() == upstreams_own.data.tobytes()
-
-
 @pytest.mark.parametrize(
     "family, outtype, options, spec, selection",
     [
         (
             "llama",
             "f16",
-            ["--streaming-fraction", "0.5"],
+            ["--select", "interleave-odd", "--streaming-fraction", "0.5"],
             StreamingSpec((1, 3), N_LAYER),
-            "interleave",
+            "interleave-odd",
         ),
         (
             "qwen2",
@@ -84,8 +67,7 @@ def test_equals_upstream(family, outtype, options, spec, selection, tmp_path, re
     assert result.returncode == 0, result.stderr
     assert str(ours) in result.stdout
     assert f"{len(spec.layers)} of {N_LAYER} layers stream" in result.stdout
-    assert "100%" in result.stderr  # progress
-    assert "warning" not in result.stderr
+    assert result.stderr.splitlines() == ["Reading the checkpoint", "Converting"]
     written = run(upstream_dir() / "convert_hf_to_gguf.py", checkpoint, "--outfile", upstreams, "--outtype", outtype)
     assert written.returncode == 0, written.stderr
     assert_same_but_for_the_streaming_keys(ours, upstreams)
@@ -95,10 +77,38 @@ def test_equals_upstream(family, outtype, options, spec, selection, tmp_path, re
 
 
 def test_upstream_names_the_file_where_a_folder_is_given(llama, tmp_path):
-    (file,) = convert(llama, tmp_path, outtype="f32", layers="none")
+    (file,) = convert(llama, tmp_path, outtype="f32", layers="none").files
     assert file.parent == tmp_path
     assert file.suffix == ".gguf" and "F32" in file.name
     assert read_model(file).spec == StreamingSpec((), N_LAYER)
+
+
+def test_options_of_upstreams_reach_it(llama, tmp_path):
+    """The names of the files, their number and the metadata are upstream's own."""
+    override = tmp_path / "override.json"
+    override.write_text(json.dumps({"general.author": "Somebody"}))
+    options = ["--split-max-tensors", "20", "--model-name", "A Name", "--metadata", override, "--no-tensor-first-split", "--no-lazy"]
+    folders = [tmp_path / "ours", tmp_path / "upstream"]
+    for folder, script, more in zip(folders, (SCRIPT, upstream_dir() / "convert_hf_to_gguf.py"), (["--streaming-layers", "1"], [])):
+        folder.mkdir()
+        result = run(script, llama, "--outfile", folder / "x-{ftype}.gguf", "--outtype", "bf16", *options, *more)
+        assert result.returncode == 0, result.stderr
+    names = sorted(file.name for file in folders[0].iterdir())
+    assert names == sorted(file.name for file in folders[1].iterdir())
+    assert len(names) > 2 and names[0].startswith("x-bf16-00001-of-")
+    for i, name in enumerate(names):
+        assert_same_but_for_the_streaming_keys(folders[0] / name, folders[1] / name, n_added=0 if i else 6)
+    assert read_model(folders[0] / names[0]).name == "A Name"
+
+
+def test_a_dry_run_writes_nothing(llama, tmp_path):
+    result = run(SCRIPT, llama, "--outfile", tmp_path / "a.gguf", "--streaming-layers", "1,2", "--outtype", "f16", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith(f"{tmp_path / 'a.gguf'}: ")
+    assert "2 of 4 layers stream (1-2)" in result.stdout and "nothing was written" in result.stdout
+    unmeasured = convert(llama, tmp_path, dry_run=True)
+    assert unmeasured.spec is None and unmeasured.files[0].parent == tmp_path
+    assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -118,7 +128,6 @@ def broken(llama: Path, folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ({}, "give either the layers, as in 1,3,5-9, or their fraction"),
         ({"layers": "1", "fraction": 0.5}, "give either"),
         ({"layers": "3-1"}, 'layers = "3-1": must be'),
         ({"fraction": 1.5}, "fraction = 1.5: must be a number from 0 to 1"),
@@ -127,10 +136,31 @@ def broken(llama: Path, folder: Path, **changes: object) -> Path:
         ({"fraction": 0.5, "sink": -1}, "sink = -1"),
         ({"fraction": 0.5, "prefill": "later"}, 'prefill = "later": must be "full" or "stream"'),
         ({"fraction": 0.5, "outtype": "q3"}, 'outtype = "q3": must be one of f32, f16'),
+        ({"select": "best"}, 'selection = "best": must be one of lazy-ratio, frequency'),
+        ({"select": "manual"}, "--streaming-layers"),
+        ({"select": "lazy-ratio", "layers": "1"}, "--streaming-layers"),
+        ({"select": "lazy-ratio", "threshold": 0.5}, "--threshold"),
+        ({"select": "preset", "fraction": 0.5}, "must not have --streaming-fraction"),
+        ({"samples": 0}, "samples = 0: must be at least 1"),
+        ({"w_last": 0}, "w_last = 0"),
+        ({"calibration_length": 1024}, "calibration length = 1024: must be more than sink + window = 1024, else every lazy ratio"),
+        ({"kv_budget": "4GiB"}, "--kv-budget needs --ctx"),
+        ({"kv_budget": "much", "ctx": 1}, '--kv-budget: size = "much": must be a number of bytes'),
+        ({"ctx": 1}, "--ctx and --cache-type are for --kv-budget"),
+        ({"kv_budget": "4GiB", "ctx": 1, "fraction": 0.5}, "must not have --streaming-fraction"),
+        ({"kv_budget": "4GiB", "ctx": 1, "cache_type": "q9"}, 'cache type = "q9": must be one of f32'),
+        ({"report": "x", "no_report": True}, "--report and --no-report: give one"),
+        ({"split_max_tensors": 9, "use_temp_file": True}, "--use-temp-file: can't be used for a split model"),
+        ({"remote": True}, "--remote streams the weights, so no lazy ratios can be measured"),
+        ({"remote": True, "layers": "1"}, "must be a hub id such as ORGANISATION/NAME, for --remote"),
+        ({"mistral_format": True}, "--mistral-format is not transformers' own"),
+        ({"mistral_format": True, "layers": "1"}, "llama: has no params.json"),
+        ({"calibration": Path("none.txt")}, "none.txt"),
     ],
+    ids=str,
 )
 def test_bad_arguments(llama, tmp_path, arguments, complaint):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, OSError)) as error:
         convert(llama, tmp_path / "a.gguf", **arguments)
     assert complaint in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -145,18 +175,21 @@ def test_bad_folders_and_files(llama, tmp_path):
     (damaged / "config.json").write_text("{")
     weightless = broken(llama, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
+    incomplete = broken(llama, tmp_path / "incomplete")
+    (incomplete / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}')
     for checkpoint, outfile, complaint in (
         (tmp_path / "none", tmp_path / "a.gguf", "none: must be the folder of a Hugging Face checkpoint"),
         (empty, tmp_path / "a.gguf", "empty: has no config.json"),
         (damaged, tmp_path / "a.gguf", r"damaged/config.json: Expecting property name"),
         (weightless, tmp_path / "a.gguf", r"weightless: has no weights, must have model\*.safetensors"),
+        (incomplete, tmp_path / "a.gguf", "incomplete: model-2.safetensors of 2 files of weights are missing"),
         (llama, tmp_path / "nowhere" / "a.gguf", "the folder .*/nowhere doesn't exist"),
         (llama, existing, "existing.gguf: exists, remove it or use --overwrite"),
     ):
         with pytest.raises((ValueError, OSError), match=complaint):
-            convert(checkpoint, outfile, fraction=0.5)
+            convert(checkpoint, outfile, select="interleave-odd")
     assert existing.read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "existing.gguf", "weightless"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "existing.gguf", "incomplete", "weightless"]
 
 
 def test_what_is_known_only_when_upstream_has_read_the_checkpoint(llama, tmp_path):
@@ -182,6 +215,46 @@ def test_what_is_known_only_when_upstream_has_read_the_checkpoint(llama, tmp_pat
     assert read_model(outfile).spec == StreamingSpec((1,), N_LAYER)
 
 
+DAMAGED = "model.layers.2.mlp.up_proj.weight"
+
+
+def damage(llama: Path, file: Path, dtype: str) -> None:
+    """Writes the checkpoint's weights as `dtype`, with NaN among them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(llama / "model.safetensors").items()}
+    tensors[DAMAGED][5, 7] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_nan_in_the_weights(llama, tmp_path):
+    damaged = broken(llama, tmp_path / "damaged")
+    (damaged / "model.safetensors").unlink()
+    damage(llama, damaged / "model.safetensors", "bfloat16")
+    with pytest.raises(ValueError) as error:
+        convert(damaged, tmp_path / "a.gguf", layers="1")
+    assert f"damaged: model.safetensors: the tensor {DAMAGED} holds NaN" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_nan_is_found_in_every_type(llama, tmp_path, dtype):
+    from gguf.utility import SafetensorsLocal
+
+    file = tmp_path / "model.safetensors"
+    damage(llama, file, dtype)
+    tensors = SafetensorsLocal(file).tensors
+    for name, tensor in tensors.items():
+        check = NanCheck()
+        check.add(tensor.data_range.filename, tensor.data_range.offset, tensor.data_range.size, tensor.dtype)
+        if name == DAMAGED:
+            with pytest.raises(ValueError, match=name):
+                check.finish()
+        else:
+            check.finish()
+
+
 @pytest.mark.parametrize(
     "error, line",
     [
@@ -198,21 +271,33 @@ def test_what_upstream_raises_becomes_one_line(error, line):
 # --------------------------------------------------------------------------------------- interruptions
 
 
+def is_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return "lt_gguf.conversion.worker" in " ".join(process.cmdline())
+    return False
+
+
 def start(checkpoint: Path, outfile: Path) -> tuple[subprocess.Popen[str], psutil.Process, Path]:
     """A conversion that has begun, its converter, held so that it can't finish, and its hidden folder."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(checkpoint), "--outfile", str(outfile), "--streaming-fraction", "0.5"],
+        [sys.executable, str(SCRIPT), str(checkpoint), "--outfile", str(outfile), "--streaming-layers", "1"],
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (workers := psutil.Process(process.pid).children()):
+    while not (workers := [child for child in psutil.Process(process.pid).children() if is_worker(child)]):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(0.1)  # it is being set up: importing upstream's converter takes longer
     workers[0].suspend()
     (hidden,) = outfile.parent.glob(".converting-*")
     return process, workers[0], hidden
+
+
+def wait_until_gone(hidden: Path) -> None:
+    deadline = time.monotonic() + 30
+    while hidden.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
@@ -223,17 +308,58 @@ def test_an_interrupted_conversion_leaves_nothing(llama, tmp_path, how):
     with contextlib.suppress(psutil.NoSuchProcess):  # on Ctrl-C it has been ended
         worker.resume()
     assert "Traceback" not in process.stderr.read()
-    deadline = time.monotonic() + 30
-    while hidden.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until_gone(hidden)
     assert not list(tmp_path.iterdir())
+
+
+INTERRUPTED = """
+import os, sys
+from lt_gguf.conversion import convert
+_, model, outfile, phase, how = sys.argv
+def progress(what, done, total):
+    if what.startswith(phase) and done == total:
+        os.kill(os.getpid(), int(how))
+options = {"calibration_length": 128, "sink": 4, "window": 60, "samples": 1, "quantize": "Q8_0"}
+convert(model, outfile, progress=progress, **options)
+"""
+
+
+@pytest.mark.parametrize(
+    "phase, how",
+    [
+        ("Converting", signal.SIGKILL),
+        *(
+            pytest.param(phase, how, marks=pytest.mark.full)
+            for phase in ("Reading", "Measuring", "Quantizing")
+            for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+        ),
+    ],
+    ids=str,
+)
+def test_interrupted_in_any_phase(llama, tmp_path, phase, how):
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    out.mkdir()
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    result = run("-c", INTERRUPTED, llama, out / "a.gguf", phase, int(how), env=environment)
+    assert result.returncode == -how, result.stderr
+    for hidden in out.glob(".converting-*"):
+        wait_until_gone(hidden)
+    assert not list(out.iterdir())
 
 
 def test_a_full_disk_leaves_nothing(llama, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    result = run(SCRIPT, llama, "--outfile", tmp_path / "a.gguf", "--streaming-fraction", "0.5", preexec_fn=limit)
+    result = run(SCRIPT, llama, "--outfile", tmp_path / "a.gguf", "--streaming-layers", "1", preexec_fn=limit)
     assert result.returncode == 1
     assert "the disk is full" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_known_before(llama, tmp_path, monkeypatch):
+    free = 200_000
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": free}))
+    with pytest.raises(OSError, match=r"has 195.31 KiB free, needs at least \d+\.\d+ KiB for a.gguf"):
+        convert(llama, tmp_path / "a.gguf", layers="1", outtype="f16")
     assert not list(tmp_path.iterdir())

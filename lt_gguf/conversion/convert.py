@@ -1,0 +1,349 @@
+"""Converts a Hugging Face checkpoint to a hybrid GGUF file: finds the lazy layers, converts, quantizes, reports.
+
+Upstream's converter does the converting (`upstream`), llama-quantize the quantizing (`quantization`). The files grow
+in a hidden folder beside their destination and are moved only when they are complete, so whatever ends the conversion, under
+the final name there is either a finished file or nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lt_gguf import calibration, hub, plots, report
+from lt_gguf.calibration import Calibration
+from lt_gguf.checkpoint_folder import CARD, check_weights, license_of, read_config
+from lt_gguf.conversion import quantization
+from lt_gguf.conversion.options import Options
+from lt_gguf.conversion.supervised import hidden_folder
+from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
+from lt_gguf.gguf_file import GGUFModel, check_can_stream
+from lt_gguf.kv_budget import select_within, smallest_number
+from lt_gguf.model_card import kv_rows, model_card
+from lt_gguf.report import Report
+from lt_gguf.selection import Model, Request, Selection
+from lt_gguf.sizes import format_bytes
+from lt_gguf.spec import StreamingSpec
+
+__all__ = ["ConversionError", "Converted", "Progress", "convert"]
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much (0: unknown)
+
+_PART = r"-\d{5}-of-\d{5}"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote; in a dry run, what it would write.
+
+    Args:
+        files: the GGUF files (several if the model is split).
+        plan: the model, and its files as they are before quantization.
+        selection: the layers that stream and why; `None` in a dry run if they would have to be measured.
+        spec: what the files say; `None` as `selection`.
+        report_folder: where the report and the model card are, if there are any.
+    """
+
+    files: tuple[Path, ...]
+    plan: Plan
+    selection: Selection | None = None
+    spec: StreamingSpec | None = None
+    report_folder: Path | None = None
+
+
+def convert(
+    model: str | os.PathLike[str],
+    outfile: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress = lambda what, done, total: None,
+    **options: Any,
+) -> Converted:
+    """Writes a checkpoint as a GGUF file whose metadata says which layers stream.
+
+    Args:
+        model: folder of a Hugging Face checkpoint, or its id on the hub.
+        outfile: file to write, `{ftype}` in its name stands for the type of the weights; or a folder, in which upstream
+            names the file. Else the checkpoint's own folder, of a model on the hub the current one.
+        progress: is called with what is being done, and how much of it is done.
+        options: fields of `Options`, as in `convert(folder, select="interleave-odd", quantize="Q4_K_M")`.
+
+    Raises:
+        ValueError: a wrong argument, or a checkpoint that can't be converted (`ConversionError`).
+        OSError: a file can't be read or written, or the hub can't be reached.
+        ImportError: what upstream's converter or the measurement needs isn't installed.
+    """
+    return _Conversion(os.fspath(model), outfile, Options(**options), progress).run()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    ratios: np.ndarray  # float64 (samples, layers), NaN where a layer wasn't measured
+    calibration: Calibration
+
+
+class _Conversion:
+    """One conversion: what is known from the start, and its steps."""
+
+    def __init__(self, model: str, outfile: str | os.PathLike[str] | None, options: Options, progress: Progress) -> None:
+        options.check()
+        self.name, self.options, self.progress = model, options, progress
+        self.strategy = options.strategy
+        self.type_name = None if options.quantize is None else quantization.check(options.quantize, options.imatrix)
+        self.hub_id = model if hub.is_hub_id(model) else None
+        if options.remote and self.hub_id is None:
+            raise ValueError(f"{model}: must be a hub id such as ORGANISATION/NAME, for --remote")
+        if self.hub_id is None:  # before a name is looked for in it
+            hub.resolve(model)
+        self.folder, self.file_name = self._destination(Path() if self.hub_id else Path(model), outfile)
+        self.checkpoint = hub.resolve(model, options.remote, options.mistral_format)
+        self.config = read_config(model, self.checkpoint, options.mistral_format)
+        if not options.remote:
+            check_weights(model, self.checkpoint, options.mistral_format)
+
+    def run(self) -> Converted:
+        measured = None
+        if self.strategy.needs_ratios and not self.options.dry_run:
+            measured = self._measure()
+        with hidden_folder(self.folder, ".converting-") as hidden:
+            with self._start_upstream(hidden) as upstream:
+                plan = upstream.plan()
+                names = self._check_plan(plan)
+                files = tuple(self.folder / name for name in names)
+                if self.strategy.needs_ratios and measured is None:
+                    return Converted(files, plan)
+                selection = self._select(plan.model, measured)
+                spec = selection.spec(plan.model.n_layer, self.options.prefill)
+                self._check_can_stream(plan.model, spec)
+                if self.options.dry_run:
+                    return Converted(files, plan, selection, spec)
+                result = self._report(plan.model, spec, selection, measured)
+                metadata = spec.to_metadata(plan.model.architecture) | result.provenance.to_metadata()
+                upstream.write(metadata, lambda done, total: self.progress("Converting", done, total))
+            finished = hidden / "converted"
+            if self.type_name is not None:
+                finished = self._quantize(hidden, plan, names)
+            # note: the first one last, without it the others are no model
+            for name in reversed(names):
+                (finished / name).replace(self.folder / name)
+        folder = self._report_folder(self.folder, names[0])
+        if folder is not None:
+            self._write_report(folder, result, files, plan.model)
+        return Converted(files, plan, selection, spec, folder)
+
+    def _measure(self) -> _Measured:
+        """Measures lazy ratios, after all that can be checked before is."""
+        try:
+            from lt_gguf.hf import analysis
+        except ImportError as error:
+            raise ImportError(f"to measure lazy ratios, {error.name} is needed: pip install 'lt-gguf[convert]'") from None
+
+        options = self.options
+        if options.calibration_length is not None:
+            calibration.check_length(options.calibration_length, options.sink, options.window)
+        if not options.no_report:
+            plots.check()
+        config = analysis.read_config(self.checkpoint)
+        analysis.choose_dtype(options.dtype, config, analysis.choose_device(options.device))
+        texts = calibration.read_texts(options.calibration, options.calibration_field)
+        with hidden_folder(self.folder, ".converting-") as hidden, self._start_upstream(hidden) as upstream:
+            plan = upstream.plan()
+        model = plan.model
+        self._check_plan(plan)
+        self._check_can_stream(model, StreamingSpec(tuple(range(model.n_layer_main)), model.n_layer))
+        self._check_budget(model)
+        length = options.calibration_length or min(calibration.DEFAULT_LENGTH, model.n_ctx_train or calibration.DEFAULT_LENGTH)
+        calibration.check_length(length, options.sink, options.window)
+        tokenize, first = analysis.load_tokenizer(self.checkpoint)
+        samples = calibration.cut_samples(texts, tokenize, first, options.samples, length)
+        ratios = analysis.measure(
+            self.checkpoint,
+            samples,
+            sink=options.sink,
+            window=options.window,
+            w_last=options.w_last,
+            device=options.device,
+            dtype=options.dtype,
+            progress=lambda what, done, total: self.progress(f"Measuring {what}", done, total),
+        )
+        return _Measured(ratios, Calibration(texts.name, texts.sha256, options.samples, length))
+
+    def _start_upstream(self, hidden: Path) -> UpstreamConverter:
+        """Upstream's converter, on its way to write into the folder `converted` in `hidden`."""
+        self.progress("Reading the checkpoint", 0, 0)
+        converted = hidden / "converted"
+        converted.mkdir()
+        checkpoint = os.path.abspath(self.checkpoint)
+        if self.options.remote:
+            checkpoint = self.name
+        elif self.hub_id is not None:
+            # note: upstream takes the model's name from its folder's, which in the cache is the hash of a commit
+            link = hidden / self.hub_id.split("/")[1]
+            link.symlink_to(self.checkpoint.resolve())
+            checkpoint = str(link)
+        arguments = [checkpoint, "--outfile", str(converted / self.file_name), *self.options.upstream_arguments()]
+        return UpstreamConverter(self.name, arguments, hidden, self.options.verbose)
+
+    def _check_plan(self, plan: Plan) -> list[str]:
+        """The names of the files to write. Raises OSError or ValueError if something is in the way of a file or the report."""
+        names = [self._final_name(file.name) for file in plan.files]
+        for name in names:
+            self._check_absent(self.folder / name)
+        self._check_report(self.folder, names[0])
+        needed = plan.n_bytes
+        if self.type_name is not None:
+            bytes_each = 4 if self.options.outtype == "f32" else 2
+            needed += quantization.least_bytes(self.type_name, plan.n_bytes // bytes_each)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free and not self.options.dry_run:
+            raise OSError(f"{self.folder}: has {format_bytes(free)} free, needs at least {format_bytes(needed)} for {names[0]}")
+        return names
+
+    def _check_can_stream(self, model: GGUFModel, spec: StreamingSpec) -> None:
+        with self._named_errors():
+            check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+
+    def _check_budget(self, model: GGUFModel) -> None:
+        """Refuses a budget that no number of layers keeps, before anything is measured."""
+        options = self.options
+        if options.budget is None or options.ctx is None:
+            return
+        with self._named_errors():
+            smallest_number(
+                model.kv_shape,
+                options.budget,
+                options.ctx,
+                n_layer_main=model.n_layer_main,
+                sink=options.sink,
+                window=options.window,
+                cache_type=options.kv_cache_type,
+            )
+
+    def _select(self, model: GGUFModel, measured: _Measured | None) -> Selection:
+        options = self.options
+        name = self.hub_id or self.checkpoint.resolve().name
+        with self._named_errors():
+            request = Request(
+                Model(model.architecture, name, model.n_layer, model.n_layer_main, self.config),
+                fraction=options.share,
+                ratios=None if measured is None else measured.ratios,
+                layers=options.layers,
+                threshold=options.threshold,
+                sink=options.sink,
+                window=options.window,
+            )
+            if options.budget is None or options.ctx is None:
+                return self.strategy.select(request)
+            check_can_stream(
+                model.architecture, StreamingSpec((0,), model.n_layer), model.n_layer_main, model.why_not_streaming
+            )
+            return select_within(
+                self.strategy, request, model.kv_shape, options.budget, options.ctx, cache_type=options.kv_cache_type
+            )
+
+    def _quantize(self, hidden: Path, plan: Plan, names: list[str]) -> Path:
+        """Quantizes what was converted; returns the folder of the quantized files."""
+        assert self.type_name is not None
+        quantized = hidden / "quantized"
+        quantized.mkdir()
+        with self._named_errors():
+            quantization.quantize(
+                hidden / "converted" / plan.files[0].name,
+                quantized / re.sub(rf"{_PART}(?=[.]gguf$)", "", names[0]) if len(names) > 1 else quantized / names[0],
+                self.type_name,
+                imatrix=self.options.imatrix,
+                is_split=len(names) > 1,
+                progress=lambda done, total: self.progress("Quantizing", done, total),
+            )
+        return quantized
+
+    def _report(
+        self, model: GGUFModel, spec: StreamingSpec, selection: Selection, measured: _Measured | None
+    ) -> Report:
+        takes_share = self.strategy.counts and self.options.budget is None
+        return Report(
+            self.hub_id or self.checkpoint.resolve().name,
+            model.architecture,
+            spec,
+            selection,
+            self.options.share if takes_share else None,
+            *((None, None, None) if measured is None else self._as_reported(measured)),
+        )
+
+    def _as_reported(self, measured: _Measured) -> tuple[int, tuple[tuple[float, ...], ...], Calibration]:
+        return self.options.w_last, tuple(map(tuple, measured.ratios.tolist())), measured.calibration
+
+    def _report_folder(self, beside: Path, first_file: str) -> Path | None:
+        """Where the report of a file in the folder `beside` goes; `None` if there is to be none."""
+        if self.options.report is not None:
+            return self.options.report
+        if self.options.no_report or not self.strategy.needs_ratios:
+            return None
+        return beside / f"{re.sub(rf'({_PART})?[.]gguf$', '', first_file)}-report"
+
+    def _write_report(self, folder: Path, result: Report, files: tuple[Path, ...], model: GGUFModel) -> None:
+        self.progress("Writing the report", 0, 0)
+        result.write(folder, self.options.overwrite)
+        said = str(self.config.get("_name_or_path", ""))
+        base_model = self.hub_id or (said if hub.is_hub_id(said) else self.checkpoint.resolve().name)
+        rows = kv_rows(model.kv_shape, result.spec) if model.why_not_streaming is None else ()
+        card = model_card(result, files, base_model, license_of(self.checkpoint), rows)
+        unfinished = folder / f".{CARD}.{os.getpid()}"
+        try:
+            unfinished.write_text(card, encoding="utf-8")
+            unfinished.replace(folder / CARD)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _destination(self, default: Path, outfile: str | os.PathLike[str] | None) -> tuple[Path, str]:
+        """The folder to write into, and the file's name in it, empty if upstream is to name it."""
+        outfile = default if outfile is None else Path(outfile)
+        if outfile.is_dir():
+            return outfile, ""
+        if not outfile.parent.is_dir():
+            raise ValueError(f"{outfile}: the folder {outfile.parent} doesn't exist")
+        # note: before quantization upstream knows only the type that it is quantized from
+        name = outfile.name if self.type_name is None else _fill(outfile.name, self.type_name)
+        if not self.options.is_split and not re.search(r"[{}]", name):
+            self._check_absent(outfile.parent / name)
+            self._check_report(outfile.parent, name)
+        return outfile.parent, name
+
+    def _check_absent(self, file: Path) -> None:
+        if file.exists() and not self.options.overwrite:
+            raise FileExistsError(f"{file}: exists, remove it or use --overwrite")
+
+    def _check_report(self, beside: Path, first_file: str) -> None:
+        folder = self._report_folder(beside, first_file)
+        if folder is not None:
+            report.check_destination(folder, self.options.overwrite)
+
+    def _final_name(self, name: str) -> str:
+        """What a file is called that upstream calls `name`: where it chose the name, that says the type of the weights."""
+        if self.type_name is None or self.file_name:
+            return name
+        return re.sub(rf"(?:-(?:F32|F16|BF16))?(?=(?:{_PART})?[.]gguf$)", f"-{self.type_name}", name, count=1)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Puts the checkpoint's name before what is wrong with it."""
+        try:
+            yield
+        except ValueError as error:
+            raise ConversionError(f"{self.name}: {error}") from None
+
+
+def _fill(name: str, weights: str) -> str:
+    """Upstream's `fill_templated_filename`: the type of the weights for {ftype}, {outtype} or {}, {FTYPE} in capitals."""
+    lower, upper = weights.lower(), weights.upper()
+    try:
+        return name.format(lower, ftype=lower, outtype=lower, FTYPE=upper, OUTTYPE=upper)
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(f"{name}: a name with braces must have {{ftype}} in them, the type of the weights") from None
