@@ -45,7 +45,8 @@ def test_contexts_side_by_side(model):
     contexts = []
     for i in range(2 * len(SPECS)):
         model.set_streaming(SPECS[i % len(SPECS)])
-        contexts.append(model.context(n_ctx=2048, n_batch=512, n_ubatch=64))
+        # note: one thread each, because llama.cpp's threads wait for each other without giving their cores away
+        contexts.append(model.context(n_ctx=2048, n_batch=512, n_ubatch=64, n_threads=1))
     model.set_streaming(None)
     try:
         alone = [talk(context, i) for i, context in enumerate(contexts)]
