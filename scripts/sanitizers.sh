@@ -35,9 +35,13 @@ cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -
 ninja -C "$dir" llama ggml mtmd ggml-rpc
 
 for runtime in $runtimes; do preload="${preload:-} $(gcc -print-file-name="$runtime")"; done
-export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1
-export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export TSAN_OPTIONS=halt_on_error=1:abort_on_error=1:report_signal_unsafe=0:suppressions=$PWD/scripts/thread_sanitizer.txt
+# pytest would swallow what they print
+report=$dir/report
+rm -f "$report".*
+trap '[ $? -eq 0 ] || { echo "sanitizers, $name: failed"; head -n 60 "$report".* 2>/dev/null; } >&2' EXIT
+export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:log_path=$report
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$report
+export TSAN_OPTIONS=halt_on_error=1:abort_on_error=1:report_signal_unsafe=0:suppressions=$PWD/scripts/thread_sanitizer.txt:log_path=$report
 export LT_GGUF_LIB_PATH=$dir/bin LLAMA_CPP_LIB_PATH=$dir/bin LT_TEST_THREADS=$threads
 
 # not on these libraries: bits equal to a stock build without sanitizers, and a process that doesn't grow

@@ -18,6 +18,23 @@ static const uint32_t LT_STATE_MAGIC = 0x324b544c; // "LTK2"
 //   for each sequence the list of its prompts, number of cells of the prompt part and, if there are any, its content.
 //   a partial state has no full part
 
+// no text in a state is longer: that of a spec names each of at most LLAMA_MAX_LAYERS layers
+static const uint32_t LT_TEXT_MAX = 4096;
+
+// note: not by llama_io_read_i::read_string(), for which a damaged length is an allocation
+static std::string lt_read_text(llama_io_read_i & io) {
+    uint32_t n;
+    io.read(&n, sizeof(n));
+    if (n == 0 || n > LT_TEXT_MAX) {
+        throw std::runtime_error("the beginning of the state is damaged");
+    }
+
+    std::string res(n, '\0');
+    io.read(&res[0], n);
+
+    return res;
+}
+
 // the spec that both contexts must have. layers that were chosen for a prompt are not part of it
 static std::string lt_spec_text(const lt_spec & spec) {
     lt_spec res = spec;
@@ -125,10 +142,8 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
         throw std::runtime_error(format("the state is of a context without streaming layers, this one has %s", spec.str().c_str()));
     }
 
-    std::string spec_state;
-    std::string layers_state;
-    io.read_string(spec_state);
-    io.read_string(layers_state);
+    std::string spec_state   = lt_read_text(io);
+    std::string layers_state = lt_read_text(io);
     if (spec_state != lt_spec_text(spec)) {
         std::replace_if(spec_state.begin(), spec_state.end(), [](unsigned char c) { return c < 32 || c > 126; }, '?'); // damaged
 
