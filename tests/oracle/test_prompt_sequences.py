@@ -169,6 +169,8 @@ def test_a_prompt_whose_tokens_belong_to_all(subject, measured, n_seq, n_prompt)
             transcript.rows[n_prompt - 1] = rows[0]
             assert not context.in_prompt(transcript.seq)
             assert context.positions(FULL, transcript.seq) == list(range(n_prompt))
+        # what all have is held once: for each one more it would be some 22 kB in each streaming layer
+        assert len(context.save()) < len(context.save_seq(0)) + 15_000
         for turn in range(60):
             decode_together(context, [(t, 1, [True]) for t in transcripts])
             if turn == 30:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 from support.families import COMMON
-from support.native import FULL, KV_BYTES, PROMPT, STREAMING, DecodeError, log
+from support.native import FULL, KV_BYTES, PROMPT, STREAMING, C, DecodeError, log
 from support.oracle import EXACT, Subject, difference, random_tokens
 from support.transcript import Transcript
+
+from lt_gguf.runtime.library import LIBRARY, library_dir
 
 N_LAYER, LAYERS = 4, (1, 3)
 SINK, WINDOW, N_UBATCH = 4, 60, 64
 HEAD_DIM = COMMON["hidden_size"] // COMMON["num_attention_heads"]
 VALUES_A_TOKEN = 2 * COMMON["num_key_value_heads"] * HEAD_DIM  # of a layer: K and V
 F32_TOKEN_BYTES = 4 * VALUES_A_TOKEN * len(LAYERS)
+N_HEAD = COMMON["num_attention_heads"]
 CACHES = pytest.mark.parametrize("unified", [True, False], ids=["unified", "separate"])
 
 
@@ -97,6 +102,40 @@ def test_short_messages_take_no_memory_of_a_prompt(model):
             transcript.read(40, end=False)
             assert context.kv_bytes(PROMPT) == 0
             transcript.read(10)
+        assert transcript.difference() <= EXACT
+
+
+class Watch:
+    """Notes how many cells each layer's attention reads, by the shape of its scores."""
+
+    def __init__(self) -> None:
+        ggml = ctypes.CDLL(str(library_dir() / LIBRARY.replace("libllama", "libggml-base")))
+        ggml.ggml_get_name.restype, ggml.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+        ggml.ggml_nelements.restype, ggml.ggml_nelements.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+        self.n_read: dict[str, int] = {}
+
+        def watch(tensor: int, _ask: bool, _user_data: int | None) -> bool:
+            name = ggml.ggml_get_name(tensor).decode()
+            if name.startswith("kq-"):
+                self.n_read[name] = ggml.ggml_nelements(tensor) // N_HEAD
+            return False
+
+        self.callback = C.ggml_backend_sched_eval_callback(watch)
+
+
+@pytest.mark.parametrize("n_message", [20, 300, 400, 1000])
+def test_decoding_reads_no_more_cells_than_sinks_and_window_need(model, n_message):
+    """Also after messages that were read in the cells for a large micro-batch: what is kept is moved to the first ones."""
+    watch = Watch()
+    spec, context = context_of(model, n_ubatch=512, cb_eval=watch.callback)
+    with context:
+        transcript = Transcript(model, spec, context)
+        for _ in range(3):
+            transcript.read(n_message)
+            transcript.decode(1)
+            expected = {f"kq-{il}": padded(SINK + WINDOW + 64 if il in LAYERS else len(transcript)) for il in range(N_LAYER)}
+            assert watch.n_read == expected
+        transcript.decode(WINDOW)
         assert transcript.difference() <= EXACT
 
 
