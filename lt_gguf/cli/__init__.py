@@ -1,19 +1,32 @@
-"""The command `lt-gguf`: one file a subcommand."""
+"""The command `lt-gguf`: one file a subcommand, each with a function of its own name."""
 
 from __future__ import annotations
 
-from lt_gguf.cli import analyze, chat, convert, flag, inspect, run
+import sys
+from importlib import import_module
+
+import typer
+
 from lt_gguf.cli.common import new_app
 from lt_gguf.cli.common import run as run_app
 
-app = new_app(help="Hybrid GGUF models: convert, inspect, analyze and run them.", no_args_is_help=True)
-app.command("convert")(convert.convert)
-app.command("flag")(flag.flag)
-app.command("inspect")(inspect.inspect)
-app.command("analyze")(analyze.analyze)
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
+COMMANDS = ("convert", "inspect", "analyze", "flag", "run", "chat")
+
+
+def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
+    """The command line with these subcommands; each takes the imports of its own."""
+    app = new_app()
+
+    @app.callback()  # note: else typer makes a lone subcommand the whole command
+    def lt_gguf() -> None:
+        """Hybrid GGUF models: convert, inspect, analyze, flag and run them."""
+
+    for name in commands:
+        app.command(name)(getattr(import_module(f"lt_gguf.cli.{name}"), name))
+    return app
 
 
 def main() -> None:
-    run_app(app, "lt-gguf")
+    # note: only what is asked for is imported, so that the start of a short command doesn't take longer than its work
+    named = tuple(name for name in sys.argv[1:2] if name in COMMANDS)
+    run_app(build_app(named or COMMANDS), "lt-gguf", sys.argv[1:] or ["--help"])

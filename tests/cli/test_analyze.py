@@ -12,8 +12,6 @@ from tiny_checkpoint import N_LAYER, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf
 from lt_gguf import plots
-from lt_gguf.cli import app
-from lt_gguf.cli.common import run
 from lt_gguf.report import FILES, Report
 from lt_gguf.spec import StreamingSpec
 
@@ -29,16 +27,9 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def command(capfd):
-    """Runs `lt-gguf analyze ARGUMENTS` in this process; returns its exit status, stdout and stderr."""
-
-    def analyze(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(app, "lt-gguf", ["analyze", *map(str, arguments), *QUICK])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return analyze
+def command(lt_gguf_command):
+    """The same for `lt-gguf analyze`."""
+    return lambda *arguments: lt_gguf_command("analyze", *arguments, *QUICK)
 
 
 @pytest.fixture

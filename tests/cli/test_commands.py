@@ -11,27 +11,13 @@ from types import SimpleNamespace
 import pytest
 from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
-from lt_gguf.cli import app, chat
-from lt_gguf.cli.common import run
+from lt_gguf.cli import chat
 from lt_gguf.sizes import format_bytes, parse_size
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 
 IN_FULL = ["--streaming", "layers=1,3;prefill=full"]
 QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
-
-
-@pytest.fixture
-def lt_gguf_command(capfd):
-    """Runs `lt-gguf ARGUMENTS` in this process; returns its exit status, stdout and stderr."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(app, "lt-gguf", [str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return command
 
 
 # ---------------------------------------------------------------------------------------------- inspect

@@ -12,8 +12,6 @@ import pytest
 from support.small_gguf import N_LAYER, write_small
 
 from lt_gguf.calibration import Calibration
-from lt_gguf.cli import app
-from lt_gguf.cli.common import run
 from lt_gguf.gguf_file import read_model
 from lt_gguf.report import Report
 from lt_gguf.selection.base import Selection
@@ -21,19 +19,6 @@ from lt_gguf.spec import Provenance, StreamingSpec, Typed
 
 RATIOS = ((0.25, 0.5, 0.75, 1.0), (0.75, 0.5, 0.75, 0.5))
 MEAN = (0.5, 0.5, 0.75, 0.75)
-
-
-@pytest.fixture
-def lt_gguf_command(capfd):
-    """Runs `lt-gguf ARGUMENTS` in this process; returns its exit status, stdout and stderr."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(app, "lt-gguf", [str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return command
 
 
 @pytest.fixture
