@@ -165,7 +165,8 @@ def test_ranges_of_the_parts(tmp_path):
 
 
 def test_progress_reaches_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(flagging, "_KERNEL_CHUNK", 100_000)
+    monkeypatch.setattr(flagging, "_KERNEL_CHUNK", 20_000)
+    monkeypatch.setattr(flagging, "_BUFFER", 10_000)
     old = write_small(tmp_path / "old.gguf", files=3)
     seen: list[tuple[int, int]] = []
     new = flag(old[0], tmp_path / FINAL[3], SPEC, MANUAL, progress=lambda done, total: seen.append((done, total)))

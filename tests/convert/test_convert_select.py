@@ -76,12 +76,12 @@ def test_an_existing_report_is_kept(llama, text, tmp_path):
 
 
 def test_what_cannot_be_measured(llama, text, tmp_path):
-    bert = write_checkpoint(tmp_path / "mistral", "mistral", sliding_window=64)
+    sliding = write_checkpoint(tmp_path / "mistral", "mistral", sliding_window=64)
     short = tmp_path / "short.txt"
     short.write_text("too short")
     before = sorted(path.name for path in tmp_path.iterdir())
     for model, options, complaint in (
-        (bert, {}, "sliding window"),
+        (sliding, {}, "sliding window"),
         (llama, {"calibration": short}, "short.txt: .*give a longer text"),
         (llama, {"calibration_length": 32}, "must be more than sink . window = 32"),
         (llama, {"device": "abacus"}, "abacus"),
