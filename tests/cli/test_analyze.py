@@ -12,6 +12,7 @@ from tiny_checkpoint import N_LAYER, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf
 from lt_gguf import plots
+from lt_gguf.calibration import Calibration
 from lt_gguf.report import FILES, Report
 from lt_gguf.spec import StreamingSpec
 
@@ -73,16 +74,8 @@ def test_a_report_of_a_gguf_file(analyze, hybrid_file, text, tmp_path):
     assert written["strategy"] == "lazy-ratio" and written["fraction"] == 0.5 and written["prefill"] == "full"
     assert (written["sink"], written["window"], written["w_last"]) == (2, 40, 16)
     assert written["model"] == hybrid_file.name and written["architecture"] == "llama"
-    assert written["calibration"] == {
-        "data": "calibration.txt",
-        "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
-        "samples": 3,
-        "length": 200,
-        "tokens": 600,
-        "w_last": 16,
-        "w_sink": 2,
-        "w_recent": 40,
-    }
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert written["calibration"] == Calibration("calibration.txt", sha256, 3, 200).describe(2, 40, 16)
     spec = StreamingSpec(tuple(written["streaming_layers"]), N_LAYER, 2, 40, "full")
     assert written["streaming"] == str(spec)
 

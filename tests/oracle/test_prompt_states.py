@@ -211,6 +211,20 @@ def test_a_checkpoint_is_small_where_the_context_says_so(subject):
         assert context.can_checkpoint()
 
 
+@pytest.mark.parametrize("length", [0, 5000, 2**32 - 1])
+def test_a_damaged_length_of_a_text_is_refused_before_it_is_read(subject, length):
+    model = subject("llama")
+    spec, context = context_of(model, [1, 2])
+    with context:
+        saved = run(Transcript(model, spec, context), "after a prompt")
+        state = context.save_seq(0)
+        at = state.index(b"LTK2") + 4  # of the spec's length
+        start = log.mark()
+        assert not context.restore_seq(state[:at] + length.to_bytes(4, "little") + state[at + 4 :], 1)
+        assert "the beginning of the state is damaged" in " ".join(log.since(start))
+        go_on(saved)
+
+
 def test_damaged_states_are_refused(subject):
     """Cut or changed ones end in a refusal or in something valid; the context stays usable."""
     model = subject("llama")
