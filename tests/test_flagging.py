@@ -175,6 +175,17 @@ def test_progress_reaches_the_end(tmp_path, monkeypatch):
     assert seen[-1] == (size, size) and {total for _, total in seen} == {size}
 
 
+def test_a_buffer_smaller_than_what_is_copied(tmp_path, monkeypatch):
+    """Nothing is copied beyond the end of a part, behind which other keys follow than before."""
+    (old,) = flag(write_small(tmp_path / "plain.gguf")[0], tmp_path / "old.gguf", SPEC, MANUAL)
+    changed = StreamingSpec((0,), SPEC.n_layer, 1, 7)
+    (expected,) = flag(old, tmp_path / "expected.gguf", changed, MANUAL)
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    monkeypatch.setattr(flagging, "_BUFFER", 37)
+    (new,) = flag(old, tmp_path / "new.gguf", changed, MANUAL)
+    assert new.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize("failure", ["EXDEV", "nothing copied", "not there"])
 def test_where_the_kernel_cannot_copy(tmp_path, monkeypatch, failure):
     def cannot(*_: object) -> int:
