@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lt_gguf.hf.streaming_attention import apply_streaming_attention, streaming_attention, visible
+from lt_gguf.hf.streaming_attention import apply_streaming, streaming_attention, visible
 from lt_gguf.spec import StreamingSpec
 from support.families import FAMILIES
 from support.reference import NumpyLlama
@@ -30,7 +30,7 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def logits(model, inputs, streaming, prompts=None, implementation="sdpa", **arguments):
-    with torch.no_grad(), streaming_attention(model, streaming, implementation, prompts):
+    with torch.no_grad(), streaming_attention(model, streaming, prompts=prompts, implementation=implementation):
         return model(inputs, **arguments).logits
 
 
@@ -120,7 +120,7 @@ def test_every_split_with_a_cache_equals_one_forward_pass(llama, prompts):
 )
 def test_prompts_that_do_not_fit_are_refused(llama, prefill, prompts, words):
     with pytest.raises(ValueError, match=words):
-        apply_streaming_attention(llama, spec([1], prefill=prefill), prompts=prompts)
+        apply_streaming(llama, spec([1], prefill=prefill), prompts=prompts)
 
 
 def test_a_checkpoint_can_be_saved_while_prompts_are_set(llama):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from lt_gguf.hf.streaming_attention import (
-    apply_streaming_attention,
-    remove_streaming_attention,
+    apply_streaming,
+    remove_streaming,
     streaming_attention,
     visible,
 )
@@ -28,7 +28,7 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def logits(model, inputs: torch.Tensor, streaming: StreamingSpec | None, implementation="sdpa", **arguments):
-    with torch.no_grad(), streaming_attention(model, streaming, implementation):
+    with torch.no_grad(), streaming_attention(model, streaming, implementation=implementation):
         return model(inputs, **arguments).logits
 
 
@@ -117,9 +117,9 @@ def test_gradients_flow_to_visible_keys_only(llama):
 def test_removing_it_restores_the_model_and_its_config(llama):
     inputs = tokens(1, 40)
     before, config = logits(llama, inputs, None), llama.config.to_dict()
-    apply_streaming_attention(llama, spec([1]))
+    apply_streaming(llama, spec([1]))
     assert llama.config.to_json_string()  # a checkpoint can be saved while it is applied
-    remove_streaming_attention(llama)
+    remove_streaming(llama)
     assert llama.config.to_dict() == config
     with torch.no_grad():
         assert torch.equal(llama(inputs).logits, before)
@@ -134,7 +134,7 @@ def test_removing_it_restores_the_model_and_its_config(llama):
 )
 def test_what_does_not_fit_is_refused(llama, streaming, implementation, words):
     with pytest.raises(ValueError, match=words):
-        apply_streaming_attention(llama, streaming, implementation)
+        apply_streaming(llama, streaming, implementation=implementation)
 
 
 def test_a_layer_with_a_window_of_its_own_is_refused():
@@ -144,7 +144,7 @@ def test_a_layer_with_a_window_of_its_own_is_refused():
     options |= dict(num_attention_heads=2, num_key_value_heads=2, use_sliding_window=True, sliding_window=8)
     sliding = AutoModelForCausalLM.from_config(Qwen3Config(**options, max_window_layers=2))
     with pytest.raises(ValueError, match="layer 3 is a sliding_attention layer"):
-        apply_streaming_attention(sliding, spec([0, 3]))
+        apply_streaming(sliding, spec([0, 3]))
     inputs = tokens(1, 30) % 64
     assert torch.isfinite(logits(sliding, inputs, spec([0]))).all()
 
@@ -154,7 +154,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused():
 
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=N_LAYER, n_head=2))
     with pytest.raises(ValueError, match="BloomForCausalLM.*AttentionInterface"):
-        apply_streaming_attention(bloom, spec([1]))
+        apply_streaming(bloom, spec([1]))
 
 
 def test_a_mask_made_by_the_caller_is_refused(llama):
