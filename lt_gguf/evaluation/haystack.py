@@ -1,0 +1,54 @@
+"""What needles are hidden in: sentences of stories, or of texts that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lt_gguf.evaluation.stories import story_sentences
+from lt_gguf.evaluation.words import pick
+
+_LINES_OF_A_TEXT = 2  # taken from one place, so that a prompt is a mixture
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """An endless source of sentences.
+
+    Args:
+        texts: documents whose lines come among the stories.
+        share: of the passages, how many are from `texts`; 0: stories only, 1: texts only.
+    """
+
+    texts: Sequence[str] = ()
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share of texts = {self.share}: must be from 0 to 1")
+        if self.share and not any(text.strip() for text in self.texts):
+            raise ValueError("haystack: its texts are empty, must be text to hide needles in")
+
+    def sentences(self, rng: np.random.Generator) -> Iterator[str]:
+        """Sentences or lines, without whitespace around them, never an empty one."""
+        while True:
+            if self.share and rng.random() < self.share:
+                lines = pick(rng, self.texts).split("\n")
+                start = int(rng.integers(len(lines)))
+                passage = [line.strip() for line in lines[start : start + _LINES_OF_A_TEXT]]
+            else:
+                passage = story_sentences(rng)
+            yield from (sentence for sentence in passage if sentence)
+
+
+def take(sentences: Iterator[str], budget: int, size: Callable[[str], int]) -> list[str]:
+    """As many of the next sentences as fit `budget`; `size` says how much of it one takes."""
+    taken: list[str] = []
+    while True:
+        sentence = next(sentences)
+        budget -= size(sentence)
+        if budget < 0:
+            return taken
+        taken.append(sentence)

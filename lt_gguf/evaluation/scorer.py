@@ -1,0 +1,347 @@
+"""`Scorer`: what a GGUF model says to many prompts, several at a time: log-probabilities of given answers, or its own answers.
+
+Each request is a conversation of its own: a prompt, read as one, and an answer, decoded. With `prefill = full` that makes a
+difference: only decoded tokens see what streaming layers have kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from lt_gguf.auto_spec import AutoSpec, parse_running, runtime_text
+from lt_gguf.fields import check_integer, is_auto
+from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, cache_type
+from lt_gguf.runtime import api
+from lt_gguf.runtime.batch import POSITION, SEQUENCE, WANTED, Batch, batch_part
+from lt_gguf.runtime.library import load_llama_cpp
+from lt_gguf.runtime.log import captured_errors
+from lt_gguf.runtime.text_model import TextModel
+from lt_gguf.spec import StreamingSpec
+
+_llama_cpp = load_llama_cpp().llama_cpp
+
+T = TypeVar("T")
+Request = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt and of its answer
+Question = tuple[Sequence[int], int] | tuple[Sequence[int], int, Sequence[int]]  # a prompt, tokens, the answer's beginning
+Keep = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of rows of log-probabilities and the tokens at their places
+
+_N_CTX_STEP = 1024  # a context that grows grows by so many tokens, so that it rarely does
+_LOGITS_BYTES = 2**26  # most that are taken at a time: with a large vocabulary, batches of answers are smaller
+
+_NO_TOKENS = np.empty(0, np.int32)
+
+
+def _keep_all(rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return rows
+
+
+@dataclass(frozen=True)
+class ScorerOptions:
+    """How a model is loaded and run.
+
+    Args:
+        n_ctx: most tokens of one request, prompt and answer together; 0: as many as there are, the context grows. (Give
+            it for models whose RoPE depends on the size of the context.)
+        n_parallel: requests that are worked on at a time.
+        n_batch: tokens that are computed at once.
+        n_threads: CPU threads; `None`: half of the machine's.
+        n_gpu_layers: layers that run on the GPU, if there is one; -1: all.
+        cache_type_k: type of K in the KV cache, a key of `lt_gguf.kv_memory.CACHE_TYPES`.
+        cache_type_v: the same of V.
+        flash_attn: use flash attention.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and says what is allowed.
+    """
+
+    n_ctx: int = 0
+    n_parallel: int = 4
+    n_batch: int = 512
+    n_threads: int | None = None
+    n_gpu_layers: int = 0
+    cache_type_k: str = DEFAULT_CACHE_TYPE
+    cache_type_v: str = DEFAULT_CACHE_TYPE
+    flash_attn: bool = True
+
+    def __post_init__(self) -> None:
+        check_integer("n_ctx", self.n_ctx, 0)
+        check_integer("n_parallel", self.n_parallel, 1, _llama_cpp.llama_max_parallel_sequences())
+        check_integer("n_batch", self.n_batch, 1)
+        check_integer("n_threads", 1 if self.n_threads is None else self.n_threads, 1)
+        check_integer("n_gpu_layers", self.n_gpu_layers, -1)
+        cache_type(self.cache_type_k)
+        cache_type(self.cache_type_v)
+
+
+class Scorer(TextModel):
+    """A model, and a context in which requests are worked on. A context manager.
+
+    Args:
+        file: GGUF file, the first one of a split model.
+        streaming: which layers stream, as for `lt_gguf.Llama`: `None`: what the file and the environment variable
+            LT_STREAMING say; `"off"`: none; a spec or its text. `auto` takes n_parallel = 1.
+        options: how the model is run.
+
+    Raises:
+        ValueError: the file can't be loaded, or its model can't stream as asked.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        streaming: StreamingSpec | AutoSpec | str | None = None,
+        options: ScorerOptions = ScorerOptions(),
+    ) -> None:
+        super().__init__(file, options.n_gpu_layers)
+        self.options = options
+        self._context: int | None = None
+        try:
+            self._set_spec(streaming)
+            self._make_context(options.n_ctx or _N_CTX_STEP)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the context and the model. Nothing else can be done afterwards."""
+        self._free_context()
+        super().close()
+
+    # -- what streams
+
+    @property
+    def spec(self) -> StreamingSpec | None:
+        """Which layers stream, `None` if none does. Where they are chosen for the prompt: for the last one that was read."""
+        if self._context is None:
+            return None
+        spec, _ = parse_running(api.context_spec(self._context), self.n_layer)
+        return spec if spec.layers else None
+
+    def with_streaming(self, streaming: StreamingSpec | AutoSpec | str | None) -> None:
+        """Goes on with another spec, on the same weights. Iterators that haven't ended go on with it, too.
+
+        Raises:
+            ValueError: the model can't stream so.
+        """
+        self._set_spec(streaming)
+        self._make_context(self._n_ctx)
+
+    def _set_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
+        if spec is not None and not isinstance(spec, (str, StreamingSpec, AutoSpec)):
+            raise ValueError(f'streaming = {spec!r}: must be a StreamingSpec, an AutoSpec, a string, "off" or None')
+        if isinstance(spec, StreamingSpec) and spec.n_layer != self.n_layer:
+            raise ValueError(f"streaming: is for a model of {spec.n_layer} layers, must be for {self.n_layer}")
+        try:
+            api.set_model_spec(self._model.model, None if spec is None else runtime_text(spec))
+        except ValueError as error:
+            raise ValueError(f"streaming: {error}") from None
+
+    # -- requests
+
+    def logprobs(self, requests: Iterable[Request], keep: Keep = _keep_all) -> Iterator[np.ndarray]:
+        """The log-probabilities of what comes at the place of each token of an answer, after the prompt and the answer so far.
+
+        Args:
+            requests: prompts, of at least a token, and answers.
+            keep: what is kept of the log-probabilities of a few places, float32 (places, n_vocab), and the answer's tokens
+                there, int32 (places,): an array with a row for each place. By default everything, which is a lot where a
+                large vocabulary meets long answers.
+
+        Yields:
+            what is kept, by default float32 (tokens of the answer, n_vocab), in the order of the requests.
+
+        Raises:
+            ValueError: a prompt is empty, doesn't fit the prompt limit, or doesn't fit n_ctx with its answer.
+            RuntimeError: llama_decode failed.
+        """
+        for group in _groups(requests, self.options.n_parallel):
+            yield from self._score(group, keep)
+
+    def generate(
+        self,
+        requests: Iterable[Question],
+        stop: Collection[int] = (),
+        *,
+        choose: Callable[[np.ndarray], int] = np.argmax,
+        is_done: Callable[[list[int]], bool] = lambda answer: False,
+    ) -> Iterator[list[int]]:
+        """The model's own answers.
+
+        Args:
+            requests: prompts, of at least a token, most tokens of their answers, and maybe the beginning of an answer, which is
+                decoded and not counted.
+            stop: tokens that end an answer, and are no part of it.
+            choose: gives the next token for log-probabilities, float32 (n_vocab,); by default the most likely one.
+            is_done: whether an answer, of at least a token, is to end here.
+
+        Yields:
+            the tokens of an answer, without its given beginning, in the order of the requests.
+
+        Raises:
+            ValueError, RuntimeError: as for `logprobs`.
+        """
+        for group in _groups(requests, self.options.n_parallel):
+            yield from self._answer(group, stop, choose, is_done)
+
+    def _score(self, group: list[Request], keep: Keep) -> list[np.ndarray]:
+        # note: an empty answer has no first token; what is kept for it is dropped
+        first_tokens = np.array([answer[0] if len(answer) else 0 for _, answer in group], np.int32)
+        rest_tokens = np.concatenate([np.asarray(answer[1:], np.int32) for _, answer in group])
+        sizes = [len(answer) for _, answer in group]
+        first = self._read([prompt for prompt, _ in group], sizes, keep, first_tokens)
+        rest = self._continue([answer[:-1] for _, answer in group], [len(prompt) for prompt, _ in group], keep, rest_tokens)
+        return [np.concatenate([first[seq, None], rest[seq]])[:size] for seq, size in enumerate(sizes)]
+
+    def _answer(
+        self,
+        group: list[Question],
+        stop: Collection[int],
+        choose: Callable[[np.ndarray], int],
+        is_done: Callable[[list[int]], bool],
+    ) -> list[list[int]]:
+        prompts, n_max, given = zip(*((*request, ())[:3] for request in group), strict=True)
+        rows = self._read(prompts, [len(begun) + n for begun, n in zip(given, n_max, strict=True)])
+        answers: list[list[int]] = [[] for _ in group]
+        running = [seq for seq, n in enumerate(n_max) if n > 0]
+        to_decode, n_past = given, [len(prompt) for prompt in prompts]
+        while running:
+            for seq, new_rows in enumerate(self._continue(to_decode, n_past)):
+                n_past[seq] += len(new_rows)
+                if len(new_rows):
+                    rows[seq] = new_rows[-1]
+            to_decode, unfinished = [[] for _ in group], []
+            for seq in running:
+                token = int(choose(rows[seq]))
+                if token in stop:
+                    continue
+                answers[seq].append(token)
+                if len(answers[seq]) < n_max[seq] and not is_done(answers[seq]):
+                    to_decode[seq] = [token]
+                    unfinished.append(seq)
+            running = unfinished
+        return answers
+
+    # -- batches
+
+    def _read(
+        self, prompts: Sequence[Sequence[int]], n_answer: list[int], keep: Keep = _keep_all, expected: np.ndarray = _NO_TOKENS
+    ) -> np.ndarray:
+        """Reads prompts into an empty context that has room for answers of so many tokens.
+
+        Returns:
+            what is kept, by default float32 (prompts, n_vocab): log-probabilities of what comes next.
+        """
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("a request's prompt is empty: must have at least one token, as the one that begins a text")
+        # note: the last token of an answer is not computed
+        self._need(max(len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, n_answer, strict=True)))
+        _llama_cpp.llama_memory_clear(_llama_cpp.llama_get_memory(self._context), False)
+        wanted = [np.arange(len(prompt)) == len(prompt) - 1 for prompt in prompts]
+        parts = [batch_part(prompt, 0, seq, wanted[seq]) for seq, prompt in enumerate(prompts)]
+        return self._decode(np.concatenate(parts, axis=1), keep, expected, [len(prompt) for prompt in prompts])
+
+    def _continue(
+        self, tokens: Sequence[Sequence[int]], n_past: list[int], keep: Keep = _keep_all, expected: np.ndarray = _NO_TOKENS
+    ) -> list[np.ndarray]:
+        """Decodes tokens of each sequence after its first `n_past`: what is kept for each, by default log-probabilities of
+        what comes after each token, float32 (tokens, n_vocab)."""
+        parts = [batch_part(part, n_past[seq], seq, True) for seq, part in enumerate(tokens)]
+        kept = self._decode(np.concatenate(parts, axis=1), keep, expected)
+        return np.split(kept, np.cumsum([part.shape[1] for part in parts])[:-1])
+
+    def _decode(
+        self, tokens: np.ndarray, keep: Keep = _keep_all, expected: np.ndarray = _NO_TOKENS, n_prompt: Sequence[int] = ()
+    ) -> np.ndarray:
+        """Computes the tokens of an array for batches (4, any number).
+
+        Args:
+            keep: as for `logprobs`.
+            expected: the tokens of answers at the places of those that are wanted, for `keep`.
+            n_prompt: if they are prompts, their lengths. They are announced when they begin, so that streaming layers make
+                room for all of one, but not for all of them at once.
+
+        Returns:
+            what is kept, by default float32 (those that are wanted, n_vocab): log-probabilities.
+        """
+        n_at_once = self._batch.size if len(n_prompt) else self._n_answer_at_once
+        kept = [keep(np.empty((0, self.n_vocab), np.float32), _NO_TOKENS)]
+        for begin in range(0, tokens.shape[1], n_at_once):
+            part = tokens[:, begin : begin + n_at_once]
+            for seq in part[SEQUENCE, part[POSITION] == 0].tolist():
+                api.prompt_begin(self._context, seq, n_prompt[seq])
+            rows = self._compute(part)
+            kept.append(keep(rows, expected[: len(rows)]))
+            expected = expected[len(rows) :]
+        return np.concatenate(kept)
+
+    def _compute(self, tokens: np.ndarray) -> np.ndarray:
+        """One llama_decode: float32 (tokens that are wanted, n_vocab) log-probabilities."""
+        self._batch.fill(tokens)
+        with captured_errors(forward=False) as log:
+            code = _llama_cpp.llama_decode(self._context, self._batch.native)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}: {log.reason or 'it gives no reason'}")
+        n_wanted = int(tokens[WANTED].sum())
+        if not n_wanted:
+            return np.empty((0, self.n_vocab), np.float32)
+        return _log_softmax(np.ctypeslib.as_array(_llama_cpp.llama_get_logits(self._context), (n_wanted, self.n_vocab)))
+
+    def _need(self, n_tokens: int) -> None:
+        """Has a context with room for so many tokens in a sequence; a new one is empty."""
+        if self.options.n_ctx and n_tokens > self.options.n_ctx:
+            raise ValueError(f"a prompt and its answer take {n_tokens} tokens, must be at most n_ctx = {self.options.n_ctx}")
+        if self._context is None or n_tokens > self._n_ctx:
+            self._make_context(self.options.n_ctx or -(-n_tokens // _N_CTX_STEP) * _N_CTX_STEP)
+
+    def _make_context(self, n_ctx: int) -> None:
+        self._free_context()
+        options, model = self.options, self._model.model
+        if is_auto(api.model_spec(model)) and options.n_parallel > 1:
+            raise ValueError(f"n_parallel = {options.n_parallel}: must be 1 where the layers are chosen for the prompt")
+        parameters = _llama_cpp.llama_context_default_params()
+        parameters.n_ctx = n_ctx * options.n_parallel
+        parameters.n_seq_max = options.n_parallel
+        parameters.n_batch = options.n_batch
+        parameters.n_threads = parameters.n_threads_batch = options.n_threads or max(1, (os.cpu_count() or 2) // 2)
+        parameters.type_k = cache_type(options.cache_type_k).ggml_type
+        parameters.type_v = cache_type(options.cache_type_v).ggml_type
+        parameters.flash_attn_type = int(options.flash_attn)
+        # a part of the cache for each sequence: in a common one the attention of each would go over the tokens of all
+        parameters.kv_unified = False
+        with captured_errors(forward=False) as log:
+            self._context = _llama_cpp.llama_init_from_model(model, parameters)
+        if not self._context:
+            raise ValueError(f"{self.file}: {log.reason or 'no context can be made'}")
+        self._n_ctx = n_ctx
+        self._batch = Batch(_llama_cpp.llama_n_batch(self._context))
+        self._n_answer_at_once = min(self._batch.size, max(1, _LOGITS_BYTES // (4 * self.n_vocab)))
+
+    def _free_context(self) -> None:
+        if self._context:
+            with captured_errors(forward=False):  # it says how much memory it gives back
+                _llama_cpp.llama_free(self._context)
+        self._context = None
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The same shape and type; sums are in float64."""
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
