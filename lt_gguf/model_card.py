@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, KVShape, kv_memory
+from lt_gguf.selection.evidence import Candidate
 from lt_gguf.sizes import format_bytes
 from lt_gguf.spec import StreamingSpec, format_layers
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = (4096, 32768, 131072)
 PAPER = "[arXiv 2410.13846](https://arxiv.org/abs/2410.13846)"
+_LONG_TABLE = 12  # lines of a table that is shown as a whole
 
 
 class KVRow(NamedTuple):
@@ -103,6 +105,8 @@ def streaming_section(report: Report, folder: str = "") -> str:
             f"![Lazy ratio of each layer and sample]({path}lazy_ratio_by_sample.png)",
             _ratio_table(mean, spec),
         ]
+    if chosen.candidates:
+        parts += [_compared(report), _candidate_table(chosen.candidates, spec)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,8 +128,34 @@ def _ratio_table(mean: Sequence[float], spec: StreamingSpec) -> str:
     for il, ratio in enumerate(mean):
         value = "not measured" if math.isnan(ratio) else f"{ratio:.4f}"
         lines.append(f"| {il} | {value} | {'streams' if spec.is_streaming(il) else ''} |")
-    # note: folded, a big model has 80 layers
-    return "\n".join(["<details><summary>All lazy ratios</summary>", "", *lines, "", "</details>"])
+    return _folded("All lazy ratios", lines)
+
+
+def _compared(report: Report) -> str:
+    text = (
+        "These candidates were run with the full model on the same prompts. How far their predictions are from its own is the KL "
+        "divergence, in nats: over the last tokens of texts, and over what answers to puzzles have to look up far back in their "
+        "prompts. What they find of that is the share in the last column."
+    )
+    measured = report.selection.measurement
+    return text if measured is None else f"{text} Measured on {_plain(str(measured))}."
+
+
+def _candidate_table(candidates: Sequence[Candidate], spec: StreamingSpec) -> str:
+    lines = ["| candidate | streaming layers | KL, texts | KL, answers | found | |", "| --- | --- | --: | --: | --: | --- |"]
+    for candidate in candidates:
+        evidence = candidate.evidence
+        streams = bool(candidate.layers) and set(candidate.layers) <= set(spec.layers)
+        lines.append(
+            f"| {_plain(candidate.name)} | {format_layers(candidate.layers) or 'none'} | {evidence.kl_text:.4f} | "
+            f"{evidence.kl_answer:.4f} | {evidence.accuracy:.1%} | {'streams' if streams else ''} |"
+        )
+    return "\n".join(lines) if len(lines) <= _LONG_TABLE else _folded("All candidates", lines)
+
+
+def _folded(title: str, lines: Sequence[str]) -> str:
+    """A part that a reader opens: a big model has 80 layers."""
+    return "\n".join([f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
 
 
 def _front_matter(report: Report, base_model: str | None, license: str | None) -> str:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from lt_gguf.calibration import Calibration
 from lt_gguf.model_card import streaming_section
 from lt_gguf.selection.base import Selection, fit_ratios, mean_over_samples
+from lt_gguf.selection.evidence import Candidate, Evidence, Measurement
 from lt_gguf.spec import Provenance, StreamingSpec
 
 REPORT = "report.json"
@@ -105,6 +106,8 @@ class Report:
             "lazy_ratio": None if mean is None else _without_nan(mean),
             "lazy_ratio_by_sample": None if self.ratios is None else list(map(_without_nan, self.ratios)),
             "calibration": None if self.calibration is None else self._described_calibration(),
+            "candidates": [_describe(candidate) for candidate in self.selection.candidates] or None,
+            "measurement": None if self.selection.measurement is None else asdict(self.selection.measurement),
         }
 
     @classmethod
@@ -126,11 +129,12 @@ class Report:
         strategy, reason = (_get(content, key, "a string", _is_string) for key in ("strategy", "reason"))
         if content.get("streaming", str(spec)) != str(spec):
             raise ValueError(f'streaming = {_short(content["streaming"])}: contradicts the other keys, which say "{spec}"')
+        measured = _read_candidates(content, n_layer), _read_measurement(content)
         report = cls(
             _get(content, "model", "a string", _is_string),
             _get(content, "architecture", "a string", _is_string),
             spec,
-            Selection(strategy, spec.layers, reason, sink, window),
+            Selection(strategy, spec.layers, reason, sink, window, None, *measured),
             _get(content, "fraction", "a number from 0 to 1, or null", _is_fraction),
             _get(content, "w_last", "an integer of at least 1, or null", lambda value: value is None or _is_count(value)),
             _read_ratios(content, n_layer),
@@ -265,6 +269,18 @@ def _is_fraction(value: Any) -> bool:
     return value is None or isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(score is not None and _is_fraction(score) for score in value)
+
+
+def _is_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 def _is_ratios(value: Any) -> bool:
     return isinstance(value, list) and all(ratio is None or _is_fraction(ratio) for ratio in value)
 
@@ -289,6 +305,44 @@ def _read_calibration(content: Mapping[str, Any]) -> Calibration | None:
     data, sha256 = (_get(described, key, "a string", _is_string) for key in ("data", "sha256"))
     samples, length = (_get(described, key, "an integer of at least 1", _is_count) for key in ("samples", "length"))
     return Calibration(data, sha256, samples, length)
+
+
+def _describe(candidate: Candidate) -> dict[str, Any]:
+    evidence = candidate.evidence
+    found = {"kl_text": evidence.kl_text, "kl_answer": evidence.kl_answer, "accuracy": evidence.accuracy}
+    return {"name": candidate.name, "layers": list(candidate.layers), **found, "scores": list(evidence.scores)}
+
+
+def _read_candidates(content: Mapping[str, Any], n_layer: int) -> tuple[Candidate, ...]:
+    # note: older reports have no such key
+    if content.get("candidates") is None:
+        return ()
+    listed = _get(content, "candidates", "null, or a list of objects", _is_objects)
+    return tuple(_read_candidate(described, n_layer) for described in listed)
+
+
+def _read_candidate(described: Mapping[str, Any], n_layer: int) -> Candidate:
+    try:
+        name = _get(described, "name", "a string", _is_string)
+        layers = StreamingSpec(tuple(_get(described, "layers", "a list of layers", _is_integers)), n_layer).layers
+        kl = [_get(described, key, "a number", _is_number) for key in ("kl_text", "kl_answer")]
+        scores = _get(described, "scores", "a list of numbers from 0 to 1", _is_scores)
+    except ValueError as error:
+        raise ValueError(f"candidates: {error}") from None
+    return Candidate(name, layers, Evidence(*map(float, kl), tuple(map(float, scores))))
+
+
+def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:
+    described = content.get("measurement")
+    if described is None:
+        return None
+    _get(content, "measurement", "an object, or null", lambda value: isinstance(value, dict))
+    counts = ("texts", "puzzles", "length", "runs", "prompts", "tokens")
+    try:
+        data = [_get(described, key, "a string", _is_string) for key in ("data", "sha256")]
+        return Measurement(*data, *(_get(described, key, "an integer of at least 1", _is_count) for key in counts))
+    except ValueError as error:
+        raise ValueError(f"measurement: {error}") from None
 
 
 def _agree(stored: Any, mean: tuple[float, ...]) -> bool:

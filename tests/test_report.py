@@ -71,6 +71,8 @@ def test_what_is_in_it():
             "w_sink": 2,
             "w_recent": 40,
         },
+        "candidates": None,
+        "measurement": None,
     }
 
 

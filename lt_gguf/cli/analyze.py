@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +17,13 @@ from lt_gguf import plots
 from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration, Texts
 from lt_gguf.cli import model as model_options
+from lt_gguf.cli.common import print_candidates
+from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
 from lt_gguf.gguf_file import check_can_stream, read_model
 from lt_gguf.report import Report, check_destination
-from lt_gguf.selection import Model, Request, asked_strategy, strategies
-from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
+from lt_gguf.selection import Model, Request, Strategy, asked_strategy, strategies
+from lt_gguf.selection.evidence import Candidates
+from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
 
 BAR_WIDTH = 40
 
@@ -56,8 +60,14 @@ def analyze(
             help=f"Length of each; {DEFAULT_LENGTH} by default, or the model's context if that is smaller.",
         ),
     ] = None,
+    puzzles: Annotated[
+        int, typer.Option(metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto).")
+    ] = DEFAULT_PUZZLES,
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK,
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW,
+    prefill: Annotated[
+        str, typer.Option(help="How a prompt is to be read: stream, or full (full attention in all layers).")
+    ] = DEFAULT_PREFILL,
     w_last: Annotated[int, typer.Option(help="Last tokens of each sample whose attention is measured.")] = DEFAULT_W_LAST,
     device: Annotated[str, typer.Option(help="Where a checkpoint is measured: auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Type that a checkpoint is measured in: auto, float32, bfloat16, float16.")] = "auto",
@@ -71,40 +81,93 @@ def analyze(
     """
     chosen = asked_strategy(select, layers, threshold)
     AutoSpec(fraction, sink, window, w_last)  # checks these
+    StreamingSpec((), 1, sink, window, prefill)
+    check_puzzles(puzzles)
     if out is not None:
         plots.check()
         check_destination(out, overwrite)
     is_file = Path(model).suffix.lower() == ".gguf" or Path(model).is_file()
     if is_file and (device, dtype) != ("auto", "auto"):
         raise ValueError("--device and --dtype are for checkpoints: a GGUF file is measured with --n-gpu-layers as it is")
+    if chosen.measures_hybrid and not is_file:
+        raise ValueError(
+            f"selection {chosen.name}: runs the hybrid itself, must be asked of a GGUF file: "
+            f"lt-gguf convert --select {chosen.name} makes it first"
+        )
     subject = _GGUFFile(model, options) if is_file else _Checkpoint(model, device, dtype, options.threads)
 
     request = Request(subject.model, None, fraction, None, layers, threshold, sink, window)
-    selection = None if chosen.needs_ratios else chosen.select(request)
-    if selection is not None:  # note: a preset has its own, and its ratios must be those of what will stream
-        sink, window = selection.sink, selection.window
-    length = length if length is not None else min(DEFAULT_LENGTH, subject.n_ctx)
-    texts_of.check_length(length, sink, window)
-    texts = texts_of.read_texts(calibration, calibration_field)
-    with _Progress() as progress:
-        ratios = subject.measure(texts, samples, length, sink=sink, window=window, w_last=w_last, progress=progress)
-    if selection is None:
-        selection = chosen.select(replace(request, ratios=ratios))
-
-    report = Report(
-        subject.name,
-        subject.model.architecture,
-        selection.spec(subject.model.n_layer),
-        selection,
-        fraction if chosen.counts else None,
-        w_last,
-        ratios,
-        Calibration(texts.name, texts.sha256, samples, length),
+    how = _Settings(
+        calibration=calibration,
+        calibration_field=calibration_field,
+        samples=samples,
+        puzzles=puzzles,
+        length=length,
+        w_last=w_last,
+        prefill=prefill,
     )
+    report = _analyze(subject, chosen, request, how)
     files = [] if out is None else report.write(out, overwrite)
     print_bars(report)
+    print_candidates(report.selection, report.spec)
     if files:
         print(f"{out}: {', '.join(file.name for file in files)}")
+
+
+def analyze_file(file: str, select: str, spec: StreamingSpec) -> Report:
+    """What a strategy chooses in a GGUF file, by what it needs to measure and nothing else, with the defaults of the command.
+
+    Args:
+        spec: what streaming layers see, and how prompts are read; its layers don't count.
+
+    Raises:
+        ValueError: there is no such strategy, it needs more than a name, or it can't be measured.
+        OSError: the file can't be read.
+    """
+    chosen = asked_strategy(select, None, None)
+    subject = _GGUFFile(file, model_options.LoadOptions())
+    request = Request(subject.model, sink=spec.sink, window=spec.window)
+    return _analyze(subject, chosen, request, _Settings(prefill=spec.prefill, all_ratios=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What is measured; each is the option of the command with its name. `all_ratios`: also lazy ratios that nothing needs."""
+
+    calibration: Path | None = None
+    calibration_field: str = DEFAULT_FIELD
+    samples: int = DEFAULT_SAMPLES
+    puzzles: int = DEFAULT_PUZZLES
+    length: int | None = None
+    w_last: int = DEFAULT_W_LAST
+    prefill: str = DEFAULT_PREFILL
+    all_ratios: bool = True
+
+
+def _analyze(subject: _GGUFFile | _Checkpoint, chosen: Strategy, request: Request, how: _Settings) -> Report:
+    selection = None if chosen.measures else chosen.select(request)
+    seen = selection or request  # note: a preset has its own, and its ratios must be those of what will stream
+    measured = {}
+    if chosen.measures or how.all_ratios:
+        length = how.length if how.length is not None else min(DEFAULT_LENGTH, subject.n_ctx)
+        texts_of.check_length(length, seen.sink, seen.window)
+        texts = texts_of.read_texts(how.calibration, how.calibration_field)
+        with _Progress() as progress:
+            if chosen.needs_ratios or how.all_ratios:
+                settings = {"sink": seen.sink, "window": seen.window, "w_last": how.w_last, "progress": progress}
+                ratios = subject.measure(texts, how.samples, length, **settings)
+                request = replace(request, ratios=ratios)
+                calibration = Calibration(texts.name, texts.sha256, how.samples, length)
+                measured = {"w_last": how.w_last, "ratios": ratios, "calibration": calibration}
+            if chosen.measures_hybrid:
+                spec = StreamingSpec((), subject.model.n_layer, seen.sink, seen.window, how.prefill)
+                settings = {"samples": how.samples, "puzzles": how.puzzles, "length": length}
+                with subject.candidates(texts, spec, **settings, progress=progress.with_announcement) as candidates:
+                    selection = chosen.select(replace(request, candidates=candidates))
+    selection = selection or chosen.select(request)
+    spec = selection.spec(subject.model.n_layer, how.prefill)
+    fraction = request.fraction if chosen.counts else None
+    return Report(subject.name, subject.model.architecture, spec, selection, fraction, **measured)
 
 
 class _GGUFFile:
@@ -128,6 +191,21 @@ class _GGUFFile:
             llm = model_options.load(self._file, options)
             prompts = texts_of.cut_samples(texts, *analysis.tokenizer(llm), samples, length)
             return analysis.measure(llm, prompts, **settings)
+
+    def candidates(self, texts: Texts, spec: StreamingSpec, **settings: Any) -> AbstractContextManager[Candidates]:
+        from lt_gguf.evaluation.candidates import open_candidates
+        from lt_gguf.evaluation.scorer import ScorerOptions
+
+        own = self._options
+        options = ScorerOptions(
+            n_batch=own.batch_size,
+            n_threads=own.threads or None,
+            n_gpu_layers=own.n_gpu_layers,
+            cache_type_k=own.cache_type,
+            cache_type_v=own.cache_type,
+            flash_attn=own.flash_attn,
+        )
+        return open_candidates(Path(self._file), spec, texts, options=options, **settings)
 
 
 class _Checkpoint:
@@ -184,6 +262,12 @@ class _Progress:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total, description=f"Measuring, {what}")
+
+    def with_announcement(self, what: str, done: int, total: int) -> None:
+        """The same, and a line that stays before it begins, also where there is no terminal."""
+        if done == 0:
+            self._bar.console.print(what, markup=False, highlight=False, soft_wrap=True)
+        self(what, done, total)
 
 
 def print_bars(report: Report) -> None:

@@ -33,7 +33,8 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint to a GGUF file in which lazy layers stream.
 
-    Which layers are lazy is measured, unless --select or --streaming-layers says otherwise.
+    Which layers are lazy is measured, unless --select or --streaming-layers says otherwise, or the checkpoint was trained to
+    stream in certain layers, which its config.json says then.
     """
     from lt_gguf import conversion
 
@@ -82,6 +83,7 @@ def _print_layers(converted: Converted) -> None:
         f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
     )
     print(f"{selection.strategy}: {selection.reason}")
+    common.print_candidates(selection, spec)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.model import ModelFile
 from lt_gguf.flagging import Progress, flag_in_place
 from lt_gguf.flagging import flag as write_flagged
@@ -36,6 +37,14 @@ def flag(
         Path | None,
         typer.Option("--from", metavar="REPORT.json", help="Or what lt-gguf analyze or convert has found and written."),
     ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STRATEGY",
+            help="Or measure now, as lt-gguf analyze does, which has more options: lazy-ratio, kl, auto, ...",
+            show_default=False,
+        ),
+    ] = None,
     off: Annotated[bool, typer.Option("--off", help="Or make it an ordinary model: remove all that we have written.")] = False,
     sink: Annotated[
         int | None, typer.Option(help=f"First positions that a streaming layer always sees, {_INHERITED} 4.", show_default=False)
@@ -54,10 +63,12 @@ def flag(
 ) -> None:
     """Change which layers of a GGUF file stream, without converting it again: its tensors are copied as they are."""
     sees = {key: value for key, value in (("sink", sink), ("window", window), ("prefill", prefill)) if value is not None}
-    _check_options(streaming_layers, report, off, sees)
+    _check_options(streaming_layers, report, select, off, sees)
     if (outfile is None) != in_place:
         raise ValueError(f"{file}: give the file to write after it, or --in-place, and not both")
-    spec, provenance = (None, None) if off else _choose(read_model(file), streaming_layers, report, sees)
+    if select is not None and outfile is not None and outfile.is_file() and not overwrite:
+        raise FileExistsError(f"{outfile}: exists, remove it or use --overwrite")  # now, not after hours of measuring
+    spec, provenance = (None, None) if off else _choose(read_model(file), streaming_layers, report, select, sees)
     if outfile is None:
         if not flag_in_place(file, spec, provenance):
             print(f"{file}: says that already, nothing was changed", file=sys.stderr)
@@ -68,21 +79,22 @@ def flag(
     _print_summary(written, read_model(written))
 
 
-def _check_options(layers: str | None, report: Path | None, off: bool, sees: dict[str, Any]) -> None:
-    chosen = [name for name, given in (("--streaming-layers", layers), ("--from", report), ("--off", off)) if given]
+def _check_options(layers: str | None, report: Path | None, select: str | None, off: bool, sees: dict[str, Any]) -> None:
+    options = (("--streaming-layers", layers), ("--from", report), ("--select", select), ("--off", off))
+    chosen = [name for name, given in options if given]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)}: give one of them")
     if not chosen and not sees:
         raise ValueError(
-            "what to change: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json, or --off, or, for a file whose "
-            "layers stay as they are, --sink, --window or --prefill"
+            "what to change: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json, or --off, or --select STRATEGY, or, "
+            "for a file whose layers stay as they are, --sink, --window or --prefill"
         )
     if off and sees:
         raise ValueError(f"--off removes what --{next(iter(sees))} would change: give one of them")
 
 
 def _choose(
-    model: GGUFModel, layers: str | None, report: Path | None, sees: dict[str, Any]
+    model: GGUFModel, layers: str | None, report: Path | None, select: str | None, sees: dict[str, Any]
 ) -> tuple[StreamingSpec, Provenance | None]:
     """The new spec and how its layers were chosen.
 
@@ -93,6 +105,8 @@ def _choose(
     if report is not None:
         spec, provenance = _from_report(model, report)
         return replace(spec, **sees), provenance
+    if select is not None:
+        return _measure(model, select, replace(model.spec or StreamingSpec.off(model.n_layer), layers=(), **sees))
     if layers is not None:
         base = model.spec or StreamingSpec.off(model.n_layer)
         # note: what was measured on the model stays true of it, whatever layers somebody chooses then
@@ -102,6 +116,17 @@ def _choose(
     if model.spec is None:
         raise ValueError(f"{model.path}: no layer streams: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json")
     return replace(model.spec, **sees), model.provenance
+
+
+def _measure(model: GGUFModel, select: str, spec: StreamingSpec) -> tuple[StreamingSpec, Provenance]:
+    """What a strategy chooses, where streaming layers see what `spec` says."""
+    from lt_gguf.cli.analyze import analyze_file
+
+    report = analyze_file(str(model.path), select, spec)
+    print(f"{report.selection.strategy}: {report.selection.reason}")
+    print_candidates(report.selection, report.spec)
+    print(f'--streaming "{report.spec}"')  # note: so that it isn't lost if the file can't be written
+    return report.spec, report.provenance
 
 
 def _from_report(model: GGUFModel, path: Path) -> tuple[StreamingSpec, Provenance]:

@@ -13,16 +13,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lt_gguf import calibration, hub, plots, report
-from lt_gguf.calibration import Calibration
+from lt_gguf.calibration import Calibration, Texts
 from lt_gguf.checkpoint_folder import CARD, check_weights, license_of, read_config
 from lt_gguf.conversion import quantization
 from lt_gguf.conversion.options import Options
+from lt_gguf.conversion.running import flag_converted, open_converted
 from lt_gguf.conversion.supervised import hidden_folder
 from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
 from lt_gguf.gguf_file import GGUFModel, check_can_stream
@@ -30,8 +32,11 @@ from lt_gguf.kv_budget import select_within, smallest_number
 from lt_gguf.model_card import kv_rows, model_card
 from lt_gguf.report import Report
 from lt_gguf.selection import Model, Request, Selection
+from lt_gguf.selection.evidence import Candidates
+from lt_gguf.selection.trained import Trained
 from lt_gguf.sizes import format_bytes
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import Provenance, StreamingSpec
+from lt_gguf.spec_in_config import read_spec
 
 __all__ = ["ConversionError", "Converted", "Progress", "convert"]
 
@@ -92,6 +97,8 @@ class _Measured:
 class _Conversion:
     """One conversion: what is known from the start, and its steps."""
 
+    _texts: Texts  # once something is to be measured
+
     def __init__(self, model: str, outfile: str | os.PathLike[str] | None, options: Options, progress: Progress) -> None:
         options.check()
         self.name, self.options, self.progress = model, options, progress
@@ -105,38 +112,52 @@ class _Conversion:
         self.folder, self.file_name = self._destination(Path() if self.hub_id else Path(model), outfile)
         self.checkpoint = hub.resolve(model, options.remote, options.mistral_format)
         self.config = read_config(model, self.checkpoint, options.mistral_format)
+        self.strategy = options.strategy_for(self.config)
         if not options.remote:
             check_weights(model, self.checkpoint, options.mistral_format)
 
     def run(self) -> Converted:
         measured = None
-        if self.strategy.needs_ratios and not self.options.dry_run:
-            measured = self._measure()
+        if self.strategy.measures and not self.options.dry_run:
+            self._prepare_measuring()
+            measured = self._measure() if self.strategy.needs_ratios else None
         with hidden_folder(self.folder, ".converting-") as hidden:
             with self._start_upstream(hidden) as upstream:
                 plan = upstream.plan()
                 names = self._check_plan(plan)
                 files = tuple(self.folder / name for name in names)
-                if self.strategy.needs_ratios and measured is None:
+                if self.strategy.measures and self.options.dry_run:
                     return Converted(files, plan)
-                selection = self._select(plan.model, measured)
-                spec = selection.spec(plan.model.n_layer, self.options.prefill)
-                self._check_can_stream(plan.model, spec)
-                if self.options.dry_run:
-                    return Converted(files, plan, selection, spec)
-                result = self._report(plan.model, spec, selection, measured)
-                metadata = spec.to_metadata(plan.model.architecture) | result.provenance.to_metadata()
-                upstream.write(metadata, lambda done, total: self.progress("Converting", done, total))
+                if self.strategy.measures_hybrid:
+                    self._check_measurable(plan.model)
+                    metadata = {}
+                else:
+                    result = self._choose(plan.model, measured)
+                    if self.options.dry_run:
+                        return Converted(files, plan, result.selection, result.spec)
+                    metadata = result.spec.to_metadata(plan.model.architecture) | self._provenance(result).to_metadata()
+                upstream.write(metadata, partial(self.progress, "Converting"))
             finished = hidden / "converted"
+            if self.strategy.measures_hybrid:
+                first = finished / plan.files[0].name
+                result = self._choose_by_running(first, plan.model, measured)
+                with self._named_errors():
+                    finished = flag_converted(first, result.spec, self._provenance(result), partial(self.progress, "Copying"))
             if self.type_name is not None:
-                finished = self._quantize(hidden, plan, names)
+                finished = self._quantize(finished, plan, names)
             # note: the first one last, without it the others are no model
             for name in reversed(names):
                 (finished / name).replace(self.folder / name)
         folder = self._report_folder(self.folder, names[0])
         if folder is not None:
             self._write_report(folder, result, files, plan.model)
-        return Converted(files, plan, selection, spec, folder)
+        return Converted(files, plan, result.selection, result.spec, folder)
+
+    def _prepare_measuring(self) -> None:
+        """Reads the calibration texts, and raises what is wrong whatever the model is."""
+        if (length := self.options.calibration_length) is not None:
+            calibration.check_length(length, self.options.sink, self.options.window)
+        self._texts = calibration.read_texts(self.options.calibration, self.options.calibration_field)
 
     def _measure(self) -> _Measured:
         """Measures lazy ratios, after all that can be checked before is."""
@@ -146,23 +167,17 @@ class _Conversion:
             raise ImportError(f"to measure lazy ratios, {error.name} is needed: pip install 'lt-gguf[convert]'") from None
 
         options = self.options
-        if options.calibration_length is not None:
-            calibration.check_length(options.calibration_length, options.sink, options.window)
         if not options.no_report:
             plots.check()
         config = analysis.read_config(self.checkpoint)
         analysis.choose_dtype(options.dtype, config, analysis.choose_device(options.device))
-        texts = calibration.read_texts(options.calibration, options.calibration_field)
         with hidden_folder(self.folder, ".converting-") as hidden, self._start_upstream(hidden) as upstream:
             plan = upstream.plan()
-        model = plan.model
         self._check_plan(plan)
-        self._check_can_stream(model, StreamingSpec(tuple(range(model.n_layer_main)), model.n_layer))
-        self._check_budget(model)
-        length = options.calibration_length or min(calibration.DEFAULT_LENGTH, model.n_ctx_train or calibration.DEFAULT_LENGTH)
-        calibration.check_length(length, options.sink, options.window)
+        self._check_measurable(plan.model)
+        length = self._length(plan.model)
         tokenize, first = analysis.load_tokenizer(self.checkpoint)
-        samples = calibration.cut_samples(texts, tokenize, first, options.samples, length)
+        samples = calibration.cut_samples(self._texts, tokenize, first, options.samples, length)
         ratios = analysis.measure(
             self.checkpoint,
             samples,
@@ -173,7 +188,20 @@ class _Conversion:
             dtype=options.dtype,
             progress=lambda what, done, total: self.progress(f"Measuring {what}", done, total),
         )
-        return _Measured(ratios, Calibration(texts.name, texts.sha256, options.samples, length))
+        return _Measured(ratios, Calibration(self._texts.name, self._texts.sha256, options.samples, length))
+
+    def _check_measurable(self, model: GGUFModel) -> None:
+        """Raises now what would be wrong when everything has been measured."""
+        self._check_can_stream(model, StreamingSpec(tuple(range(model.n_layer_main)), model.n_layer))
+        self._check_budget(model)
+        self._length(model)
+
+    def _length(self, model: GGUFModel) -> int:
+        """Tokens of a calibration prompt. Raises ValueError if they are too few."""
+        most = model.n_ctx_train or calibration.DEFAULT_LENGTH
+        length = self.options.calibration_length or min(calibration.DEFAULT_LENGTH, most)
+        calibration.check_length(length, self.options.sink, self.options.window)
+        return length
 
     def _start_upstream(self, hidden: Path) -> UpstreamConverter:
         """Upstream's converter, on its way to write into the folder `converted` in `hidden`."""
@@ -198,6 +226,8 @@ class _Conversion:
             self._check_absent(self.folder / name)
         self._check_report(self.folder, names[0])
         needed = plan.n_bytes
+        if self.strategy.measures_hybrid:
+            needed += plan.n_bytes  # it is converted, measured, and copied with its streaming layers
         if self.type_name is not None:
             bytes_each = 4 if self.options.outtype == "f32" else 2
             needed += quantization.least_bytes(self.type_name, plan.n_bytes // bytes_each)
@@ -226,7 +256,19 @@ class _Conversion:
                 cache_type=options.kv_cache_type,
             )
 
-    def _select(self, model: GGUFModel, measured: _Measured | None) -> Selection:
+    def _choose(self, model: GGUFModel, measured: _Measured | None, candidates: Candidates | None = None) -> Report:
+        selection = self._select(model, measured, candidates)
+        spec = selection.spec(model.n_layer, self.options.prefill)
+        self._check_can_stream(model, spec)
+        return self._report(model, spec, selection, measured)
+
+    def _choose_by_running(self, file: Path, model: GGUFModel, measured: _Measured | None) -> Report:
+        """Chooses by what is measured on the converted file."""
+        settings = self.options, self._texts, self._length(model), self.progress
+        with self._named_errors(), open_converted(file, model.n_layer, *settings) as candidates:
+            return self._choose(model, measured, candidates)
+
+    def _select(self, model: GGUFModel, measured: _Measured | None, candidates: Candidates | None) -> Selection:
         options = self.options
         name = self.hub_id or self.checkpoint.resolve().name
         with self._named_errors():
@@ -238,6 +280,7 @@ class _Conversion:
                 threshold=options.threshold,
                 sink=options.sink,
                 window=options.window,
+                candidates=candidates,
             )
             if options.budget is None or options.ctx is None:
                 return self.strategy.select(request)
@@ -248,14 +291,14 @@ class _Conversion:
                 self.strategy, request, model.kv_shape, options.budget, options.ctx, cache_type=options.kv_cache_type
             )
 
-    def _quantize(self, hidden: Path, plan: Plan, names: list[str]) -> Path:
+    def _quantize(self, converted: Path, plan: Plan, names: list[str]) -> Path:
         """Quantizes what was converted; returns the folder of the quantized files."""
         assert self.type_name is not None
-        quantized = hidden / "quantized"
+        quantized = converted.with_name("quantized")
         quantized.mkdir()
         with self._named_errors():
             quantization.quantize(
-                hidden / "converted" / plan.files[0].name,
+                converted / plan.files[0].name,
                 quantized / re.sub(rf"{_PART}(?=[.]gguf$)", "", names[0]) if len(names) > 1 else quantized / names[0],
                 self.type_name,
                 imatrix=self.options.imatrix,
@@ -277,6 +320,11 @@ class _Conversion:
             *((None, None, None) if measured is None else self._as_reported(measured)),
         )
 
+    def _provenance(self, result: Report) -> Provenance:
+        """How the layers were chosen: as the report says, or as the config of a checkpoint that was trained to stream does."""
+        found = read_spec(self.config, result.spec.n_layer) if isinstance(self.strategy, Trained) else None
+        return result.provenance if found is None else found[1]
+
     def _as_reported(self, measured: _Measured) -> tuple[int, tuple[tuple[float, ...], ...], Calibration]:
         return self.options.w_last, tuple(map(tuple, measured.ratios.tolist())), measured.calibration
 
@@ -284,7 +332,7 @@ class _Conversion:
         """Where the report of a file in the folder `beside` goes; `None` if there is to be none."""
         if self.options.report is not None:
             return self.options.report
-        if self.options.no_report or not self.strategy.needs_ratios:
+        if self.options.no_report or not self.strategy.measures:
             return None
         return beside / f"{re.sub(rf'({_PART})?[.]gguf$', '', first_file)}-report"
 
@@ -336,6 +384,8 @@ class _Conversion:
         """Puts the checkpoint's name before what is wrong with it."""
         try:
             yield
+        except ConversionError:
+            raise
         except ValueError as error:
             raise ConversionError(f"{self.name}: {error}") from None
 

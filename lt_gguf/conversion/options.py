@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
+from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE
 from lt_gguf.kv_memory import cache_type as check_cache_type
 from lt_gguf.selection import Strategy, asked_strategy, strategies
+from lt_gguf.selection.trained import Trained
 from lt_gguf.sizes import parse_size
 from lt_gguf.spec import (
     DEFAULT_FRACTION,
@@ -23,6 +26,7 @@ from lt_gguf.spec import (
     StreamingSpec,
     parse_layers,
 )
+from lt_gguf.spec_in_config import KEY
 
 OUTPUT_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
 
@@ -106,6 +110,9 @@ class Options:
             metavar="TOKENS", help=f"Length of each; {DEFAULT_LENGTH} by default, or the model's context if that is smaller."
         ),
     ] = None
+    puzzles: Annotated[
+        int, typer.Option(metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto).")
+    ] = DEFAULT_PUZZLES
     w_last: Annotated[int, typer.Option(help="Last tokens of each sample whose attention is measured.")] = DEFAULT_W_LAST
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="Type to measure in: auto, float32, bfloat16 or float16.")] = "auto"
@@ -148,6 +155,18 @@ class Options:
         """Raises ValueError if there is none of the name `select`, or the other options don't go with it."""
         return asked_strategy(self.select, self.layers, self.threshold)
 
+    def strategy_for(self, config: Mapping[str, Any]) -> Strategy:
+        """`strategy`; where none is asked for, a checkpoint that was trained to stream has its own, which its config.json says.
+
+        Raises:
+            ValueError: as `strategy`, or a number of layers is asked for of such a checkpoint.
+        """
+        if KEY not in config or any(asked is not None for asked in (self.select, self.layers, self.threshold)):
+            return self.strategy
+        if self.fraction is not None:
+            raise ValueError("the checkpoint was trained to stream in certain layers: must have --select with --streaming-fraction")
+        return Trained()
+
     @property
     def share(self) -> float:
         return DEFAULT_FRACTION if self.fraction is None else self.fraction
@@ -182,6 +201,7 @@ class Options:
         StreamingSpec((), 1, self.sink, self.window, self.prefill)
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples}: must be at least 1")
+        check_puzzles(self.puzzles)
         self._check_selection()
         self._check_budget()
         if self.quantize is None and self.imatrix is not None:

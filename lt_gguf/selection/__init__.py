@@ -1,21 +1,22 @@
 """Strategies that choose the layers that stream: one file each, all with the interface of `base.Strategy`.
 
 To add one: a file with a subclass of `Strategy` that has a `name` and `choose(request) -> Selection`, and its class in
-`_STRATEGIES`. A strategy gets the facts of the model and, if it sets `needs_ratios`, the lazy ratios. One that measures the
-hybrid itself (perplexity or a task for each candidate) takes what it needs to run the model, a path or a scoring function, as
-arguments of its own constructor, and is registered as a class whose constructor has defaults, or made by its caller and
-used without the registry: `select` needs nothing but `choose`.
+`_STRATEGIES`. A strategy gets the facts of the model, the lazy ratios if it sets `needs_ratios`, and if it sets `measures_hybrid`
+something that runs any set of layers and says how far that is from the full model (`evidence.Candidates`).
 """
 
 from __future__ import annotations
 
 from lt_gguf.selection.base import Model, Request, Selection, Strategy, fit_ratios
+from lt_gguf.selection.best import Auto
 from lt_gguf.selection.frequency import Frequency
 from lt_gguf.selection.interleave import InterleaveEven, InterleaveOdd
+from lt_gguf.selection.kl import Kl, KlGreedy
 from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
 from lt_gguf.selection.manual import Manual
 from lt_gguf.selection.preset import PRESETS, Preset
 from lt_gguf.selection.threshold import Threshold
+from lt_gguf.selection.trained import Trained
 
 __all__ = [
     "DEFAULT_STRATEGY",
@@ -31,7 +32,8 @@ __all__ = [
 ]
 
 _STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (LazyRatio, Frequency, Threshold, InterleaveOdd, InterleaveEven, Manual, Preset)
+    each.name: each
+    for each in (LazyRatio, Frequency, Threshold, InterleaveOdd, InterleaveEven, Kl, KlGreedy, Auto, Manual, Preset, Trained)
 }
 DEFAULT_STRATEGY = LazyRatio.name
 

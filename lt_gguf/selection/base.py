@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lt_gguf.selection.evidence import Candidate, Candidates, Measurement
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
 
@@ -46,6 +47,7 @@ class Request:
         threshold: smallest lazy ratio of a streaming layer, for `threshold`; its own default if not given.
         sink: number of first positions that a streaming layer sees.
         window: number of last positions that it sees.
+        candidates: what measures sets of layers on the hybrid itself, with this sink and window; `None` if it can't be run.
 
     Raises:
         ValueError: a number is out of range, or the ratios aren't those of this model.
@@ -59,6 +61,7 @@ class Request:
     threshold: float | None = None
     sink: int = DEFAULT_SINK
     window: int = DEFAULT_WINDOW
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
         n_layer, n_main = self.model.n_layer, self.model.n_layer_main
@@ -110,6 +113,8 @@ class Selection:
         window: number of last positions that they see; a preset has its own.
         prefill: `full` or `stream` where the strategy knows it (a checkpoint that was trained to stream), else `None`:
             what the user says.
+        candidates: what was measured on the hybrid itself, if anything was; the full model is the first.
+        measurement: what it was measured on.
     """
 
     strategy: str
@@ -118,6 +123,8 @@ class Selection:
     sink: int
     window: int
     prefill: str | None = None
+    candidates: tuple[Candidate, ...] = ()
+    measurement: Measurement | None = None
 
     def spec(self, n_layer: int, prefill: str = DEFAULT_PREFILL) -> StreamingSpec:
         """The spec of a model of `n_layer` layers. Raises ValueError as `StreamingSpec` does."""
@@ -133,10 +140,16 @@ class Strategy(ABC):
 
     name: str
     needs_ratios: ClassVar[bool] = False
+    measures_hybrid: ClassVar[bool] = False  # runs candidates on the model, which must be a GGUF file
     takes_layers: ClassVar[bool] = False
     takes_threshold: ClassVar[bool] = False
     counts: ClassVar[bool] = True  # makes as many layers stream as it is asked to
     instead: ClassVar[str] = "a larger budget or a smaller context"  # what would be right where it breaks the budget
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything has to be measured before it chooses."""
+        return self.needs_ratios or self.measures_hybrid
 
     def select(self, request: Request) -> Selection:
         """Chooses the layers.
@@ -148,6 +161,10 @@ class Strategy(ABC):
         self.check_options(request.layers, request.threshold)
         if self.needs_ratios and request.ratios is None:
             raise ValueError(f"selection {self.name}: needs lazy ratios, and none were measured")
+        if self.measures_hybrid:
+            if request.candidates is None:
+                raise ValueError(f"selection {self.name}: runs the hybrid itself, must be asked of a GGUF file")
+            request.candidates.announce(self.runs(request))
         selection = self.choose(request)
         if request.n_streaming is not None and len(selection.layers) < request.n_streaming:
             raise ValueError(
@@ -164,6 +181,10 @@ class Strategy(ABC):
             raise ValueError(f"selection {self.name}: needs --streaming-layers, as in 1,3,5-9, all or none")
         if threshold is not None and not self.takes_threshold:
             raise ValueError(f"selection {self.name}: takes no --threshold, only threshold does")
+
+    def runs(self, request: Request) -> int:
+        """How many sets of layers are run on the hybrid at most, the full model included."""
+        return 0
 
     @abstractmethod
     def choose(self, request: Request) -> Selection:

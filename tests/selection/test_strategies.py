@@ -14,6 +14,7 @@ from lt_gguf.spec import Provenance
 
 NAN = math.nan
 BY_RATIOS = ("lazy-ratio", "frequency", "threshold")
+MEASURING = ("kl", "kl-greedy", "auto")
 
 
 def request(ratios=None, n_layer: int = 8, n_main: int | None = None, **settings) -> Request:
@@ -159,12 +160,14 @@ def test_manual():
 
 
 def test_the_registry_has_them_all():
-    names = ["lazy-ratio", "frequency", "threshold", "interleave-odd", "interleave-even", "manual", "preset"]
+    by_ratios_or_none = ["lazy-ratio", "frequency", "threshold", "interleave-odd", "interleave-even"]
+    names = [*by_ratios_or_none, *MEASURING, "manual", "preset", "trained"]
     assert strategies() == (*names, "preset:QwQ-32B-LightTransfer")
     for name in strategies():
         chosen = strategy(name)
         assert isinstance(chosen, Strategy) and chosen.name == name
-        assert chosen.needs_ratios == (name in BY_RATIOS)
+        assert chosen.needs_ratios == (name in (*BY_RATIOS, "auto"))
+        assert chosen.measures_hybrid == (name in MEASURING)
     assert Provenance(strategy("interleave-odd").select(request()).strategy).selection == "interleave-odd"
 
 

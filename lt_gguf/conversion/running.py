@@ -1,0 +1,47 @@
+"""Layers that are chosen by running the converted file: what measures candidates on it, and how it is told the choice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from lt_gguf.calibration import Texts
+from lt_gguf.conversion.options import Options
+from lt_gguf.flagging import flag
+from lt_gguf.selection.evidence import Candidates
+from lt_gguf.spec import Provenance, StreamingSpec
+
+
+def open_converted(
+    file: Path, n_layer: int, options: Options, texts: Texts, length: int, progress: Callable[[str, int, int], None]
+) -> AbstractContextManager[Candidates]:
+    """Loads a converted file, the first one of a split model, and makes the prompts to measure candidates on.
+
+    Args:
+        length: tokens of a prompt with its continuation.
+
+    Raises:
+        ValueError: as `evaluation.candidates.open_candidates`.
+    """
+    from lt_gguf.evaluation.candidates import open_candidates
+    from lt_gguf.evaluation.scorer import ScorerOptions
+
+    spec = StreamingSpec((), n_layer, options.sink, options.window, options.prefill)
+    numbers = {"samples": options.samples, "puzzles": options.puzzles, "length": length}
+    how = ScorerOptions(n_gpu_layers=0 if options.device == "cpu" else -1)
+    show = lambda what, done, total: progress(f"Comparing {what}", done, total)  # noqa: E731
+    return open_candidates(file, spec, texts, **numbers, options=how, progress=show)
+
+
+def flag_converted(first: Path, spec: StreamingSpec, provenance: Provenance, progress: Callable[[int, int], None]) -> Path:
+    """Says in a model, given by its first file, which layers stream; returns the folder of the new files.
+
+    The folder of the old ones, which must hold nothing else, is gone then.
+    """
+    flagged = first.parent.with_name("flagged")
+    flagged.mkdir()
+    flag(first, flagged / first.name, spec, provenance, progress)
+    shutil.rmtree(first.parent)
+    return flagged

@@ -1,0 +1,106 @@
+"""`lt-gguf analyze --select kl`, `lt-gguf flag --select kl`: layers chosen by running a GGUF file."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lt_gguf import calibration
+from lt_gguf.cli import analyze as analyze_module
+from lt_gguf.evaluation.stories import story
+from lt_gguf.gguf_file import read_model
+from lt_gguf.report import Report
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+SMALL = ["--samples", 1, "--puzzles", 2, "--calibration-length", 420, "--window", 60, "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def demo_file(tmp_path_factory) -> Path:
+    from lt_gguf.conversion import convert
+
+    settings = {"outtype": "f16", "layers": "none", "window": 60, "prefill": "stream"}
+    return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", **settings).files[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(1)
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    file.write_text("\n\n".join(story(rng) for _ in range(40)))
+    return file
+
+
+def test_analyze(lt_gguf_command, demo_file, text, tmp_path):
+    n = read_model(demo_file).n_layer
+    command = ["analyze", demo_file, *SMALL, "--calibration", text, "--prefill", "stream", "--select"]
+    status, out, err = lt_gguf_command(*command, "kl", "--out", tmp_path / "report")
+    assert status == 0 and err.splitlines() == [f"candidates: up to {n + 1} runs of 3 prompts of 420 tokens"]
+    report = Report.read(tmp_path / "report" / "report.json")
+    assert report.selection.strategy == "kl" and report.ratios is not None and report.spec.prefill == "stream"
+    lines = (line.split() for line in out.splitlines())
+    rows = [words for words in lines if words[:1] == ["layer"] and words[1].isdigit()]
+    assert [row[1] for row in rows] == [str(il) for il in range(n)]
+    kl = [(float(row[3]) + float(row[4])) / 2 for row in rows]
+    np.testing.assert_allclose(kl, [c.evidence.kl for c in report.selection.candidates[1:]], atol=1e-4)
+    assert f'--streaming "{report.spec}"' in out and f"kl: {report.selection.reason}" in out
+    assert f"measured on {report.selection.measurement}" in out
+    # what was found can be written into the file
+    assert lt_gguf_command("flag", demo_file, tmp_path / "new.gguf", "--from", tmp_path / "report" / "report.json")[0] == 0
+    assert read_model(tmp_path / "new.gguf").spec == report.spec
+    assert read_model(tmp_path / "new.gguf").provenance.selection == "kl"
+
+
+def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file, text, tmp_path):
+    found = []
+    for prefill in ("full", "stream"):
+        command = ["analyze", demo_file, *SMALL, "--calibration", text, "--select", "kl", "--prefill", prefill]
+        assert lt_gguf_command(*command, "--out", tmp_path / prefill)[0] == 0
+        found.append(Report.read(tmp_path / prefill / "report.json").selection.candidates)
+    # streaming while the prompt is read costs more
+    assert sum(c.evidence.kl for c in found[0]) < sum(c.evidence.kl for c in found[1])
+
+
+def test_flag(lt_gguf_command, demo_file, text, tmp_path, monkeypatch):
+    small = partial(analyze_module._Settings, samples=1, puzzles=2, length=420, calibration=text)
+    monkeypatch.setattr(analyze_module, "_Settings", small)
+    new = tmp_path / "new.gguf"
+    status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl", "--sink", 2)
+    assert status == 0 and err.startswith("candidates: up to")
+    model = read_model(new)
+    assert (model.spec.sink, model.spec.window, model.spec.prefill) == (2, 60, "stream")
+    assert len(model.spec.layers) == model.n_layer // 2
+    assert (model.provenance.selection, model.provenance.lazy_ratio) == ("kl", None)
+    assert f'--streaming "{model.spec}"' in out
+    # before anything is measured
+    monkeypatch.setattr(analyze_module, "analyze_file", lambda *_: pytest.fail("measured"))
+    status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl")
+    assert (status, out, err) == (1, "", f"error: {new}: exists, remove it or use --overwrite\n")
+
+
+def test_flag_by_a_strategy_that_measures_nothing(lt_gguf_command, demo_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "read_texts", lambda *_: pytest.fail("measured"))
+    assert lt_gguf_command("flag", demo_file, tmp_path / "new.gguf", "--select", "interleave-odd")[0] == 0
+    model = read_model(tmp_path / "new.gguf")
+    assert model.spec.layers == tuple(range(1, model.n_layer, 2)) and model.provenance.selection == "interleave-odd"
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["analyze", DEMO, "--select", "kl"], "selection kl: runs the hybrid itself, must be asked of a GGUF file: "),
+        (["analyze", "FILE", "--puzzles", 0], "puzzles = 0: must be at least 1"),
+        (["analyze", "FILE", "--prefill", "later"], 'prefill = "later": must be "full" or "stream"'),
+        (["flag", "FILE", "OUT", "--select", "worst"], 'selection = "worst": must be one of lazy-ratio, '),
+        (["flag", "FILE", "OUT", "--select", "manual"], "selection manual: needs --streaming-layers"),
+        (["flag", "FILE", "OUT", "--select", "kl", "--off"], "--select and --off: give one of them"),
+    ],
+)
+def test_an_error_is_one_line(lt_gguf_command, demo_file, tmp_path, arguments, complaint):
+    files = {"FILE": demo_file, "OUT": tmp_path / "new.gguf"}
+    status, out, err = lt_gguf_command(*(files.get(argument, argument) for argument in arguments))
+    assert (status, out, err.count("\n")) == (1, "", 1) and complaint in err
+    assert list(tmp_path.iterdir()) == []
