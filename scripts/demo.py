@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The demo: the small checkpoint in models/demo becomes hybrid GGUF files, which then answer with and without streaming.
 
-Converts it with every second layer streaming, quantizes it, shows what `lt-gguf inspect` shows, and lets each file answer
-questions about texts longer than its window: once with full attention (`streaming="off"`), once as the hybrid that it is.
+Converts it, which measures what half of its layers can do without the far context, quantizes it, shows what `lt-gguf inspect`
+shows, and lets each file answer questions about texts longer than its window: once with full attention (`streaming="off"`), once as
+the hybrid that it is.
 What is made stays in build/demo, so that a second run begins with the answers.
 """
 
@@ -16,14 +17,19 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from demo_data import ASSISTANT, END, retrieval  # beside this file
 from rich.console import Console
 from rich.table import Table
+from testbed_data import ASSISTANT, END, USER  # beside this file
 
-from lt_gguf import Llama, StreamingSpec
+from lt_gguf import Llama
 from lt_gguf.sizes import format_bytes
+from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.inspect import print_tables
 from lt_gguf.conversion import convert
+from lt_gguf.evaluation.haystack import Haystack, take
+from lt_gguf.evaluation.puzzle import hide
+from lt_gguf.evaluation.tasks import find_task
+from lt_gguf.evaluation.words import WordSource
 from lt_gguf.gguf_file import read_model
 from lt_gguf.runtime.library import tool_path
 
@@ -31,16 +37,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "models" / "demo"
 FOLDER = ROOT / "build" / "demo"
 
-N_CTX = 2048  # what the model was trained for
-SINK, WINDOW = 4, 252  # 256 positions of a context of 2048: streaming layers forget most of each text
-PREFILL = "stream"  # also while the text is read: what the measured table shows
+N_CTX = 4096  # what the model was trained for
+SINK, WINDOW = 4, 252  # 256 positions of a context of 4096: streaming layers forget most of each text
+# Which half of the layers streams: what several strategies choose is run, on so few prompts that it takes a minute or so.
+SELECTION = {"select": "auto", "samples": 2, "puzzles": 10, "calibration_length": 768}
 QUANTIZATIONS = ("q8_0", "q4_K_M")
 
 # One thread: a model this small gains nothing from more.
 SETTINGS = {"n_ctx": N_CTX, "n_batch": 128, "n_ubatch": 128, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
 
 N_QUESTIONS = 8
-N_CHARS = 3000  # of each text: some thousand tokens, four windows
+N_CHARS = 6000  # of each text: two thousand tokens, eight windows
 N_TIMED = 96  # tokens that are written after each, more than an answer takes
 
 console = Console(highlight=False)
@@ -110,16 +117,20 @@ def main() -> None:
 
 
 def make_f16() -> Path:
-    """Converts the checkpoint, if that hasn't been done with the same spec."""
+    """Converts the checkpoint, if that hasn't been done with the same sinks and window."""
     file = FOLDER / "demo-f16.gguf"
     newest = max(path.stat().st_mtime for path in CHECKPOINT.iterdir())
     if file.exists() and file.stat().st_mtime > newest:
-        model = read_model(file)
-        if model.spec == StreamingSpec.interleaved(model.n_layer, 0.5, SINK, WINDOW, PREFILL):
+        spec = read_model(file).spec
+        if spec is not None and (spec.sink, spec.window) == (SINK, WINDOW):
             return file
-    console.print(f"Converting {CHECKPOINT.relative_to(ROOT)}")
-    options = {"select": "interleave-odd", "sink": SINK, "window": WINDOW, "prefill": PREFILL}
-    return convert(CHECKPOINT, file, outtype="f16", overwrite=True, **options).files[0]
+    console.print(f"Converting {CHECKPOINT.relative_to(ROOT)}: which of its layers can do without the far context?")
+    with console.status("converting") as status:
+        show = lambda what, done, total: status.update(f"{what}: {done} of {total}")  # noqa: E731
+        options = {"sink": SINK, "window": WINDOW, **SELECTION, "progress": show}
+        converted = convert(CHECKPOINT, file, outtype="f16", overwrite=True, **options)
+    print_candidates(converted.selection, converted.spec)
+    return converted.files[0]
 
 
 def quantize(source: Path, name: str) -> Path:
@@ -140,14 +151,16 @@ def quantize(source: Path, name: str) -> Path:
 
 
 def make_questions() -> list[Question]:
-    """Texts like those that the model was trained on, with keys that it never saw in training."""
+    """Texts like those that the model was trained on, worded as there, so that it answers in whole sentences by itself; what it is
+    asked for is drawn anew for each."""
     rng = np.random.default_rng(20241)
     questions = []
     for _ in range(N_QUESTIONS):
-        segments, (fact,) = retrieval(rng, N_CHARS, [], held_out=True, n_facts=6, n_questions=1, chat=True)
-        text = "".join(part for part, _ in segments)
-        prompt = text[: text.index(f"{END}{ASSISTANT}") + len(END + ASSISTANT)]
-        questions.append(Question(prompt, fact.question, fact.value))
+        puzzle = find_task("multi-key").puzzle(WordSource(rng, held_out=False))
+        filler = take(Haystack().sentences(rng), N_CHARS, len)
+        text = " ".join(part.text for part in hide(rng, filler, [puzzle]))
+        prompt = f"{USER}{text}\n{puzzle.question}{END}{ASSISTANT}"
+        questions.append(Question(prompt, puzzle.question, *puzzle.expected))
     return questions
 
 

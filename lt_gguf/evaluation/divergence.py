@@ -201,7 +201,8 @@ def _compare(full: np.ndarray, hybrid: np.ndarray, sample: Sample) -> Comparison
 
 
 def _exp(estimate: Estimate) -> Estimate:
-    return Estimate(*(float(np.exp(number)) for number in estimate))
+    with np.errstate(over="ignore"):  # of a few samples, an end of the interval may be infinite
+        return Estimate(*(float(np.exp(number)) for number in estimate))
 
 
 def _groups(samples: Iterable[Sample], bytes_a_token: int, memory: int) -> Iterator[list[Sample]]:

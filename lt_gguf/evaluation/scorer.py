@@ -247,7 +247,8 @@ class Scorer(TextModel):
             raise ValueError("a request's prompt is empty: must have at least one token, as the one that begins a text")
         # note: the last token of an answer is not computed
         self._need(max(len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, n_answer, strict=True)))
-        _llama_cpp.llama_memory_clear(_llama_cpp.llama_get_memory(self._context), False)
+        with captured_errors(forward=False):  # a context that chooses its layers makes its caches anew, and says so
+            _llama_cpp.llama_memory_clear(_llama_cpp.llama_get_memory(self._context), False)
         wanted = [np.arange(len(prompt)) == len(prompt) - 1 for prompt in prompts]
         parts = [batch_part(prompt, 0, seq, wanted[seq]) for seq, prompt in enumerate(prompts)]
         return self._decode(np.concatenate(parts, axis=1), keep, expected, [len(prompt) for prompt in prompts])

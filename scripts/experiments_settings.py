@@ -1,0 +1,15 @@
+"""What is varied in the experiments, and what it is otherwise."""
+
+from __future__ import annotations
+
+from lt_gguf.auto_spec import AutoSpec
+
+SINK, WINDOW = 4, 124  # of prompts of 1024 tokens what 1020 are of 8192
+SINKS, WINDOWS = (0, 2, 4, 6), (28, 60, 124, 252)
+FRACTIONS = (0.25, 0.5, 0.75)
+W_LAST = (8, 16, 32, 64)
+N_RANDOM = 5
+CACHE_TYPES, WEIGHT_TYPES = ("f16", "q8_0", "q4_0"), ("f16", "Q8_0", "Q4_K_M")
+AGREEMENT_SAMPLES = 40  # of each task
+
+PER_PROMPT = str(AutoSpec(0.5, SINK, WINDOW))  # the runtime chooses at the end of each prompt
