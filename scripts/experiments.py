@@ -144,6 +144,7 @@ def main(
     samples: Annotated[int, typer.Option(min=5, help="prompts of each task")] = 500,
     length: Annotated[int, typer.Option(min=512, help="tokens of a prompt and its answer, at most")] = 1024,
     threads: Annotated[int, typer.Option(min=1, help="of the CPU")] = 1,
+    report_only: Annotated[bool, typer.Option("--report-only", help="write the report of what has been measured")] = False,
 ) -> None:
     """Run the experiments and write the report."""
     torch.set_num_threads(threads)
@@ -151,7 +152,7 @@ def main(
         raise typer.BadParameter(f"part {unknown[0]!r}: must be one of {', '.join(PARTS)}")
     with progress_bar() as progress:
         experiments = Experiments(checkpoint, work_dir, samples, length, threads, progress)
-        for part in only or PARTS:
+        for part in () if report_only else only or PARTS:
             console.print(f"{part}: {getattr(Experiments, part).__doc__}")
             getattr(experiments, part)()
     write_report(experiments, out)

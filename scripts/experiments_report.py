@@ -171,8 +171,8 @@ class _Report:
             if scores := self._test_mode(layers):
                 estimates[name] = {task: _estimate(of_task) for task, of_task in _by_task(scores).items()}
         if estimates:
-            n = len(self.e.asked) // len(TASKS)
-            subtitle = f"half of the layers stream, sink 4, window {WINDOW}, {self.e.length} tokens, {n} prompts a task, 95 % intervals"
+            n = len(self.full or ()) // len(TASKS)
+            subtitle = f"half of the layers stream, sink 4, window {WINDOW}, {self.e.length} tokens, about {n} prompts a task, 95 % intervals"
             plots.save(bars(estimates, "Which layers stream", subtitle), out / "results-strategies")
 
     # -- parts of tables
@@ -183,8 +183,8 @@ class _Report:
     def _table(self, left: Sequence[str], rows: Iterable[tuple]) -> str:
         """Rows: texts, scores, and what they are compared with if not the full model."""
         tasks = list(TASKS)
-        header = [*left, *tasks, "average", "relative loss"]
-        lines = [f"| {' | '.join(header)} |", "| " + " | ".join(["---"] * len(left) + ["--:"] * (len(tasks) + 2)) + " |"]
+        header = [*left, *tasks, "average", "relative loss", "prompts"]
+        lines = [f"| {' | '.join(header)} |", "| " + " | ".join(["---"] * len(left) + ["--:"] * (len(tasks) + 3)) + " |"]
         for row in rows:
             texts, scores, *against = row[: len(left)], *row[len(left) :]
             lines.append(f"| {' | '.join([*texts, *self._cells(scores, against[0] if against else self.full)])} |")
@@ -192,15 +192,15 @@ class _Report:
 
     def _cells(self, scores: Scores | None, full: Scores | None) -> list[str]:
         if not scores:
-            return ["not measured"] + [""] * (len(TASKS) + 1)
+            return ["not measured"] + [""] * (len(TASKS) + 2)
         by_task = _by_task(scores)
         cells = [_interval(_estimate(by_task[task])) if task in by_task else "" for task in TASKS]
         cells.append(f"**{100 * _average(scores):.1f}**")
         if not full or full is scores:
-            return [*cells, ""]
+            return [*cells, "", f"{len(scores):,}"]
         common = [question for question in scores if question in full]
         loss = relative_loss(*(_by_task({q: s[q] for q in common}) for s in (full, scores)))
-        return [*cells, f"{100 * loss.value:.1f} % ({100 * loss.low:.1f} to {100 * loss.high:.1f})"]
+        return [*cells, f"{100 * loss.value:.1f} % ({100 * loss.low:.1f} to {100 * loss.high:.1f})", f"{len(scores):,}"]
 
 
 def _by_task(scores: Scores) -> dict[str, list[float]]:
