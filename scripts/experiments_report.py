@@ -18,7 +18,7 @@ from lt_gguf import plots
 from lt_gguf.evaluation.pictures import bars
 from lt_gguf.evaluation.results import write_text
 from lt_gguf.evaluation.retrieval import Question
-from lt_gguf.evaluation.statistics import Estimate, relative_loss, wilson
+from lt_gguf.evaluation.statistics import Estimate, mean_score, relative_loss
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.evaluation.tasks import TASKS
 
@@ -169,7 +169,7 @@ class _Report:
         estimates: dict[str, dict[str, Estimate]] = {}
         for name, layers in names.items():
             if scores := self._test_mode(layers):
-                estimates[name] = {task: _estimate(of_task) for task, of_task in _by_task(scores).items()}
+                estimates[name] = {task: mean_score(of_task) for task, of_task in _by_task(scores).items()}
         if estimates:
             n = len(self.full or ()) // len(TASKS)
             subtitle = f"half of the layers stream, sink 4, window {WINDOW}, {self.e.length} tokens, about {n} prompts a task, 95 % intervals"
@@ -194,7 +194,7 @@ class _Report:
         if not scores:
             return ["not measured"] + [""] * (len(TASKS) + 2)
         by_task = _by_task(scores)
-        cells = [_interval(_estimate(by_task[task])) if task in by_task else "" for task in TASKS]
+        cells = [_interval(mean_score(by_task[task])) if task in by_task else "" for task in TASKS]
         cells.append(f"**{100 * _average(scores):.1f}**")
         if not full or full is scores:
             return [*cells, "", f"{len(scores):,}"]
@@ -212,11 +212,6 @@ def _by_task(scores: Scores) -> dict[str, list[float]]:
 
 def _average(scores: Scores) -> float:
     return float(np.mean([np.mean(of_task) for of_task in _by_task(scores).values()]))
-
-
-def _estimate(scores: Sequence[float]) -> Estimate:
-    mean = float(np.mean(scores))
-    return Estimate(mean, *wilson(mean, len(scores)))
 
 
 def _interval(estimate: Estimate) -> str:

@@ -7,9 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+DEMO = Path(__file__).parents[1] / "models" / "demo"
 
 # before torch and the libraries read it: the tests measure small models, where threads only cost
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,3 +39,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "full" in item.keywords:
             item.add_marker(skipped)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint as a GGUF file, its weights exact."""
+    from lt_gguf.conversion import convert
+
+    settings = {"outtype": "f32", "select": "interleave-odd", "no_report": True}
+    return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", **settings).files[0]
+
+
+@pytest.fixture(scope="session")
+def stories_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate on, in words that the demo model knows."""
+    from lt_gguf.evaluation.stories import story
+
+    rng = np.random.default_rng(1)
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    file.write_text("\n\n".join(story(rng) for _ in range(40)))
+    return file

@@ -18,6 +18,7 @@ from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration, Texts
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.common import print_candidates
+from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
 from lt_gguf.gguf_file import check_can_stream, read_model
 from lt_gguf.report import Report, check_destination
@@ -152,9 +153,19 @@ def _analyze(subject: _GGUFFile | _Checkpoint, chosen: Strategy, request: Reques
         length = how.length if how.length is not None else min(DEFAULT_LENGTH, subject.n_ctx)
         texts_of.check_length(length, seen.sink, seen.window)
         texts = texts_of.read_texts(how.calibration, how.calibration_field)
-        with _Progress() as progress:
+        with ProgressBar("Measuring") as bar:
+
+            def show_progress(what: str, done: int, total: int) -> None:
+                bar(f"Measuring, {what}", done, total)
+
+            def announce(what: str, done: int, total: int) -> None:
+                """What will be run is said before it is."""
+                if done == 0:
+                    bar.announce(what)
+                show_progress(what, done, total)
+
             if chosen.needs_ratios or how.all_ratios:
-                settings = {"sink": seen.sink, "window": seen.window, "w_last": how.w_last, "progress": progress}
+                settings = {"sink": seen.sink, "window": seen.window, "w_last": how.w_last, "progress": show_progress}
                 ratios = subject.measure(texts, how.samples, length, **settings)
                 request = replace(request, ratios=ratios)
                 calibration = Calibration(texts.name, texts.sha256, how.samples, length)
@@ -162,7 +173,7 @@ def _analyze(subject: _GGUFFile | _Checkpoint, chosen: Strategy, request: Reques
             if chosen.measures_hybrid:
                 spec = StreamingSpec((), subject.model.n_layer, seen.sink, seen.window, how.prefill)
                 settings = {"samples": how.samples, "puzzles": how.puzzles, "length": length}
-                with subject.candidates(texts, spec, **settings, progress=progress.with_announcement) as candidates:
+                with subject.candidates(texts, spec, **settings, progress=announce) as candidates:
                     selection = chosen.select(replace(request, candidates=candidates))
     selection = selection or chosen.select(request)
     spec = selection.spec(subject.model.n_layer, how.prefill)
@@ -194,17 +205,8 @@ class _GGUFFile:
 
     def candidates(self, texts: Texts, spec: StreamingSpec, **settings: Any) -> AbstractContextManager[Candidates]:
         from lt_gguf.evaluation.candidates import open_candidates
-        from lt_gguf.evaluation.scorer import ScorerOptions
 
-        own = self._options
-        options = ScorerOptions(
-            n_batch=own.batch_size,
-            n_threads=own.threads or None,
-            n_gpu_layers=own.n_gpu_layers,
-            cache_type_k=own.cache_type,
-            cache_type_v=own.cache_type,
-            flash_attn=own.flash_attn,
-        )
+        options = model_options.scorer_options(self._options)
         return open_candidates(Path(self._file), spec, texts, options=options, **settings)
 
 
@@ -239,35 +241,6 @@ class _Checkpoint:
             torch.set_num_threads(self._threads)
         prompts = texts_of.cut_samples(texts, *analysis.load_tokenizer(self._folder), samples, length)
         return analysis.measure(self._folder, prompts, **settings, **self._settings)
-
-
-class _Progress:
-    """A bar on stderr, where that is a terminal; call it with what is being done, steps done and steps in all."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("Measuring", total=None)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=f"Measuring, {what}")
-
-    def with_announcement(self, what: str, done: int, total: int) -> None:
-        """The same, and a line that stays before it begins, also where there is no terminal."""
-        if done == 0:
-            self._bar.console.print(what, markup=False, highlight=False, soft_wrap=True)
-        self(what, done, total)
 
 
 def print_bars(report: Report) -> None:

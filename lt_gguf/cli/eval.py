@@ -13,6 +13,7 @@ import typer
 from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, Texts, read_texts
 from lt_gguf.cli import model as model_options
+from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.fields import is_auto
 from lt_gguf.gguf_file import GGUFModel, check_can_stream, read_model
@@ -110,21 +111,17 @@ def measure(
 ) -> None:
     """Loads the model and measures what the journal doesn't have. Raises ValueError, OSError."""
     from lt_gguf.evaluation.evaluate import evaluate
-    from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+    from lt_gguf.evaluation.scorer import Scorer
     from lt_gguf.runtime.log import captured_errors
 
-    settings = ScorerOptions(
-        n_parallel=1 if any(map(is_auto, specs)) else parallel,
-        n_batch=options.batch_size,
-        n_threads=options.threads or None,
-        n_gpu_layers=options.n_gpu_layers,
-        cache_type_k=options.cache_type,
-        cache_type_v=options.cache_type,
-        flash_attn=options.flash_attn,
-    )
+    settings = model_options.scorer_options(options, n_parallel=1 if any(map(is_auto, specs)) else parallel)
     names = names_of(journal, specs)
-    with captured_errors(forward=options.verbose), _Progress(names) as progress, Scorer(file, "off", settings) as scorer:
-        evaluate(scorer, specs, plan, texts, journal, progress)
+    with captured_errors(forward=options.verbose), ProgressBar("Loading") as bar, Scorer(file, "off", settings) as scorer:
+
+        def show_progress(spec: str | None, what: str, done: int, total: int) -> None:
+            bar(what if spec is None else f"{names[spec]}: {what}", done, total)
+
+        evaluate(scorer, specs, plan, texts, journal, show_progress)
 
 
 def choose_specs(model: GGUFModel, streaming: list[str] | None, full: bool) -> list[str]:
@@ -216,31 +213,6 @@ def how_to_go_on(journal: Journal, specs: list[str], plan: Plan, out: Path | Non
     n = sum(spec in specs for spec, _ in journal.records)
     done = f"interrupted: {n:,} of {plan.n_records(len(specs)):,} prompts are measured"
     return f"{done}, none is kept without --out" if out is None else f"{done} and kept in {out}: run the same command to go on"
-
-
-class _Progress:
-    """A bar on stderr, where that is a terminal."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        self._names = names
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("Loading", total=None)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, spec: str | None, what: str, done: int, total: int) -> None:
-        description = what if spec is None else f"{self._names[spec]}: {what}"
-        self._bar.update(self._task, completed=done, total=total, description=description)
 
 
 def _canonical(text: str, model: GGUFModel) -> str:

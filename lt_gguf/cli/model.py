@@ -16,6 +16,7 @@ from lt_gguf.kv_memory import cache_type as cache_type_of
 from lt_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
+    from lt_gguf.evaluation.scorer import ScorerOptions
     from lt_gguf.runtime.llama import Llama
 
 ModelFile = Annotated[str, typer.Argument(metavar="FILE", help="GGUF file, the first one of a split model.")]
@@ -132,6 +133,21 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
         seed=options.seed,
         verbose=options.verbose,
         **settings,
+    )
+
+
+def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
+    """The same for `evaluation.scorer.Scorer`; `more` are fields of its own. Raises ValueError: an option is out of range."""
+    from lt_gguf.evaluation.scorer import ScorerOptions
+
+    return ScorerOptions(
+        n_batch=options.batch_size,
+        n_threads=options.threads or None,
+        n_gpu_layers=options.n_gpu_layers,
+        cache_type_k=options.cache_type,
+        cache_type_v=options.cache_type,
+        flash_attn=options.flash_attn,
+        **more,
     )
 
 

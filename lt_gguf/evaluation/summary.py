@@ -15,7 +15,7 @@ import numpy as np
 from lt_gguf.evaluation.divergence import Divergence, Means, summarize
 from lt_gguf.evaluation.results import Records, write_text
 from lt_gguf.evaluation.retrieval import Question
-from lt_gguf.evaluation.statistics import Estimate, paired_difference, relative_loss, wilson
+from lt_gguf.evaluation.statistics import Estimate, mean_score, paired_difference, relative_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ class Summary:
                 for spec, scores in by_spec.items():
                     if scores := _of_length(scores, length):
                         difference = _difference(scores, full) if spec != FULL else None
-                        result.append(Score(spec, task, length, len(scores), _estimate(scores.values()), difference))
+                        result.append(Score(spec, task, length, len(scores), mean_score([*scores.values()]), difference))
         return result
 
     def text_scores(self) -> list[TextScore]:
@@ -172,7 +172,7 @@ class Summary:
 
         if self._scores:
             estimates = {
-                name: {task: _estimate(by_spec[spec].values()) for task, by_spec in self._scores.items() if by_spec.get(spec)}
+                name: {task: mean_score([*by_spec[spec].values()]) for task, by_spec in self._scores.items() if by_spec.get(spec)}
                 for spec, name in self.names.items()
             }
             yield BARS, pictures.bars(estimates, f"Scores of {self._model}", f"means over all prompts, {_INTERVALS}")
@@ -245,11 +245,6 @@ def _of_length(scores: Mapping[Question, float], length: int) -> dict[Question, 
 
 def _pairs(full: Mapping[Question, float], own: Mapping[Question, float]) -> list[tuple[float, float]]:
     return [(full[question], score) for question, score in own.items() if question in full]
-
-
-def _estimate(scores: Any) -> Estimate:
-    mean = float(np.mean([*scores]))
-    return Estimate(mean, *wilson(mean, len(scores)))
 
 
 def _difference(own: Mapping[Question, float], full: Mapping[Question, float]) -> Estimate | None:

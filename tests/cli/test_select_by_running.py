@@ -10,7 +10,6 @@ import pytest
 
 from lt_gguf import calibration
 from lt_gguf.cli import analyze as analyze_module
-from lt_gguf.evaluation.stories import story
 from lt_gguf.gguf_file import read_model
 from lt_gguf.report import Report
 
@@ -26,17 +25,9 @@ def demo_file(tmp_path_factory) -> Path:
     return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", **settings).files[0]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    rng = np.random.default_rng(1)
-    file = tmp_path_factory.mktemp("text") / "stories.txt"
-    file.write_text("\n\n".join(story(rng) for _ in range(40)))
-    return file
-
-
-def test_analyze(lt_gguf_command, demo_file, text, tmp_path):
+def test_analyze(lt_gguf_command, demo_file, stories_file, tmp_path):
     n = read_model(demo_file).n_layer
-    command = ["analyze", demo_file, *SMALL, "--calibration", text, "--prefill", "stream", "--select"]
+    command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--prefill", "stream", "--select"]
     status, out, err = lt_gguf_command(*command, "kl", "--out", tmp_path / "report")
     assert status == 0 and err.splitlines() == [f"candidates: up to {n + 1} runs of 3 prompts of 420 tokens"]
     report = Report.read(tmp_path / "report" / "report.json")
@@ -54,18 +45,18 @@ def test_analyze(lt_gguf_command, demo_file, text, tmp_path):
     assert read_model(tmp_path / "new.gguf").provenance.selection == "kl"
 
 
-def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file, text, tmp_path):
+def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file, stories_file, tmp_path):
     found = []
     for prefill in ("full", "stream"):
-        command = ["analyze", demo_file, *SMALL, "--calibration", text, "--select", "kl", "--prefill", prefill]
+        command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--select", "kl", "--prefill", prefill]
         assert lt_gguf_command(*command, "--out", tmp_path / prefill)[0] == 0
         found.append(Report.read(tmp_path / prefill / "report.json").selection.candidates)
     # streaming while the prompt is read costs more
     assert sum(c.evidence.kl for c in found[0]) < sum(c.evidence.kl for c in found[1])
 
 
-def test_flag(lt_gguf_command, demo_file, text, tmp_path, monkeypatch):
-    small = partial(analyze_module._Settings, samples=1, puzzles=2, length=420, calibration=text)
+def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
+    small = partial(analyze_module._Settings, samples=1, puzzles=2, length=420, calibration=stories_file)
     monkeypatch.setattr(analyze_module, "_Settings", small)
     new = tmp_path / "new.gguf"
     status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl", "--sink", 2)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lt_gguf.conversion import ConversionError, convert
 from lt_gguf.evaluation.candidates import RuntimeBench
-from lt_gguf.evaluation.stories import story
 from lt_gguf.gguf_file import read_model
 from lt_gguf.report import Report
 
@@ -22,21 +20,13 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    rng = np.random.default_rng(1)
-    file = tmp_path_factory.mktemp("text") / "stories.txt"
-    file.write_text("\n\n".join(story(rng) for _ in range(40)))
-    return file
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_kl(text, tmp_path):
+def test_kl(stories_file, tmp_path):
     steps = []
-    settings = MEASURED | {"outtype": "f16", "calibration": text, "select": "kl"}
+    settings = MEASURED | {"outtype": "f16", "calibration": stories_file, "select": "kl"}
     converted = convert(DEMO, tmp_path / "a.gguf", progress=lambda *step: steps.append(step), **settings)
     assert names(tmp_path) == ["a-report", "a.gguf"]
     model, report = read_model(tmp_path / "a.gguf"), Report.read(tmp_path / "a-report" / "report.json")
@@ -57,8 +47,8 @@ def test_kl(text, tmp_path):
     assert (budget, 0, 3 * (n + 1)) in steps and (budget, 3 * (n + 1), 3 * (n + 1)) in steps
 
 
-def test_auto_quantized_and_split(text, tmp_path):
-    settings = MEASURED | {"calibration": text, "select": "auto", "quantize": "Q8_0", "split_max_tensors": 40}
+def test_auto_quantized_and_split(stories_file, tmp_path):
+    settings = MEASURED | {"calibration": stories_file, "select": "auto", "quantize": "Q8_0", "split_max_tensors": 40}
     converted = convert(DEMO, tmp_path / "m.gguf", **settings)
     assert len(converted.files) > 1 and names(tmp_path) == [*(file.name for file in converted.files), "m-report"]
     model, report = read_model(converted.files[0]), Report.read(tmp_path / "m-report" / "report.json")
@@ -85,17 +75,17 @@ def test_a_dry_run_runs_nothing(tmp_path, monkeypatch):
         ({"calibration": Path("none.txt")}, "none.txt"),
     ],
 )
-def test_what_cannot_be_measured(text, tmp_path, changes, complaint):
+def test_what_cannot_be_measured(stories_file, tmp_path, changes, complaint):
     with pytest.raises((ValueError, OSError), match=complaint) as error:
-        convert(DEMO, tmp_path / "a.gguf", **MEASURED | {"select": "kl", "calibration": text, "outtype": "f16"} | changes)
+        convert(DEMO, tmp_path / "a.gguf", **MEASURED | {"select": "kl", "calibration": stories_file, "outtype": "f16"} | changes)
     assert "\n" not in str(error.value) and names(tmp_path) == []
 
 
-def test_nothing_is_left_of_a_measurement_that_fails(text, tmp_path, monkeypatch):
+def test_nothing_is_left_of_a_measurement_that_fails(stories_file, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise ValueError("out of memory")
 
     monkeypatch.setattr(RuntimeBench, "measure", fail)
     with pytest.raises(ConversionError) as error:
-        convert(DEMO, tmp_path / "a.gguf", select="kl", calibration=text, **MEASURED)
+        convert(DEMO, tmp_path / "a.gguf", select="kl", calibration=stories_file, **MEASURED)
     assert str(error.value) == f"{DEMO}: out of memory" and names(tmp_path) == []

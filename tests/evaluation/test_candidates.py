@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,22 +14,13 @@ from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.evaluation.words import keys
 from lt_gguf.spec import StreamingSpec
 
-DEMO = Path(__file__).parents[2] / "models" / "demo"
 SINK, WINDOW, LENGTH = 4, 60, 420
 OPTIONS = ScorerOptions(n_threads=1, n_parallel=2)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    from lt_gguf.conversion import convert
-
-    settings = {"outtype": "f32", "select": "interleave-odd", "no_report": True}
-    return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", **settings).files[0]
-
-
-@pytest.fixture(scope="module")
-def scorer(demo):
-    with Scorer(demo, "off", OPTIONS) as scorer:
+def scorer(demo_gguf):
+    with Scorer(demo_gguf, "off", OPTIONS) as scorer:
         yield scorer
 
 
@@ -49,14 +39,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"], ids=["reading-in-full", "reading-in-streams"])
-def test_the_numbers_are_those_of_a_run_by_hand(demo, scorer, texts, prefill):
+def test_the_numbers_are_those_of_a_run_by_hand(demo_gguf, scorer, texts, prefill):
     """Each token of the continuation decoded alone, by lt_gguf.Llama; KL and scores by their definitions."""
     import lt_gguf
 
     samples = [*text_samples(scorer, texts, 1, 200), *puzzle_samples(scorer, spec_of(scorer), 2, LENGTH, [7])]
     layers = (1, 2)
     exact = ScorerOptions(n_threads=1, n_parallel=2, cache_type_k="f32", cache_type_v="f32", flash_attn=False)
-    with Scorer(demo, "off", exact) as own:
+    with Scorer(demo_gguf, "off", exact) as own:
         found = RuntimeBench(own, spec_of(scorer, prefill=prefill), samples).measure(layers)
     of_texts, of_answers, scores = [], [], []
     settings = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}  # 0: f32
@@ -64,7 +54,7 @@ def test_the_numbers_are_those_of_a_run_by_hand(demo, scorer, texts, prefill):
     for sample in samples:
         by_model = []
         for streaming in ("off", spec_of(scorer, layers, prefill)):
-            llm = lt_gguf.Llama(str(demo), streaming=streaming, **settings)
+            llm = lt_gguf.Llama(str(demo_gguf), streaming=streaming, **settings)
             llm.eval(sample.prompt)
             rows = []
             for token in sample.continuation:
@@ -137,12 +127,12 @@ def test_puzzles(scorer):
     assert not {sample.prompt for sample in samples} & {sample.prompt for sample in others}
 
 
-def test_two_benches_with_other_prompts(demo, texts):
+def test_two_benches_with_other_prompts(demo_gguf, texts):
     steps = []
     settings = {"samples": 2, "puzzles": 3, "length": LENGTH, "options": OPTIONS}
-    with Scorer(demo, "off", OPTIONS) as scorer:
+    with Scorer(demo_gguf, "off", OPTIONS) as scorer:
         spec = spec_of(scorer)
-    with open_candidates(demo, spec, texts, **settings, progress=lambda *step: steps.append(step)) as measured:
+    with open_candidates(demo_gguf, spec, texts, **settings, progress=lambda *step: steps.append(step)) as measured:
         one, other = measured.choosing._samples, measured.judging._samples
         assert len(one) == len(other) == 5
         assert not {sample.prompt for sample in one} & {sample.prompt for sample in other}

@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_gguf.evaluation.statistics import mean_interval, paired_difference, relative_loss, wilson
+from lt_gguf.evaluation.statistics import mean_interval, mean_score, paired_difference, relative_loss, wilson
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+
+
+def test_mean_score():
+    assert mean_score([1.0, 0.0, 0.5, 1.0]) == pytest.approx((0.625, *wilson(0.625, 4)))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        mean_score([])
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,8 @@ def checkpoint() -> CheckpointScorer:
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory):
-    from lt_gguf.conversion import convert
-
-    file = convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", outtype="f32", select="interleave-odd", no_report=True)
-    with Scorer(file.files[0], "off", OPTIONS) as scorer:
+def runtime(demo_gguf):
+    with Scorer(demo_gguf, "off", OPTIONS) as scorer:
         yield scorer
 
 

@@ -28,11 +28,8 @@ DEPTHS = (0.1, 0.5)  # where streaming layers don't see the needle any more
 
 
 @pytest.fixture(scope="module")
-def scorer(tmp_path_factory):
-    from lt_gguf.conversion import convert
-
-    file = convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", outtype="f16", select="interleave-odd", no_report=True)
-    with Scorer(file.files[0], "off", ScorerOptions(n_threads=1, n_parallel=2)) as scorer:
+def scorer(demo_gguf):
+    with Scorer(demo_gguf, "off", ScorerOptions(n_threads=1, n_parallel=2)) as scorer:
         yield scorer
 
 
