@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,8 +65,12 @@ def eval(  # noqa: A001 - a command's function has its name
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text or JSONL for perplexity and kl; else built-in texts.")
     ] = None,
+    haystack: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text or JSONL that needles and votes are hidden in; else made-up stories.")
+    ] = None,
     text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Field of each line of a JSONL file: a text, or a list of messages.")
+        str,
+        typer.Option(metavar="NAME", help="Field of each line of JSONL files (--text, --haystack): a text, or a list of messages."),
     ] = DEFAULT_FIELD,
     text_samples: Annotated[int, typer.Option(help="Samples of text for each length.")] = DEFAULT_TEXT_SAMPLES,
     fast: Annotated[
@@ -86,6 +91,8 @@ def eval(  # noqa: A001 - a command's function has its name
     described = read_model(file)
     specs = choose_specs(described, streaming, full)
     plan = make_plan(described, tasks, lengths, depths, samples, text_samples, seed, fast)
+    if haystack is not None:
+        plan = replace(plan, haystack=read_texts(haystack, text_field))
     if out is not None:
         check_folder(out)
     texts = read_texts(text, text_field)

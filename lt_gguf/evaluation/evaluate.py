@@ -11,6 +11,7 @@ import numpy as np
 from lt_gguf.calibration import Texts
 from lt_gguf.evaluation import divergence
 from lt_gguf.evaluation.divergence import Means, Sample
+from lt_gguf.evaluation.haystack import Haystack, haystack_of
 from lt_gguf.evaluation.results import Journal
 from lt_gguf.evaluation.retrieval import Question, hash_of, prompt_of, questions, run
 from lt_gguf.evaluation.summary import FULL, TEXT
@@ -37,6 +38,7 @@ class Plan:
         on_text: whether it is also measured how texts are predicted.
         seed: of the prompts.
         fast: see `retrieval.run`.
+        haystack: what needles are hidden in; `None`: stories.
 
     Raises:
         ValueError: there is no such task, or a number is out of range.
@@ -50,6 +52,7 @@ class Plan:
     on_text: bool = False
     seed: int = 0
     fast: bool = False
+    haystack: Texts | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -75,7 +78,10 @@ class Plan:
         scoring = "most likely tokens of the right answer" if self.fast else "generated answer"
         # note: which texts these are depends on their number
         text = {"name": texts.name, "sha256": texts.sha256, "samples": self.text_samples}
-        return {"seed": self.seed, "scoring": scoring, "text": text}
+        settings = {"seed": self.seed, "scoring": scoring, "text": text}
+        if self.haystack is not None:
+            settings["haystack"] = {"name": self.haystack.name, "sha256": self.haystack.sha256}
+        return settings
 
 
 def evaluate(
@@ -103,14 +109,15 @@ def evaluate(
         if progress:
             progress(spec, what, done, total)
 
+    haystack = Haystack() if plan.haystack is None else haystack_of(plan.haystack.documents)
     for task in plan.tasks:  # what doesn't fit is said before hours of measuring
-        prompt_of(scorer, next(q for q in asked if (q.task, q.length) == (task, min(plan.lengths))), plan.seed)
+        prompt_of(scorer, next(q for q in asked if (q.task, q.length) == (task, min(plan.lengths))), plan.seed, haystack)
     for spec in specs:
         missing = [question for question in asked if (spec, question) not in journal.records]
         report(spec, "tasks", len(asked) - len(missing))
         if missing:
             scorer.with_streaming(spec)
-        for answer in run(scorer, missing, plan.seed, fast=plan.fast):
+        for answer in run(scorer, missing, plan.seed, haystack, plan.fast):
             journal.add(spec, answer.question, score=answer.score, prompt=answer.prompt)
             report(spec, f"{answer.question.task}, {answer.question.length:,} tokens", 1)
     for length in plan.lengths if plan.on_text else ():

@@ -163,6 +163,27 @@ def test_what_is_there_is_not_measured_again_and_more_can_be_added(evaluate, tmp
     assert [model["name"] for model in result(out)["models"]] == ["full", "hybrid 1", "hybrid 2"]
 
 
+def test_a_haystack_of_ones_own(evaluate, tmp_path, monkeypatch):
+    book, out = tmp_path / "book.txt", tmp_path / "out"
+    book.write_text("The grass is green. " * 30 + "\n\n" + "The sky is blue. " * 30)
+    asked: list[str] = []
+    generate = Scorer.generate
+
+    def listening(scorer, requests, *arguments, **settings):
+        for request in (requests := list(requests)):
+            asked.append(scorer.detokenize(request[0]))
+        return generate(scorer, requests, *arguments, **settings)
+
+    monkeypatch.setattr(Scorer, "generate", listening)
+    assert evaluate(*ONE_TASK, "--haystack", book, "--out", out)[0] == 0
+    assert len(asked) == 4 and all(text.count("The grass is green.") + text.count("The sky is blue.") > 8 for text in asked)
+    assert result(out)["settings"]["haystack"]["name"] == "book.txt"
+    status, shown, err = evaluate(*ONE_TASK, "--out", out)
+    assert (status, shown, err.count("\n")) == (1, "", 1) and "was measured with haystack = " in err
+    status, shown, err = evaluate(*ONE_TASK, "--haystack", tmp_path / "none.txt")
+    assert (status, shown, err.count("\n")) == (1, "", 1) and "none.txt" in err
+
+
 def test_another_seed_needs_another_folder(evaluate, tmp_path):
     out = tmp_path / "out"
     assert evaluate(*ONE_TASK, "--out", out)[0] == 0

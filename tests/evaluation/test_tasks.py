@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 
-from lt_gguf.evaluation.haystack import Haystack, take
+from lt_gguf.evaluation.haystack import Haystack, haystack_of, take
 from lt_gguf.evaluation.puzzle import Piece, Puzzle, hide
 from lt_gguf.evaluation.stories import story_sentences
 from lt_gguf.evaluation.tasks import TASKS, find_task
@@ -245,6 +245,20 @@ def test_stories_are_sentences_and_give_no_answers():
 def test_a_haystack_that_cannot_be(texts, share, complaint):
     with pytest.raises(ValueError, match=complaint):
         Haystack(texts, share)
+
+
+def test_a_haystack_of_texts_keeps_their_order():
+    book = 'One wrapped\nsentence. "Two!" she said. A title\n\n(Three.) Four? ' + "long " * 100 + "\n \n五。六"
+    sentences = ["One wrapped sentence.", '"Two!"', "she said.", "A title", "(Three.)", "Four?", ("long " * 80).strip(), ("long " * 20).strip()]
+    sentences += ["五。", "六"]
+    drawn = list(islice(haystack_of([" ", book]).sentences(np.random.default_rng(0)), 200))
+    assert set(drawn) == set(sentences)
+    places = [sentences.index(sentence) for sentence in drawn]
+    starts = {after for before, after in pairwise(places) if after != before + 1}
+    assert len(starts) > 3  # a new place is drawn ...
+    assert all(before == len(sentences) - 1 for before, after in pairwise(places) if after != before + 1)  # ... at the end only
+    with pytest.raises(ValueError, match="haystack: its texts are empty"):
+        haystack_of(["\n"])
 
 
 def test_as_many_sentences_as_fit():
