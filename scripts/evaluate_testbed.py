@@ -48,7 +48,9 @@ def held_out_texts() -> dict[str, Texts]:
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = ROOT / "models" / "demo",
-    work_dir: Annotated[Path, typer.Option(help="what is measured; an earlier run here goes on")] = ROOT / "build" / "testbed-evaluation",
+    work_dir: Annotated[
+        Path, typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
+    ] = ROOT / "build" / "testbed-evaluation",
     samples: Annotated[int, typer.Option(min=1, help="prompts of each task, length and depth")] = 100,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:

@@ -138,8 +138,10 @@ def progress_bar() -> Iterator[Progress]:
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = ROOT / "models" / "demo",
-    work_dir: Annotated[Path, typer.Option(help="what is measured; an earlier run here goes on")] = ROOT / "build" / "experiments",
-    out: Annotated[Path, typer.Option(help="folder of results.md and its pictures")] = ROOT / "docs",
+    work_dir: Annotated[
+        Path, typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
+    ] = ROOT / "build" / "experiments",
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder of results.md and its pictures")] = ROOT / "docs",
     only: Annotated[list[str] | None, typer.Option(help=f"a part: {', '.join(PARTS)}; may be given several times")] = None,
     samples: Annotated[int, typer.Option(min=5, help="prompts of each task")] = 500,
     length: Annotated[int, typer.Option(min=512, help="tokens of a prompt and its answer, at most")] = 1024,

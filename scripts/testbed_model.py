@@ -13,12 +13,13 @@ import numpy as np
 import sentencepiece
 import testbed_data as data
 import torch
+from sentencepiece import sentencepiece_model_pb2
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 VOCAB_SIZE = 1536
 BOS, UNK = "<s>", "<unk>"
 MAX_LENGTH = 4096
-ROPE_BASE = 1_000_000.0
+ROPE_BASE = 10_000_000.0  # so large that half of the rotary pairs hardly turn over the whole context
 MATCHING_LAYERS = (3, 7)  # the heads that look things up begin here
 
 CHAT_TEMPLATE = (
@@ -50,8 +51,22 @@ def train_tokenizer(path: Path, texts: list[str], seed: int) -> None:
         control_symbols=[data.USER, data.ASSISTANT], num_threads=1, minloglevel=2,
     )
     partial = path.with_suffix(".partial")
-    partial.write_bytes(model.getvalue())
+    partial.write_bytes(_with_first_digits(model.getvalue()))
     os.replace(partial, path)
+
+
+def _with_first_digits(model: bytes) -> bytes:
+    """The same tokenizer with the pieces `▁0` to `▁9` in place of the ten latest merges.
+
+    SentencePiece splits digits from the space before them, too. A lone space would stand between a number and the words that say
+    which number it is.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    merges = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
+    first = max(piece.score for piece in merges)
+    for digit, piece in enumerate(sorted(merges, key=lambda piece: piece.score)[:10]):
+        piece.piece, piece.score = f"▁{digit}", first
+    return proto.SerializeToString()
 
 
 def hf_tokenizer(model_file: Path) -> LlamaTokenizer:
@@ -144,8 +159,7 @@ def start_with_induction(model: LlamaForCausalLM) -> None:
     An induction head (Olsson et al., arXiv 2209.11895) needs heads that bring the identity of previous tokens along
     and a later head that matches the current tokens with them. From purely random weights a CPU doesn't get there in
     hours. Here the four heads of layer 0 look one, two, three and four positions back, and in `MATCHING_LAYERS` the heads
-    of one KV head match (current, one back) and those of the other (current, one, two back) with the tokens before the
-    key's. What they do is then trained like everything else.
+    of one KV head match the last two tokens and those of the other the last four with the tokens before the key's. What they do is then trained like everything else.
     """
     config = model.config
     size, half, width = config.head_dim, config.head_dim // 2, 32
@@ -157,10 +171,10 @@ def start_with_induction(model: LlamaForCausalLM) -> None:
     basis = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size))[0]
     # note: back[n] is where the identity of the token n positions back is found; back[0]: the token's own
     back = [basis[:, i * width:(i + 1) * width] for i in range(5)]
-    output = basis[:, 5 * width:6 * width]
+    output = basis[:, -width:]
 
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
-    n, gain = 10, 0.58  # the n fastest rotary pairs tell neighbours apart
+    n, gain = 10, 0.6  # the n fastest rotary pairs tell neighbours apart
     first = model.model.layers[0].self_attn
     for kv_head in range(2):
         k = first.k_proj.weight[kv_head * size:(kv_head + 1) * size]
@@ -180,7 +194,7 @@ def start_with_induction(model: LlamaForCausalLM) -> None:
     slow = torch.cat([torch.arange(half // 2, half), torch.arange(half + half // 2, size)])  # pairs that hardly turn
     for il in MATCHING_LAYERS:
         match = model.model.layers[il].self_attn
-        for kv_head, n_tokens in enumerate((2, 3)):
+        for kv_head, n_tokens in enumerate((2, 4)):
             turns = [torch.linalg.qr(torch.randn(width, width))[0] for _ in range(n_tokens)]
             queries = sum(turn @ back[i].T for i, turn in enumerate(turns))
             keys = sum(turn @ back[i + 1].T for i, turn in enumerate(turns))

@@ -28,85 +28,40 @@ from transformers import LlamaForCausalLM
 
 CHECKPOINT_EVERY = 50
 LOG_EVERY = 10
-PRESSURE_FROM = 225  # steps; until then heads find what they are good for
+PRESSURE_FROM = 450  # steps; until then heads find what they are good for
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a cycle: `steps` optimizer steps with rows of `length` tokens, and how often each kind of document comes."""
+    """A part of the training: `steps` optimizer steps with rows of `length` tokens, and how often each kind of document comes."""
 
     steps: int
     length: int
     shares: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Cycle:
-    """Phases with rows that get longer, while the learning rate rises to `rate` of its highest and falls to nearly nothing."""
-
-    rate: float
-    phases: tuple[Phase, ...]
-
-    @property
-    def steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
-
-
-_SHORT = {"map": 0.5, "repeat": 0.4, "puzzles": 5, "chat": 0.6, "story": 0.7, "python": 1.3}
-_MIDDLE = {"map": 0.4, "repeat": 0.3, "puzzles": 5, "chat": 0.4, "story": 0.6, "python": 1.3}
-_LONG = {"map": 0.3, "repeat": 0.2, "puzzles": 5, "chat": 0.3, "story": 0.4, "python": 1}
-_LONGER = {"map": 0.2, "repeat": 0.2, "puzzles": 5, "chat": 0.2, "story": 0.3, "python": 0.8}
-_LONGEST = {"map": 0.2, "repeat": 0.2, "puzzles": 5, "chat": 0.2, "story": 0.2, "python": 0.6}
-
-
-def _alike(shares: dict[str, float]) -> dict[str, float]:
-    """The same with puzzles whose keys are easily taken for another."""
-    return {"alike" if kind == "puzzles" else kind: share for kind, share in shares.items()}
-
-
-# Dense lookups first, in short rows; then statements spread over longer and longer text. And once more, since one cycle leaves
-# something inexact (one number of five, where another needle shares a word with the right one): with keys that are alike.
-CYCLES = (
-    Cycle(
-        1.0,
-        (
-            Phase(75, 256, {"map": 3, "repeat": 2, "puzzles": 3, "story": 1}),
-            Phase(450, 256, _SHORT),
-            Phase(301, 512, _MIDDLE),
-            Phase(254, 1024, _LONG),
-            Phase(210, 2048, _LONGER),
-            Phase(210, 4096, _LONGEST),
-        ),
-    ),
-    Cycle(
-        0.7,
-        (
-            Phase(500, 256, _alike(_SHORT)),
-            Phase(300, 512, _alike(_MIDDLE)),
-            Phase(180, 1024, _alike(_LONG)),
-            Phase(100, 2048, _alike(_LONGER)),
-            Phase(70, 4096, _alike(_LONGEST)),
-        ),
-    ),
+# dense lookups first, in short rows; then statements spread over longer and longer text
+PHASES = (
+    Phase(75, 256, {"map": 3, "repeat": 2, "alike": 3, "story": 1}),
+    Phase(275, 256, {"map": 0.5, "repeat": 0.4, "alike": 5, "chat": 0.6, "story": 0.7, "python": 1.3}),
+    Phase(400, 512, {"map": 0.4, "repeat": 0.3, "alike": 5, "chat": 0.4, "story": 0.6, "python": 1.3}),
+    Phase(400, 1024, {"map": 0.3, "repeat": 0.2, "alike": 5, "chat": 0.3, "story": 0.4, "python": 1}),
+    Phase(350, 2048, {"map": 0.2, "repeat": 0.2, "alike": 5, "chat": 0.2, "story": 0.3, "python": 0.8}),
+    Phase(400, 4096, {"map": 0.2, "repeat": 0.2, "alike": 5, "chat": 0.2, "story": 0.2, "python": 0.6}),
 )
-STEPS = sum(cycle.steps for cycle in CYCLES)
+STEPS = sum(phase.steps for phase in PHASES)
 
 
 def plan(step: int) -> tuple[Phase, float]:
     """What is done in a step: its phase, and the learning rate as a share of the highest.
 
-    In each cycle the rate rises over 20 steps, is flat, and falls linearly to nearly nothing over the last 60 %.
+    The rate rises over 20 steps, is flat, and falls linearly to nearly nothing over the last 60 %.
     """
-    at = step
-    for cycle in CYCLES:
-        if at < cycle.steps:
-            break
-        at -= cycle.steps
-    else:
-        raise ValueError(f"step {step}: must be less than {STEPS}")
-    factor = cycle.rate * min(1.0, (at + 1) / 20, max(0.02, (cycle.steps - at) / (0.6 * cycle.steps)))
-    ends = np.cumsum([phase.steps for phase in cycle.phases])
-    return cycle.phases[int(np.searchsorted(ends, at, side="right"))], factor
+    if not 0 <= step < STEPS:
+        raise ValueError(f"step {step}: must be from 0 to {STEPS - 1}")
+    ends = np.cumsum([phase.steps for phase in PHASES])
+    factor = min(1.0, (step + 1) / 20, max(0.02, (STEPS - step) / (0.6 * STEPS)))
+    return PHASES[int(np.searchsorted(ends, step, side="right"))], factor
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -170,9 +125,9 @@ def _mean(values: torch.Tensor, where: torch.Tensor) -> float:
 
 def main(
     work_dir: Annotated[
-        Path, typer.Option(help="tokenizer, checkpoints and log; an earlier run here goes on"),
+        Path, typer.Option(file_okay=False, help="tokenizer, checkpoints and log; an earlier run here goes on"),
     ] = Path("build/testbed"),
-    out: Annotated[Path, typer.Option(help="where the finished checkpoint goes")] = Path("models/demo"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="where the finished checkpoint goes")] = Path("models/demo"),
     steps: Annotated[int, typer.Option(min=1, max=STEPS, help="optimizer steps; fewer: stop earlier")] = STEPS,
     batch_tokens: Annotated[int, typer.Option(min=MAX_LENGTH, help="tokens a step")] = 4096,
     pressure: Annotated[float, typer.Option(min=0, help="cost of looking far, in nats")] = 0.1,
@@ -186,7 +141,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = {
         "batch_tokens": batch_tokens, "pressure": pressure, "seed": seed,
-        "cycles": json.loads(json.dumps([asdict(cycle) for cycle in CYCLES])),
+        "phases": [asdict(phase) for phase in PHASES],
     }
     texts, _ = data.python_texts()
     tokenizer_file = work_dir / "tokenizer.model"

@@ -87,7 +87,7 @@ def test_segments_are_encoded_as_the_whole_text_is(rows, kind):
 
 
 def test_rows_are_full_and_depend_on_the_seed_alone(rows):
-    shares = train_testbed.CYCLES[1].phases[0].shares
+    shares = train_testbed.PHASES[1].shares
     ids, weights = rows.batch(np.random.default_rng(3), 4, 300, shares)
     again, _ = rows.batch(np.random.default_rng(3), 4, 300, shares)
     assert ids.shape == weights.shape == (4, 300) and (ids == again).all()
@@ -95,17 +95,16 @@ def test_rows_are_full_and_depend_on_the_seed_alone(rows):
 
 
 def test_the_plan_of_a_training():
-    """Learning rates rise, are flat and fall in each cycle; rows get longer in each."""
-    steps = [train_testbed.plan(step) for step in range(train_testbed.STEPS)]
-    first = train_testbed.CYCLES[0].steps
-    for cycle, part in zip(train_testbed.CYCLES, (steps[:first], steps[first:]), strict=True):
-        rates = [rate for _, rate in part]
-        assert len(part) == cycle.steps and max(rates) == cycle.rate and rates[0] < 0.06 and rates[-1] <= 0.02 * cycle.rate
-        assert rates[: cycle.steps // 3] == sorted(rates[: cycle.steps // 3])
-        assert [phase.length for phase, _ in part] == sorted(phase.length for phase, _ in part)
-        assert [sum(phase is p for p, _ in part) for phase in cycle.phases] == [phase.steps for phase in cycle.phases]
-    with pytest.raises(ValueError, match="must be less than"):
-        train_testbed.plan(train_testbed.STEPS)
+    """The learning rate rises, is flat and falls; rows get longer."""
+    phases, rates = zip(*(train_testbed.plan(step) for step in range(train_testbed.STEPS)))
+    flat = [step for step, rate in enumerate(rates) if rate == 1]
+    assert rates[0] == 0.05 and rates[-1] == 0.02 and flat == list(range(flat[0], flat[-1] + 1)) and len(flat) > 0.3 * len(rates)
+    assert list(rates) == sorted(rates[: flat[0]]) + [1.0] * len(flat) + sorted(rates[flat[-1] + 1 :], reverse=True)
+    assert [phase.length for phase in phases] == sorted(phase.length for phase in phases)
+    assert [phases.count(phase) for phase in train_testbed.PHASES] == [phase.steps for phase in train_testbed.PHASES]
+    for step in (-1, train_testbed.STEPS):
+        with pytest.raises(ValueError, match=f"step {step}: must be from 0 to"):
+            train_testbed.plan(step)
 
 
 def test_conversations_for_fine_tuning():
