@@ -10,7 +10,6 @@ the former a sample too, to see that both agree. `experiments_report.py` makes t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import typer
 from experiments_layers import Choice, choose
 from experiments_report import write_report
 from experiments_run import Progress, all_questions, ask_runtime, ask_shared, turn_of
-from experiments_settings import AGREEMENT_SAMPLES, CACHE_TYPES, PER_PROMPT, SINK, SINKS, WEIGHT_TYPES, WINDOW, WINDOWS
-from experiments_training import train
+from experiments_settings import AGREEMENT_SAMPLES, CACHE_TYPES, PER_PROMPT, SINK, SINKS, TRAINED, WEIGHT_TYPES, WINDOW, WINDOWS
+from experiments_training import train, trained_spec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -111,7 +110,7 @@ class Experiments:
         specs = [FULL, self.spec(self.choice.layers["auto 50 %"])]
         for cache_type in CACHE_TYPES:
             self.run(f"cache-{cache_type}", self.file, specs, cache_type)
-        for weights in WEIGHT_TYPES[1:]:
+        for weights in WEIGHT_TYPES:
             self.run(f"weights-{weights}", self.gguf(self.checkpoint, weights), specs)
 
     def stream(self) -> None:
@@ -120,11 +119,12 @@ class Experiments:
         self.run("stream", self.file, list(dict.fromkeys(self.spec(self.choice.layers[name], "stream") for name in names)))
 
     def train(self) -> None:
-        """Stream mode after LightTransfer-Train, with the layers that it chose, and before."""
-        trained = train(self.checkpoint, self.work, self.length, SINK, WINDOW, self.threads)
-        spec = str(StreamingSpec.parse(json.loads((trained / "training.json").read_text())["streaming"], self.scorer.n_layer))
-        self.run("stream", self.file, [spec])
-        self.run("trained", self.gguf(trained, "f16"), [FULL, spec])
+        """Stream mode after LightTransfer-Train, and before."""
+        for select in TRAINED:
+            trained = train(self.checkpoint, self.work, select, self.length, SINK, WINDOW, self.threads)
+            spec = trained_spec(trained, self.scorer.n_layer)
+            self.run("stream", self.file, [spec])
+            self.run(f"trained-{select}", self.gguf(trained, "f16"), [FULL, spec])
 
 
 @contextmanager

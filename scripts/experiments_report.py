@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from experiments_settings import PER_PROMPT, SINKS, WINDOW, WINDOWS
+from experiments_settings import CACHE_TYPES, PER_PROMPT, SINKS, TRAINED, WEIGHT_TYPES, WINDOW, WINDOWS
+from experiments_training import trained_checkpoint, trained_spec
 
 from lt_gguf import plots
 from lt_gguf.evaluation.pictures import bars
@@ -21,6 +22,7 @@ from lt_gguf.evaluation.retrieval import Question
 from lt_gguf.evaluation.statistics import Estimate, mean_score, relative_loss
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.evaluation.tasks import TASKS
+from lt_gguf.spec import StreamingSpec
 
 if TYPE_CHECKING:
     from experiments import Experiments
@@ -74,7 +76,7 @@ class _Report:
     def __init__(self, experiments: Experiments) -> None:
         self.e, self.layers = experiments, experiments.choice.layers
         self.records = Records(experiments.work)
-        self.full = self.records.scores("layers", FULL) or self.records.scores("cache-f16", FULL)
+        self.full = self.records.scores("layers", FULL)
 
     # -- tables, by the names that stand in results.md
 
@@ -128,7 +130,7 @@ class _Report:
     def types(self) -> str:
         """Types of cache and weights, full beside hybrid."""
         hybrid = self.e.spec(self.layers["auto 50 %"])
-        runs = {"f16": "cache-f16", "KV q8_0": "cache-q8_0", "KV q4_0": "cache-q4_0", "weights q8_0": "weights-Q8_0", "weights q4_K_M": "weights-Q4_K_M"}
+        runs = {"f16": "layers"} | {f"KV {t}": f"cache-{t}" for t in CACHE_TYPES} | {f"weights {t}": f"weights-{t}" for t in WEIGHT_TYPES}
         rows = []
         for name, journal in runs.items():
             full = self.records.scores(journal, FULL)
@@ -137,15 +139,17 @@ class _Report:
 
     def training(self) -> str:
         """Stream mode before and after LightTransfer-Train."""
-        path = self.e.work / f"{self.e.checkpoint.name}-trained" / "training.json"
-        spec = json.loads(path.read_text())["streaming"] if path.exists() else ""
-        rows = [
-            ("full", self._test_mode(None)),
-            ("stream mode before", self.records.scores("stream", spec)),
-            ("stream mode after", self.records.scores("trained", spec)),
-            ("full attention after", self.records.scores("trained", FULL)),
-        ]
-        return self._table(("",), rows)
+        rows = [("full", "", "", self._test_mode(None))]
+        for select in TRAINED:
+            trained, n_layer = trained_checkpoint(self.e.checkpoint, self.e.work, select), self.e.scorer.n_layer
+            spec = trained_spec(trained, n_layer)
+            layers = _listed(StreamingSpec.parse(spec, n_layer).layers) if spec else ""
+            rows += [
+                (select, layers, "stream mode before", self.records.scores("stream", spec)),
+                (select, layers, "stream mode after", self.records.scores(f"trained-{select}", spec)),
+                (select, layers, "full attention after", self.records.scores(f"trained-{select}", FULL)),
+            ]
+        return self._table(("layers chosen by", "streaming layers", ""), rows)
 
     def agreement(self) -> str:
         """How often torch and the runtime score a prompt alike."""

@@ -9,7 +9,8 @@ SINKS, WINDOWS = (0, 2, 4, 6), (28, 60, 124, 252)
 FRACTIONS = (0.25, 0.5, 0.75)
 W_LAST = (8, 16, 32, 64)
 N_RANDOM = 5
-CACHE_TYPES, WEIGHT_TYPES = ("f16", "q8_0", "q4_0"), ("f16", "Q8_0", "Q4_K_M")
+CACHE_TYPES, WEIGHT_TYPES = ("q8_0", "q4_0"), ("Q8_0", "Q4_K_M")  # besides f16
+TRAINED = ("frequency", "interleave-odd")  # the paper's choice of layers; and one that hurts, to see what training mends
 AGREEMENT_SAMPLES = 40  # of each task
 
 PER_PROMPT = str(AutoSpec(0.5, SINK, WINDOW))  # the runtime chooses at the end of each prompt

@@ -10,18 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import testbed_data as data
+from train_lt_model import RECORD
 
 from lt_gguf.evaluation.results import write_text
+from lt_gguf.spec import StreamingSpec
 
 STEPS, BATCH, LEARNING_RATE = 150, 4, 3e-4
 _SEED = 30_000  # of the data: neither that of the model's training nor that of an evaluation
 _CHARS_PER_TOKEN = 3.3
 
 
-def train(checkpoint: Path, work: Path, length: int, sink: int, window: int, threads: int) -> Path:
+def trained_checkpoint(checkpoint: Path, work: Path, select: str) -> Path:
+    """Where the checkpoint is that was fine-tuned with the layers that `select` chooses."""
+    return work / f"{checkpoint.name}-trained-{select}"
+
+
+def trained_spec(trained: Path, n_layer: int) -> str:
+    """How a fine-tuned checkpoint streams; empty if it isn't there."""
+    record = trained / RECORD
+    return str(StreamingSpec.parse(json.loads(record.read_text())["streaming"], n_layer)) if record.exists() else ""
+
+
+def train(checkpoint: Path, work: Path, select: str, length: int, sink: int, window: int, threads: int) -> Path:
     """The folder of the fine-tuned checkpoint; made if it isn't there."""
-    out = work / f"{checkpoint.name}-trained"
-    if (out / "training.json").exists():
+    out = trained_checkpoint(checkpoint, work, select)
+    if (out / RECORD).exists():
         return out
     file = work / "conversations.jsonl"
     if not file.exists():
@@ -32,7 +45,7 @@ def train(checkpoint: Path, work: Path, length: int, sink: int, window: int, thr
         "--learning-rate": LEARNING_RATE, "--samples": 100, "--eval-share": 0.1, "--save-every": 25,
     }  # fmt: skip
     begun = out.with_name(f"{out.name}-training").exists()
-    options = [str(part) for pair in numbers.items() for part in pair] + ["--loss", "all"] + (["--resume"] if begun else [])
+    options = [str(part) for pair in numbers.items() for part in pair] + ["--loss", "all", "--select", select] + (["--resume"] if begun else [])
     command = [sys.executable, str(script), str(checkpoint), str(file), str(out), *options]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     return out
