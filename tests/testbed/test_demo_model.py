@@ -62,7 +62,7 @@ def choose(name: str, ratios: np.ndarray) -> tuple[int, ...]:
 
 
 def test_the_full_model_finds_needles_with_keys_that_it_never_saw(scores):
-    assert np.mean(scores(())) > 0.85
+    assert np.mean(scores(())) > 0.9
 
 
 @pytest.mark.parametrize("name", ["lazy-ratio", "frequency"])

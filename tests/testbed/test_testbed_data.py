@@ -86,6 +86,14 @@ def test_segments_are_encoded_as_the_whole_text_is(rows, kind):
         assert ids == rows.encode([(text_of(segments), 1.0)])[0]
 
 
+def test_a_number_and_the_space_before_it_have_no_lone_space_between_them(rows):
+    """Else a space would stand between a value and the words that say whose it is."""
+    pieces = [rows.sp.id_to_piece(token) for token in rows.encode([("The code of the red box is 48213.", 1.0)])[0]]
+    assert pieces[-7:] == ["▁is", "▁4", "8", "2", "1", "3", "."]
+    for digit in range(10):
+        assert len(rows.sp.encode(f" {digit}")) == 1 == len(rows.sp.encode(str(digit)))
+
+
 def test_rows_are_full_and_depend_on_the_seed_alone(rows):
     shares = train_testbed.PHASES[1].shares
     ids, weights = rows.batch(np.random.default_rng(3), 4, 300, shares)
