@@ -52,10 +52,10 @@ def wilson(mean: float, n: int, confidence: float = DEFAULT_CONFIDENCE) -> tuple
     return max(0.0, min(mean, (centre - half) / scale)), min(1.0, max(mean, (centre + half) / scale))
 
 
-def mean_score(scores: Sequence[float], confidence: float = DEFAULT_CONFIDENCE) -> Estimate:
+def mean_score(scores: Sequence[float]) -> Estimate:
     """The mean of scores, one a prompt, and its interval by `wilson`. Raises ValueError as that does."""
     mean = math.fsum(scores) / len(scores) if scores else 0.0
-    return Estimate(mean, *wilson(mean, len(scores), confidence))
+    return Estimate(mean, *wilson(mean, len(scores)))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = DEFAULT_CONFIDENCE) -> Estimate:

@@ -117,13 +117,16 @@ def test_what_has_been_asked_is_not_asked_again(tmp_path):
 
     scorer = CheckpointScorer(ROOT / "models" / "demo")
     specs = [FULL, str(StreamingSpec((0, 2), scorer.n_layer, SINK, WINDOW, "full"))]
-    asked, shown = ASKED[:3], []
+    asked, shown, read = ASKED[:3], [], []
+    logprobs = scorer.logprobs
+    scorer.logprobs = lambda prompt, *rest: read.append(prompt) or logprobs(prompt, *rest)
     with Journal(tmp_path / "layers.jsonl", {}) as journal:
         ask_shared(scorer, specs, asked[:2], journal, lambda *_: None)
         first = dict(journal.records)
         ask_shared(scorer, specs, asked, journal, lambda _, done, total: shown.append((done, total)))
         assert set(journal.records) == {(spec, question) for spec in specs for question in asked}
         assert {key: journal.records[key] for key in first} == first
+        assert len(read) == len(asked), "what was answered before isn't asked again"
         assert shown == [(1, 3), (2, 3), (3, 3)] and (tmp_path / "layers.jsonl").read_text().count("\n") == 1 + 6
 
 
