@@ -1,7 +1,7 @@
 """Measure the testbed model for its card: retrieval by length and depth, and perplexity, on keys, wordings and texts that it
 never saw.
 
-    python scripts/evaluate_testbed.py models/demo --samples 100
+    python scripts/evaluate_testbed.py models/demo --samples 100 --others 500
 
 puts tables into the card, between `<!-- evaluation -->` and `<!-- end -->`, and a picture beside it. What is measured is kept in
 WORK_DIR, where an interrupted run goes on. It runs on the patched runtime with full attention.
@@ -51,17 +51,17 @@ def main(
     work_dir: Annotated[
         Path, typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
     ] = ROOT / "build" / "testbed-evaluation",
-    samples: Annotated[int, typer.Option(min=1, help="prompts of each task, length and depth")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="prompts of single and of multi-key, of each length and depth")] = 100,
+    others: Annotated[int, typer.Option(min=1, help="prompts of each other task and length")] = 500,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Retrieval and perplexity of the testbed model."""
     work_dir.mkdir(parents=True, exist_ok=True)
     file = work_dir / "testbed-f16.gguf"
     convert(checkpoint, file, select="interleave-odd", outtype="f16", overwrite=True, no_report=True)
-    # tasks without depths have as many prompts as the others have at all depths together
     plans = {
         "needles": Plan(("single", "multi-key"), LENGTHS, DEPTHS, samples, seed=SEED, fast=True),
-        "others": Plan([t for t in TASKS if t not in ("single", "multi-key")], LENGTHS, (), samples * len(DEPTHS), seed=SEED, fast=True),
+        "others": Plan([t for t in TASKS if t not in ("single", "multi-key")], LENGTHS, (), others, seed=SEED, fast=True),
     }
     texts = held_out_texts()
     on_text = Plan((), (TEXT_LENGTH,), (), 1, N_TEXTS, on_text=True, seed=SEED)
@@ -86,8 +86,10 @@ def main(
     for name, figure in summary.figures():
         if name == "depth_by_length":
             plots.save(figure, checkpoint / "retrieval")
-    n = samples * len(DEPTHS)
-    told = f"{n} prompts of each task and length (needles: {samples} at each of {len(DEPTHS)} depths), most likely tokens, 95 % intervals:\n\n"
+    told = (
+        f"Prompts of each length: {samples * len(DEPTHS)} of single and of multi-key ({samples} at each of {len(DEPTHS)} depths), "
+        f"{others} of each other task. Most likely tokens, 95 % intervals:\n\n"
+    )
     text = told + _table(summary) + "\n\n| text | perplexity [95 %] |\n| --- | --: |\n" + "\n".join(parts) + "\n"
     card = checkpoint / "README.md"
     write_text(card, _MARKED.sub(lambda match: match[1] + text + match[2], card.read_text()))

@@ -128,6 +128,27 @@ class ConfusableWords(WordSource):
         return self.seen[-1]
 
 
+@dataclass
+class ConfusableNumbers(ConfusableWords):
+    """And half of the numbers begin like another one: with its first digit, or its first two.
+
+    While a number is copied, its own digits say which number it is, too. Among random ones they nearly always suffice from the second
+    digit on, so a model learns to trust them more than the words before the number, and goes astray where two begin alike.
+    """
+
+    numbers: list[str] = field(default_factory=list)
+
+    def number(self) -> str:
+        number = super().number()
+        if self.numbers and self.rng.random() < 0.5:
+            n = int(self.rng.integers(1, 3))
+            alike = pick(self.rng, self.numbers)[:n] + number[n:]
+            if alike not in self.used:
+                self.used.add(number := alike)
+        self.numbers.append(number)
+        return number
+
+
 def random_puzzles(rng: np.random.Generator, words: WordSource, n_chars: int, votes: bool) -> list[Puzzle]:
     """Puzzles of a random kind and size about the same statements, of at most about `n_chars` characters.
 
@@ -155,16 +176,18 @@ def random_puzzles(rng: np.random.Generator, words: WordSource, n_chars: int, vo
     return [Needles("single", n_keys=1).puzzle(words)]
 
 
-def puzzles(rng: np.random.Generator, n_chars: int, texts: Sequence[str], alike: bool = False) -> Segments:
+def puzzles(
+    rng: np.random.Generator, n_chars: int, texts: Sequence[str], source: type[WordSource] = WordSource,
+) -> Segments:
     """Several puzzles hidden in one haystack, and their questions after it, as a chat or in plain text.
 
     They take from a hundredth to nearly all of the text, so that dense texts and sparse ones are seen.
 
     Args:
-        alike: keys are those of `ConfusableWords`.
+        source: where keys and numbers come from.
     """
     budget = n_chars * (rng.uniform(0.1, 0.95) if rng.random() < 0.7 else rng.uniform(0.1, 0.3) ** 2)
-    words = (ConfusableWords if alike else WordSource)(rng, held_out=False)
+    words = source(rng, held_out=False)
     chat = bool(rng.random() < 0.6)
     hidden: list[Puzzle] = []
     asking: list[Segments] = []
@@ -231,6 +254,9 @@ def chat(rng: np.random.Generator) -> Segments:
 
 # -------------------------------------------------------------------------------------------- documents
 
+PUZZLES = {"puzzles": WordSource, "alike": ConfusableWords, "closely alike": ConfusableNumbers}  # kind of document -> its words
+
+
 def document(rng: np.random.Generator, n_chars: int, texts: Sequence[str], shares: dict[str, float]) -> Segments:
     """One training document of about `n_chars` characters; `shares` says how often each kind comes."""
     weights = np.array(list(shares.values()))
@@ -239,8 +265,8 @@ def document(rng: np.random.Generator, n_chars: int, texts: Sequence[str], share
         return fact_map(rng, n_chars)
     if kind == "repeat":
         return repeated_words(rng, n_chars)
-    if kind in ("puzzles", "alike"):
-        return puzzles(rng, n_chars, texts, alike=kind == "alike")
+    if kind in PUZZLES:
+        return puzzles(rng, n_chars, texts, PUZZLES[kind])
     if kind == "chat":
         segments = chat(rng)
         while sum(len(text) for text, _ in segments) < n_chars:

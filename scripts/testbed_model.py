@@ -51,11 +51,11 @@ def train_tokenizer(path: Path, texts: list[str], seed: int) -> None:
         control_symbols=[data.USER, data.ASSISTANT], num_threads=1, minloglevel=2,
     )
     partial = path.with_suffix(".partial")
-    partial.write_bytes(_with_first_digits(model.getvalue()))
+    partial.write_bytes(with_first_digits(model.getvalue()))
     os.replace(partial, path)
 
 
-def _with_first_digits(model: bytes) -> bytes:
+def with_first_digits(model: bytes) -> bytes:
     """The same tokenizer with the pieces `▁0` to `▁9` in place of the ten latest merges.
 
     SentencePiece splits digits from the space before them, too. A lone space would stand between a number and the words that say

@@ -41,7 +41,7 @@ class Phase:
 
 
 # dense lookups first, in short rows; then statements spread over longer and longer text
-PHASES = (
+LONGER_AND_LONGER = (
     Phase(75, 256, {"map": 3, "repeat": 2, "alike": 3, "story": 1}),
     Phase(275, 256, {"map": 0.5, "repeat": 0.4, "alike": 5, "chat": 0.6, "story": 0.7, "python": 1.3}),
     Phase(400, 512, {"map": 0.4, "repeat": 0.3, "alike": 5, "chat": 0.4, "story": 0.6, "python": 1.3}),
@@ -49,19 +49,29 @@ PHASES = (
     Phase(350, 2048, {"map": 0.2, "repeat": 0.2, "alike": 5, "chat": 0.2, "story": 0.3, "python": 0.8}),
     Phase(400, 4096, {"map": 0.2, "repeat": 0.2, "alike": 5, "chat": 0.2, "story": 0.2, "python": 0.6}),
 )
+# the same once more, at a lower rate, with numbers that begin alike
+ONCE_MORE = (
+    Phase(150, 512, {"map": 0.2, "repeat": 0.2, "closely alike": 5, "chat": 0.3, "story": 0.4, "python": 1}),
+    Phase(200, 1024, {"map": 0.2, "repeat": 0.2, "closely alike": 5, "chat": 0.2, "story": 0.3, "python": 0.8}),
+    Phase(200, 2048, {"map": 0.2, "repeat": 0.2, "closely alike": 5, "chat": 0.2, "story": 0.2, "python": 0.6}),
+    Phase(250, 4096, {"map": 0.2, "repeat": 0.2, "closely alike": 5, "chat": 0.2, "story": 0.2, "python": 0.6}),
+)
+PHASES = LONGER_AND_LONGER + ONCE_MORE
 STEPS = sum(phase.steps for phase in PHASES)
 
 
 def plan(step: int) -> tuple[Phase, float]:
     """What is done in a step: its phase, and the learning rate as a share of the highest.
 
-    The rate rises over 20 steps, is flat, and falls linearly to nearly nothing over the last 60 %.
+    The rate rises over 20 steps, is flat, and falls linearly to nearly nothing over the last 60 % of `LONGER_AND_LONGER`; then it
+    begins again at 0.4 and falls over the whole of `ONCE_MORE`.
     """
     if not 0 <= step < STEPS:
         raise ValueError(f"step {step}: must be from 0 to {STEPS - 1}")
     ends = np.cumsum([phase.steps for phase in PHASES])
-    factor = min(1.0, (step + 1) / 20, max(0.02, (STEPS - step) / (0.6 * STEPS)))
-    return PHASES[int(np.searchsorted(ends, step, side="right"))], factor
+    first = int(ends[len(LONGER_AND_LONGER) - 1])
+    falling = (first - step) / (0.6 * first) if step < first else 0.4 * (STEPS - step) / (STEPS - first)
+    return PHASES[int(np.searchsorted(ends, step, side="right"))], min(1.0, (step + 1) / 20, max(0.02, falling))
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -123,6 +133,60 @@ def _mean(values: torch.Tensor, where: torch.Tensor) -> float:
     return (values * where).sum().item() / max(1, where.sum().item())
 
 
+class Run:
+    """What a run leaves in its folder: checkpoints, from which it goes on, and the log with its picture.
+
+    Args:
+        arguments: of the run; one that goes on must have the same.
+    """
+
+    def __init__(self, folder: Path, arguments: dict, trainer: Trainer) -> None:
+        self.folder, self.arguments, self.trainer = folder, arguments, trainer
+        self.checkpoint, self.log = folder / "checkpoint.pt", folder / "log.jsonl"
+        self.recent: list[dict] = []  # what was measured since the last line of the log
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken, interruptions left out."""
+        return time.monotonic() - self._began
+
+    def resume(self) -> int:
+        """Takes up the last checkpoint, if there is one. Returns the number of steps done.
+
+        Raises:
+            typer.BadParameter: it is one of a run with other arguments.
+        """
+        if not self.checkpoint.exists():
+            self.log.write_text("")
+            return 0
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["arguments"] != self.arguments:
+            raise typer.BadParameter(f"{self.folder} holds a run with other arguments: give another --work-dir or remove it")
+        self.trainer.model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(self.trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        logged = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= state["step"]))
+        self._began -= state["seconds"]
+        return state["step"]
+
+    def write_log(self, **record) -> dict:
+        """Appends `record` and the means of what was measured since the last time, which it returns."""
+        means = {name: np.mean([measured[name] for measured in self.recent], axis=0).round(4).tolist() for name in self.recent[0]}
+        self.recent.clear()
+        with self.log.open("a") as file:
+            file.write(json.dumps({**record, "seconds": round(self.seconds, 1), **means}) + "\n")
+        return means
+
+    def save(self, step: int) -> None:
+        save_checkpoint(
+            self.checkpoint, arguments=self.arguments, model=self.trainer.model.state_dict(), step=step,
+            optimizers=[optimizer.state_dict() for optimizer in self.trainer.optimizers], seconds=self.seconds,
+        )
+        draw_training(self.log, self.folder / "training.png")
+
+
 def main(
     work_dir: Annotated[
         Path, typer.Option(file_okay=False, help="tokenizer, checkpoints and log; an earlier run here goes on"),
@@ -153,25 +217,8 @@ def main(
     model.set_attn_implementation(IMPLEMENTATION)
     trainer = Trainer(model, far, device, torch.Generator().manual_seed(seed))
 
-    checkpoint, log = work_dir / "checkpoint.pt", work_dir / "log.jsonl"
-    start, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["arguments"] != arguments:
-            raise typer.BadParameter(
-                f"{work_dir} holds a run with other arguments: give another --work-dir or remove it",
-            )
-        model.load_state_dict(state["model"])
-        for optimizer, optimizer_state in zip(trainer.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        start, seconds = state["step"], state["seconds"]
-        logged = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= start))
-    else:
-        log.write_text("")
-
-    recent: list[dict] = []
-    began = time.monotonic() - seconds
+    run = Run(work_dir, arguments, trainer)
+    start = run.resume()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=steps, completed=start)
@@ -180,28 +227,16 @@ def main(
             rng = np.random.default_rng((seed, 1, step))  # depends on the step alone: a resumed run sees the same rows
             ids, weights = rows.batch(rng, batch_tokens // phase.length, phase.length, phase.shares)
             trainer.set_learning_rate(factor)
-            measured = trainer.step(ids, weights, pressure if step >= PRESSURE_FROM else 0.0)
-            recent.append(measured)
+            run.recent.append(trainer.step(ids, weights, pressure if step >= PRESSURE_FROM else 0.0))
             done = step + 1
             if done % LOG_EVERY == 0 or done == steps:
-                seconds = round(time.monotonic() - began, 1)
-                means = {name: np.mean([m[name] for m in recent], axis=0).round(4).tolist() for name in measured}
-                record = {"step": done, "tokens": done * batch_tokens, "seconds": seconds, "length": phase.length, **means}
-                with log.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                means = run.write_log(step=done, tokens=done * batch_tokens, length=phase.length)
                 progress.update(task, description=f"text {means['text']:.2f}  answer {means['answer']:.2f}")
-                recent.clear()
             if done % CHECKPOINT_EVERY == 0 or done == steps:
-                save_checkpoint(
-                    checkpoint, arguments=arguments, model=model.state_dict(), step=done,
-                    optimizers=[optimizer.state_dict() for optimizer in trainer.optimizers],
-                    seconds=time.monotonic() - began,
-                )
-                draw_training(log, work_dir / "training.png")
+                run.save(done)
             progress.update(task, completed=done)
     export(model, tokenizer_file, out)
-    minutes = (time.monotonic() - began) / 60
-    typer.echo(f"wrote {out}: {steps} steps, {steps * batch_tokens:,} tokens, {minutes:.1f} minutes")
+    typer.echo(f"wrote {out}: {steps} steps, {steps * batch_tokens:,} tokens, {run.seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import experiments_training
 import testbed_data as data
+import testbed_model
 import train_testbed
 from testbed_model import RowMaker
 
 from lt_gguf.evaluation.tasks.needles import wordings
-from lt_gguf.evaluation.words import ADJECTIVES, NOUNS, keys
+from lt_gguf.evaluation.words import ADJECTIVES, NOUNS, VALUES, keys
 
 TEXTS = ["A line of prose.\nAnother line of prose, which is longer."]
 
@@ -36,7 +39,7 @@ def text_of(segments: data.Segments) -> str:
     return "".join(text for text, _ in segments)
 
 
-@pytest.mark.parametrize("kind", ["puzzles", "alike"])
+@pytest.mark.parametrize("kind", list(data.PUZZLES))
 def test_held_out_keys_and_wordings_are_never_asked_for(kind):
     things = re.compile(rf"the ((?:{'|'.join(ADJECTIVES)}) (?:{'|'.join(NOUNS)}))\b")
     verbs = {wording.statement.split("{k}")[0].removesuffix("the ") for wording in wordings(held_out=True)}
@@ -46,7 +49,7 @@ def test_held_out_keys_and_wordings_are_never_asked_for(kind):
         assert not any(verb in text for verb in verbs for text in hidden)
 
 
-@pytest.mark.parametrize("kind", ["puzzles", "alike"])
+@pytest.mark.parametrize("kind", list(data.PUZZLES))
 def test_looked_up_pieces_stand_in_the_text_before_them(kind):
     found = 0
     for segments in documents(kind):
@@ -78,7 +81,20 @@ def test_half_of_the_keys_are_alike():
     assert alike > 2 * others
 
 
-@pytest.mark.parametrize("kind", ["map", "repeat", "puzzles", "alike", "chat", "python", "story"])
+def test_numbers_begin_alike():
+    def begin_alike(source) -> np.ndarray:
+        drawn = [source.number() for _ in range(8)]
+        assert len(set(drawn)) == 8 and all(len(number) == 5 and number[0] != "0" for number in drawn)
+        return np.array([drawn[-1][:n] in {number[:n] for number in drawn[:-1]} for n in (1, 2, 3)])
+
+    alike, others = (
+        np.mean([begin_alike(kind(np.random.default_rng(seed), held_out=False)) for seed in range(200)], axis=0)
+        for kind in (data.ConfusableNumbers, data.ConfusableWords)
+    )
+    assert alike[0] > others[0] and 0.2 < alike[1] < 0.5 and alike[2] < 0.1 and others[1] < 0.15
+
+
+@pytest.mark.parametrize("kind", ["map", "repeat", *data.PUZZLES, "chat", "python", "story"])
 def test_segments_are_encoded_as_the_whole_text_is(rows, kind):
     for segments in documents(kind, n=10):
         ids, weights = rows.encode(segments)
@@ -94,6 +110,23 @@ def test_a_number_and_the_space_before_it_have_no_lone_space_between_them(rows):
         assert len(rows.sp.encode(f" {digit}")) == 1 == len(rows.sp.encode(str(digit)))
 
 
+def test_first_digits_take_the_place_of_the_latest_merges():
+    made = io.BytesIO()
+    lines = [f"The {word} of the box is {i * 7919}." for i, word in enumerate(VALUES * 3)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=made, model_type="bpe", vocab_size=400, byte_fallback=True,
+        split_digits=True, add_dummy_prefix=False, minloglevel=2,
+    )
+    before = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+    after = sentencepiece.SentencePieceProcessor(model_proto=testbed_model.with_first_digits(made.getvalue()))
+    assert before.encode("box is 48213", out_type=str)[-6:] == ["▁", "4", "8", "2", "1", "3"]
+    assert after.encode("box is 48213", out_type=str)[-5:] == ["▁4", "8", "2", "1", "3"]
+    assert len(after) == len(before) and after.decode(after.encode(lines[5])) == lines[5]
+    changed = [i for i in range(len(before)) if before.id_to_piece(i) != after.id_to_piece(i)]
+    merges = [i for i in range(len(before)) if before.get_score(i) < 0 and len(before.id_to_piece(i)) > 1 and not before.is_byte(i)]
+    assert changed == sorted(merges, key=before.get_score)[:10][::-1]
+
+
 def test_rows_are_full_and_depend_on_the_seed_alone(rows):
     shares = train_testbed.PHASES[1].shares
     ids, weights = rows.batch(np.random.default_rng(3), 4, 300, shares)
@@ -103,12 +136,14 @@ def test_rows_are_full_and_depend_on_the_seed_alone(rows):
 
 
 def test_the_plan_of_a_training():
-    """The learning rate rises, is flat and falls; rows get longer."""
+    """The learning rate rises, is flat and falls, and falls once more from below; rows get longer, twice."""
     phases, rates = zip(*(train_testbed.plan(step) for step in range(train_testbed.STEPS)))
-    flat = [step for step, rate in enumerate(rates) if rate == 1]
-    assert rates[0] == 0.05 and rates[-1] == 0.02 and flat == list(range(flat[0], flat[-1] + 1)) and len(flat) > 0.3 * len(rates)
-    assert list(rates) == sorted(rates[: flat[0]]) + [1.0] * len(flat) + sorted(rates[flat[-1] + 1 :], reverse=True)
-    assert [phase.length for phase in phases] == sorted(phase.length for phase in phases)
+    flat, first = rates.count(1.0), sum(phase.steps for phase in train_testbed.LONGER_AND_LONGER)
+    assert rates[0] == 0.05 and rates[first - 1] == rates[-1] == 0.02 and flat > 0.3 * first
+    assert list(rates[:first]) == sorted(rates[:19]) + [1.0] * flat + sorted(rates[19 + flat : first], reverse=True)
+    assert rates[first] == 0.4 and list(rates[first:]) == sorted(rates[first:], reverse=True)
+    for part in (phases[:first], phases[first:]):
+        assert [phase.length for phase in part] == sorted(phase.length for phase in part)
     assert [phases.count(phase) for phase in train_testbed.PHASES] == [phase.steps for phase in train_testbed.PHASES]
     for step in (-1, train_testbed.STEPS):
         with pytest.raises(ValueError, match=f"step {step}: must be from 0 to"):
