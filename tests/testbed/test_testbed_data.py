@@ -89,9 +89,11 @@ def test_numbers_begin_alike():
 
     alike, others = (
         np.mean([begin_alike(kind(np.random.default_rng(seed), held_out=False)) for seed in range(200)], axis=0)
-        for kind in (data.ConfusableNumbers, data.ConfusableWords)
+        for kind in (data.PUZZLES["closely alike"], data.PUZZLES["alike"])
     )
     assert alike[0] > others[0] and 0.2 < alike[1] < 0.5 and alike[2] < 0.1 and others[1] < 0.15
+    source = data.ConfusableNumbers(np.random.default_rng(0), held_out=False)
+    assert len({source.number() for _ in range(2000)}) == 2000
 
 
 @pytest.mark.parametrize("kind", ["map", "repeat", *data.PUZZLES, "chat", "python", "story"])
