@@ -204,7 +204,7 @@ class _Report:
             return [*cells, "", f"{len(scores):,}"]
         common = [question for question in scores if question in full]
         loss = relative_loss(*(_by_task({q: s[q] for q in common}) for s in (full, scores)))
-        return [*cells, f"{100 * loss.value:.1f} % ({100 * loss.low:.1f} to {100 * loss.high:.1f})", f"{len(scores):,}"]
+        return [*cells, f"{100 * loss.value:z.1f} % ({100 * loss.low:.1f} to {100 * loss.high:.1f})", f"{len(scores):,}"]
 
 
 def _by_task(scores: Scores) -> dict[str, list[float]]:
