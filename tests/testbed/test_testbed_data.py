@@ -85,13 +85,15 @@ def test_numbers_begin_alike():
     def begin_alike(source) -> np.ndarray:
         drawn = [source.number() for _ in range(8)]
         assert len(set(drawn)) == 8 and all(len(number) == 5 and number[0] != "0" for number in drawn)
-        return np.array([drawn[-1][:n] in {number[:n] for number in drawn[:-1]} for n in (1, 2, 3)])
+        shared = [drawn[-1][:n] in {number[:n] for number in drawn[:-1]} for n in (1, 2, 3)]
+        return np.array([*shared, drawn[-1][:2] in {number[:2] for number in drawn[:-2]}])
 
     alike, others = (
         np.mean([begin_alike(kind(np.random.default_rng(seed), held_out=False)) for seed in range(200)], axis=0)
         for kind in (data.PUZZLES["closely alike"], data.PUZZLES["alike"])
     )
     assert alike[0] > others[0] and 0.2 < alike[1] < 0.5 and alike[2] < 0.1 and others[1] < 0.15
+    assert alike[3] > 0.2, "like any number before, not like the latest only"
     source = data.ConfusableNumbers(np.random.default_rng(0), held_out=False)
     assert len({source.number() for _ in range(2000)}) == 2000
 
