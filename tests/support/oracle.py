@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from support.checkpoints import save_gguf
 from support.families import FAMILIES, N_VOCAB
 from support.native import Model
 
-EXACT = 2e-4  # largest absolute logit difference with f32 KV and without flash attention
+# Largest absolute logit difference with f32 KV and without flash attention. A GPU's float32 may be coarser than a CPU's:
+# scripts/backend_tests.sh measures how far the full model is off and gives the bound that follows.
+EXACT = float(os.environ.get("LT_TEST_EXACT", 2e-4))
 RELATIVE = 2.5  # elsewhere: how many times the full model's own error a hybrid's may be
 
 
