@@ -45,7 +45,7 @@ pytest() { "$python" -m pytest -p no:cacheprovider "$@"; }
 if [ -z "${LT_TEST_EXACT:-}" ]; then
     measured=$dir/full-models.jsonl
     rm -f "$measured"
-    LT_TEST_EXACT=inf pytest -q tests/oracle/test_logits.py -k "every_layer_streaming and none-" --measurements "$measured"
+    LT_TEST_EXACT=inf pytest -q tests/oracle/test_logits.py -k test_full_model --measurements "$measured"
     LT_TEST_EXACT=$("$python" - "$measured" <<'PY'
 import json, sys
 worst = max(json.loads(line)["difference"] for line in open(sys.argv[1]))

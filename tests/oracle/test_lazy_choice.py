@@ -15,15 +15,16 @@ from support.checkpoints import save_gguf
 from support.families import COMMON, FAMILIES
 from support.lazy import laziest, lazy_ratios
 from support.native import FULL, PARTIAL, PROMPT, STREAMING, Model
-from support.oracle import EXACT, RELATIVE, Subject, random_tokens
+from support.oracle import EXACT, EXACT_RATIO, RELATIVE, Subject, random_tokens
 from support.transcript import Transcript
 
 from lt_gguf.spec import StreamingSpec, parse_layers
 
 SINK, WINDOW, W_LAST = 4, 60, 32
-# the largest error of a ratio, about five times what was measured; on a coarser device as much more as the logits have
-BOUNDS = {("f32", False): EXACT / 200, ("f32", True): 2e-4, ("f16", False): 2e-4, ("f16", True): 2e-4, ("bf16", True): 5e-4}
+# the largest error of a ratio, about five times what was measured
+BOUNDS = {("f32", False): 1e-6, ("f32", True): 2e-4, ("f16", False): 2e-4, ("f16", True): 2e-4, ("bf16", True): 5e-4}
 BOUNDS |= {("q8_0", True): 1e-3, ("q4_0", True): 1e-2}
+BOUNDS = {setting: max(bound, EXACT_RATIO) for setting, bound in BOUNDS.items()}
 
 
 def auto(fraction: float, sink: int = SINK, window: int = WINDOW, w_last: int = W_LAST) -> str:

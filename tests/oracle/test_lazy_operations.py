@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.lazy import laziest, lazy_ratios
 from support.native import FULL, STREAMING, DecodeError
-from support.oracle import EXACT, difference, random_tokens
+from support.oracle import EXACT, EXACT_RATIO, difference, random_tokens
 from support.reference import NumpyLlama
 from support.transcript import OPEN, Transcript
 
@@ -32,7 +32,7 @@ def chosen(context) -> tuple[int, ...]:
 def expect_choice(chat: Transcript, n_queries: int = W_LAST) -> None:
     """The layers are those of plain softmax over all that the sequence holds; then it answers as such a hybrid does."""
     ratios = lazy_ratios(chat.subject.hf, np.array(chat.tokens), SINK, WINDOW, n_queries)
-    np.testing.assert_allclose(chat.context.lazy_ratios(), ratios, rtol=0, atol=EXACT / 200)
+    np.testing.assert_allclose(chat.context.lazy_ratios(), ratios, rtol=0, atol=EXACT_RATIO)
     assert chosen(chat.context) == laziest(ratios, 0.5)
     assert chat.difference() <= EXACT
     # all layers were full so far: for transformers one prompt, whatever it was

@@ -44,6 +44,14 @@ def test_hybrid_model(subject, measured, family, sink, window, n_ubatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_full_model(subject, measured, family):
+    """How far the model itself is off, at the greatest of the lengths: the bound on other devices is a multiple of it."""
+    model, tokens = subject(family), random_tokens(2490)
+    computed = model.computed(tokens, None, n_prompt=2400, n_ctx=len(tokens), n_ubatch=64)
+    measured(family, "none streaming, 2,490 tokens", difference(computed, model.expected(tokens, None)), EXACT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", ["none", "all"])
 def test_no_layer_and_every_layer_streaming(subject, measured, family, layers):
     model = subject(family)
