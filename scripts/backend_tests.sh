@@ -8,7 +8,7 @@
 # CMAKE_ARGS goes to cmake; what chooses a device, such as CUDA_VISIBLE_DEVICES or GGML_VK_VISIBLE_DEVICES, is passed on.
 # Without pytest's arguments: tests/oracle and those of tests/runtime that say what a layer holds. Builds in build/backend-NAME.
 #
-# No GPU? Mesa's llvmpipe runs Vulkan on a CPU, in some five seconds a test (Debian 13: apt install libvulkan-dev glslc spirv-headers
+# No GPU? Mesa's llvmpipe runs Vulkan on a CPU, in one to fifteen seconds a test (Debian 13: apt install libvulkan-dev glslc spirv-headers
 # mesa-vulkan-drivers; Debian 12's headers are too old, and its Mesa damages its own heap).
 #     GGML_VK_VISIBLE_DEVICES=0 GGML_VK_DISABLE_F16=1 scripts/backend_tests.sh vulkan tests/oracle/test_states.py
 set -eu

@@ -2,7 +2,7 @@
 
     python scripts/oracle_report.py [--full] [--measurements FILE]
 
---full runs the whole matrix (ten minutes on one core); --measurements takes a file that `pytest tests/oracle
+--full runs the whole matrix (seven minutes on one core); --measurements takes a file that `pytest tests/oracle
 --measurements FILE` has written instead of running anything.
 """
 
@@ -78,7 +78,10 @@ def main() -> None:
         file = options.measurements or Path(directory) / "measurements.jsonl"
         if not options.measurements:
             measure(file, options.full)
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        try:
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            sys.exit(f"oracle_report: error: {file} is no file of measurements: {error}")
     if not rows:
         sys.exit(f"oracle_report: error: {file} holds no measurements")
     print(tables(rows))

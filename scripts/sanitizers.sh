@@ -4,8 +4,8 @@
 #     scripts/sanitizers.sh address [PYTEST ARGUMENTS]   memory errors and undefined behaviour; then the fuzzer of the metadata
 #     scripts/sanitizers.sh thread  [PYTEST ARGUMENTS]   data races, with two threads in each context
 #
-# Without pytest's arguments: tests/runtime and tests/oracle. On 2 cores `address` takes about half an hour the first time, `thread` two
-# hours. Builds in build/sanitizers-NAME. GCC on Linux.
+# Without pytest's arguments: tests/runtime and tests/oracle. On 2 cores `address` takes about half an hour the first time, `thread`
+# some hours. Builds in build/sanitizers-NAME. GCC on Linux.
 set -eu
 cd "$(dirname "$0")/.."
 
