@@ -1,6 +1,5 @@
 # Two commands for a newcomer, `make demo` and `make test`; each sets up all it needs in .venv and build/. `make help` lists the rest.
 
-# bash for pipefail: pip's failure must not vanish in the pipe that shows its output
 SHELL  := /bin/bash
 PYTHON ?= python3
 # The release that this project is tested with. Where pip finds a CPU build of it (2.13.0+cpu, say through PIP_FIND_LINKS or
@@ -9,36 +8,46 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 TREE ?=
+NEWEST ?=
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
+DEMO   := $(VENV)/.installed-demo
 STAMP  := $(VENV)/.installed
-LOG    := build/install.log
-# What decides what is compiled. Our Python files aren't among them: the package is installed editable, so they are used in place.
-INPUTS := CMakeLists.txt pyproject.toml $(wildcard cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)
+NEWEST_VENV := build/newest-venv
+# What decides what is compiled and installed. Our Python files aren't among it: the package is installed editable, so they are used in place.
+INPUTS := CMakeLists.txt pyproject.toml $(wildcard requirements/*.txt cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)
 
-.PHONY: help demo test build worktree patch clean FORCE
+.PHONY: help demo test build lock worktree patch clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(STAMP)  ## convert, quantize and run the demo model, full beside hybrid
+demo: $(DEMO)  ## a checkpoint becomes a hybrid model, and a real model answers about a long text: full beside hybrid
 	@$(PY) scripts/demo.py
 
-test: $(STAMP)  ## run the tests; PYTEST_ARGS="-k window" passes options to pytest
+ifdef NEWEST
+# A venv of its own, so that .venv stays what was tested. Deprecations that the field announces are failures here.
+test: build/make-options.txt | $(PY)
+	@$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	@echo "Installing the newest packages that pyproject.toml's ranges allow into $(NEWEST_VENV)"
+	@$(NEWEST_VENV)/bin/python -m pip install --disable-pip-version-check -q -e '.[test]' '$(TORCH)'
+	@$(NEWEST_VENV)/bin/python -m pytest -W error::FutureWarning $(PYTEST_ARGS)
+else
+test: $(STAMP)  ## run the tests; PYTEST_ARGS="-k window" passes options to pytest, NEWEST=1 takes the newest packages instead of the locked ones
 	@$(PY) -m pytest $(PYTEST_ARGS)
+endif
 
 build: $(STAMP)  ## compile what changed and install it into .venv; CMAKE_ARGS="-DGGML_CUDA=ON" chooses a backend
 
+# Where all has been installed once, the demo needs it to stay so.
+$(DEMO): $(INPUTS) build/make-options.txt | $(PY)
+	@$(PY) scripts/install.py $(if $(wildcard $(STAMP)),test,demo) --torch '$(TORCH)'
+	@touch $(DEMO) $(wildcard $(STAMP))
+
 $(STAMP): $(INPUTS) build/make-options.txt | $(PY)
-	@echo "Building and installing into $(VENV); the whole log is in $(LOG)"
-	@set -o pipefail; \
-	$(PY) -m pip install -v --disable-pip-version-check -e '.[test]' '$(TORCH)' 2>&1 | tee $(LOG) \
-	    | grep --line-buffered -v -e 'Link requires a different Python' -e 'WARNING: Location' \
-	|| { echo; grep -h 'lt-gguf: error:' $(LOG) | tail -n 1 | sed 's:^ *::' | grep . \
-	     || echo "lt-gguf: error: $$(grep -h 'ERROR: ' $(LOG) | tail -n 1 | sed 's:.*ERROR. ::'): check the network and pip's settings, then run make again"; \
-	     exit 1; }
-	@touch $@
+	@$(PY) scripts/install.py test --torch '$(TORCH)'
+	@touch $(DEMO) $(STAMP)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"lt-gguf: error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")'
@@ -48,6 +57,11 @@ $(PY):
 build/make-options.txt: FORCE
 	@mkdir -p build
 	@echo '$(PYTHON) $(TORCH) $(CMAKE_ARGS)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH) $(CMAKE_ARGS)' > $@
+
+lock: $(PY)  ## renew requirements/*.txt from the ranges in pyproject.toml
+	@$(PYTHON) -m venv build/lock-venv
+	@build/lock-venv/bin/python -m pip install --disable-pip-version-check -q $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["lock"])' | tr -d ' ')
+	@build/lock-venv/bin/python scripts/lock.py
 
 worktree: $(PY)  ## TREE=dir: a git tree of llama.cpp with our patch on top, to edit
 	@$(PY) ggml-patch/upstream.py worktree $(TREE)

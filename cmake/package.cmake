@@ -7,15 +7,22 @@ set(LT_TOOLS
     llama-batched-bench
     llama-perplexity
     llama-quantize
-    llama-imatrix)
+    llama-imatrix
+    ggml-rpc-server
+    CACHE STRING "llama.cpp's tools that are built: the demo waits for llama-quantize alone")
 if (TARGET ggml-rpc-server)
-    list(APPEND LT_TOOLS ggml-rpc-server)
     set_target_properties(ggml-rpc-server PROPERTIES OUTPUT_NAME rpc-server)
+else()
+    list(REMOVE_ITEM LT_TOOLS ggml-rpc-server)
 endif()
 
 # Every library of upstream's that the tools and the binding load. mtmd (images and sound) is one that llama-server links and
-# llama_cpp loads by name.
-set(LT_LIBRARIES ggml-base ggml ${GGML_AVAILABLE_BACKENDS} llama llama-common mtmd)
+# llama_cpp loads by name when a model has pictures to look at.
+set(LT_LIBRARIES ggml-base ggml ${GGML_AVAILABLE_BACKENDS} llama)
+list(TRANSFORM LT_TOOLS REPLACE "^llama-quantize$" "${LT_QUANTIZE}")
+if (NOT LT_TOOLS STREQUAL "lt-quantize")
+    list(APPEND LT_LIBRARIES llama-common mtmd)
+endif()
 foreach (tool IN LISTS LT_TOOLS)
     list(APPEND LT_LIBRARIES ${tool}-impl)
 endforeach()
