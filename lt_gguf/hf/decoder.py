@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 
@@ -22,6 +23,13 @@ def find_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]
         if isinstance(child, nn.ModuleList) and len(child) == n_layer:
             return decoder, child
     raise ValueError(f"{type(model).__name__} has no list of its {n_layer} layers: its lazy ratios can't be measured")
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument that gives `model` its KV cache: `cache` since transformers 5.24, `past_key_values` before."""
+    # note: also since then in a model whose code isn't transformers' own
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 @contextmanager

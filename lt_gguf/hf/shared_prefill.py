@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import streaming_attention
 from lt_gguf.spec import StreamingSpec
 
@@ -73,7 +74,7 @@ class CheckpointScorer:
                 if cache is None:
                     cache = DynamicCache(config=self.model.config)
                     with streaming_attention(self.model, None):
-                        first = self.model(tokens[:, :n_prompt], past_key_values=cache, logits_to_keep=1).logits[0]
+                        first = self.model(tokens[:, :n_prompt], **cache_argument(self.model, cache), logits_to_keep=1).logits[0]
                 logits = torch.cat([first, self._decode(tokens[:, n_prompt:], cache, spec, n_prompt)])
             found.append(logits.float().log_softmax(-1).numpy())
         return found
@@ -84,6 +85,6 @@ class CheckpointScorer:
             return torch.empty(0, self.model.config.get_text_config(decoder=True).vocab_size)
         prompts = None if spec is None else [(0, n_prompt)]
         with streaming_attention(self.model, spec, prompts=prompts):
-            logits = self.model(tokens, past_key_values=cache).logits[0]
+            logits = self.model(tokens, **cache_argument(self.model, cache)).logits[0]
         cache.crop(-tokens.shape[1])
         return logits

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from lt_gguf.hf import apply_streaming, remove_streaming, streaming_attention as module
+from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import BlockMasks, streaming_attention
 from lt_gguf.spec import Provenance, StreamingSpec
 from lt_gguf.spec_in_config import KEY, read_spec, write_spec
 from support.families import FAMILIES
+from transformers import DynamicCache
 
 # of flex_attention that isn't compiled, and of how transformers calls it
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -79,8 +81,9 @@ def test_flex_attention_counts_positions_within_each_sequence(llama, without_com
 def test_flex_attention_after_a_cache(llama, without_compiling):
     inputs = tokens(1, N_TOKENS)
     with torch.no_grad(), streaming_attention(llama, spec(), implementation="flex_attention"):
-        first = llama(inputs[:, :170])
-        got = llama(inputs[:, 170:], past_key_values=first.past_key_values).logits
+        cache = DynamicCache(config=llama.config)
+        llama(inputs[:, :170], **cache_argument(llama, cache))
+        got = llama(inputs[:, 170:], **cache_argument(llama, cache)).logits
     torch.testing.assert_close(got, logits(llama, "sdpa", input_ids=inputs)[:, 170:], atol=2e-5, rtol=0)
 
 

@@ -54,7 +54,7 @@ def scores(model, press, tokens: list[int]) -> list[float]:
     found = []
 
     def after(module, arguments, named, output):
-        keys = named["past_key_values"].layers[module.layer_idx].keys
+        keys = (named.get("cache") or named["past_key_values"]).layers[module.layer_idx].keys
         hidden = arguments[0] if arguments else named["hidden_states"]
         found.append(score(press, (module, hidden, keys, named["position_embeddings"])))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import apply_streaming, streaming_attention, visible
 from lt_gguf.spec import StreamingSpec
 from support.families import FAMILIES
 from support.reference import NumpyLlama
+from transformers import DynamicCache
 
 N_LAYER = 4
 N_TOKENS = 90
@@ -98,11 +100,9 @@ def test_every_split_with_a_cache_equals_one_forward_pass(llama, prompts):
     inputs, streaming = tokens(1, N_TOKENS), spec([1, 2, 3])
     expected = logits(llama, inputs, streaming, prompts)
     with torch.no_grad(), streaming_attention(llama, streaming, prompts=prompts):
-        parts, cache = [], None
+        parts, cache = [], DynamicCache(config=llama.config)
         for part in inputs.split([23, 30, 7] + [1] * 30, dim=1):
-            output = llama(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            parts.append(output.logits)
+            parts.append(llama(part, **cache_argument(llama, cache)).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=2e-5, rtol=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import (
     apply_streaming,
     remove_streaming,
@@ -14,6 +15,7 @@ from lt_gguf.hf.streaming_attention import (
 from lt_gguf.spec import StreamingSpec
 from support.families import FAMILIES
 from support.reference import NumpyLlama
+from transformers import DynamicCache
 
 N_LAYER = 4
 FAMILY_NAMES = sorted(FAMILIES)
@@ -77,11 +79,9 @@ def test_decoding_with_a_cache_equals_one_forward_pass(model):
     inputs, streaming = tokens(1, 70), spec([1, 2, 3], sink=2, window=11)
     expected = logits(model, inputs, streaming)
     with torch.no_grad(), streaming_attention(model, streaming):
-        parts, cache = [], None
+        parts, cache = [], DynamicCache(config=model.config)
         for part in inputs.split([30, 25] + [1] * 15, dim=1):
-            output = model(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            parts.append(output.logits)
+            parts.append(model(part, **cache_argument(model, cache)).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=2e-5, rtol=0)
 
 
