@@ -1,23 +1,30 @@
-"""Finds a checkpoint: a folder, or a model on the hub, which is downloaded into huggingface_hub's own cache."""
+"""Finds a checkpoint: a folder, or a model on the hub, which is downloaded into huggingface_hub's own cache.
+
+What GGUF files on the hub (`models/hub_files.py`) have in common with that is here too: whether the hub can be reached, and
+how it is said if it can't.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _SETTINGS = ("LICENSE*", "*.json", "*.md", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _WEIGHTS = ("*.safetensors",)
-_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 # Beside its files for transformers, a repository may hold the same weights in other formats.
 _OTHER_FORMATS = {False: ("*/*", "consolidated*"), True: ("*/*", "model*.safetensors*")}
 
 
 def is_hub_id(model: str | os.PathLike[str]) -> bool:
     """True if `model` is a name such as ORGANISATION/NAME and there is no file or folder of that name."""
-    return re.fullmatch(_ID, os.fspath(model)) is not None and not Path(model).exists()
+    return re.fullmatch(ID_PATTERN, os.fspath(model)) is not None and not Path(model).exists()
 
 
 def resolve(model: str | os.PathLike[str], remote: bool = False, mistral_format: bool = False) -> Path:
@@ -36,51 +43,77 @@ def resolve(model: str | os.PathLike[str], remote: bool = False, mistral_format:
         return Path(model)
     if not is_hub_id(model):
         raise ValueError(f"{model}: must be the folder of a Hugging Face checkpoint, or a hub id such as ORGANISATION/NAME")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ImportError(f"{model}: to download it, huggingface_hub is needed: pip install 'lt-gguf[convert]'") from None
+    name = os.fspath(model)
+    huggingface_hub = client(name, "convert")
     patterns: dict[str, Any] = {
         "allow_patterns": [*_SETTINGS, *(() if remote else _WEIGHTS)],
         "ignore_patterns": list(_OTHER_FORMATS[mistral_format]),
     }
-    name = os.fspath(model)
-    reason = _why_unreachable(name)
+    _, reason = ask(name, "folder")
     try:
         if reason is None:
             return Path(huggingface_hub.snapshot_download(name, **patterns))
         folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **patterns))
     except OSError as error:
-        cause = reason or f"the download broke off ({type(error).__name__})"
-        raise OSError(
-            f"{name}: {cause}, and the local cache doesn't have all of it: must be a folder, or try again with a connection"
-        ) from None
-    print(f"{name}: {reason}, the local cache has it", file=sys.stderr)
+        raise not_whole(name, "folder", reason, error) from None
+    say_cached(name, reason)
     return folder
 
 
-def _why_unreachable(name: str) -> str | None:
-    """Asks the hub for the model; the reason if it can't be reached, `None` if it has it.
+def client(name: str, extra: str) -> ModuleType:
+    """The package huggingface_hub. Raises ImportError: it isn't installed, but comes with our `extra`."""
+    try:
+        return import_module("huggingface_hub")
+    except ImportError:
+        raise ImportError(f"{name}: to download it, huggingface_hub is needed: pip install 'lt-gguf[{extra}]'") from None
+
+
+def ask(name: str, kind: str) -> tuple[list[str], str | None]:
+    """Asks the hub for a model; `kind` of path is what else its name could have been.
+
+    Returns:
+        The names of its files, and `None`; or no names, and the reason for which the hub can't be reached.
 
     Raises:
         ValueError: the hub has no such model, or doesn't give it to us.
     """
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     try:
-        huggingface_hub.HfApi().model_info(name)
+        info = huggingface_hub.HfApi().model_info(name)
+    except HFValidationError:
+        raise ValueError(f"{name}: there is no such {kind}, and no model on the hub can have that name") from None
     except GatedRepoError:
         raise ValueError(f"{name}: is gated: must be agreed to on the hub, and HF_TOKEN must be set to your token") from None
     except RepositoryNotFoundError:
         raise ValueError(
-            f"{name}: there is no such folder, and no such model on the hub (if it is private, set HF_TOKEN)"
+            f"{name}: there is no such {kind}, and no such model on the hub (if it is private, set HF_TOKEN)"
         ) from None
     except OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE keeps us from the hub"
+        return [], "HF_HUB_OFFLINE keeps us from the hub"
     except HfHubHTTPError as error:
-        return f"can't reach the hub (status {error.response.status_code})"
+        return [], f"can't reach the hub (status {error.response.status_code})"
     except Exception as error:
         # note: huggingface_hub's HTTP library, whose errors these are, changes with its versions
-        return f"can't reach the hub ({type(error).__name__})"
-    return None
+        return [], f"can't reach the hub ({type(error).__name__})"
+    return [file.rfilename for file in info.siblings or []], None
+
+
+def not_whole(name: str, kind: str, reason: str | None, error: Exception | None = None) -> OSError:
+    """The error to raise when neither the hub, for the `reason` of `ask`, nor the local cache gives all of the model."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(f"{name}: the disk of huggingface_hub's cache is full: free some space, or set HF_HOME to a folder elsewhere")
+    cause = reason or f"the download broke off ({type(error).__name__})"
+    return OSError(f"{name}: {cause}, and the local cache doesn't have all of it: must be a {kind}, or try again with a connection")
+
+
+def say_cached(name: str, reason: str) -> None:
+    """Says that the model comes from the local cache, and why."""
+    print(f"{name}: {reason}, the local cache has it", file=sys.stderr)

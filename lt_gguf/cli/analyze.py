@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from lt_gguf import calibration as texts_of
-from lt_gguf import plots
+from lt_gguf import models, plots
 from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration, Texts
 from lt_gguf.cli import model as model_options
@@ -31,7 +31,9 @@ BAR_WIDTH = 40
 
 @model_options.takes_options(model_options.LoadOptions)
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="GGUF file, folder of a Hugging Face checkpoint, or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"Folder of a Hugging Face checkpoint, or its hub id; or {model_options.MODEL_HELP}")
+    ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the report and its pictures; it is made.")] = None,
     select: Annotated[
         str | None, typer.Option(metavar="STRATEGY", help=f"How layers are chosen: {', '.join(strategies())}.")
@@ -87,7 +89,7 @@ def analyze(
     if out is not None:
         plots.check()
         check_destination(out, overwrite)
-    is_file = Path(model).suffix.lower() == ".gguf" or Path(model).is_file()
+    is_file = models.is_gguf(model)
     if is_file and (device, dtype) != ("auto", "auto"):
         raise ValueError("--device and --dtype are for checkpoints: a GGUF file is measured with --n-gpu-layers as it is")
     if chosen.measures_hybrid and not is_file:
@@ -95,6 +97,8 @@ def analyze(
             f"selection {chosen.name}: runs the hybrid itself, must be asked of a GGUF file: "
             f"lt-gguf convert --select {chosen.name} makes it first"
         )
+    if is_file:
+        model = str(models.resolve(model, f"the folder of a checkpoint, {models.FORMS}"))
     subject = _GGUFFile(model, options) if is_file else _Checkpoint(model, device, dtype, options.threads)
 
     request = Request(subject.model, None, fraction, None, layers, threshold, sink, window)

@@ -26,7 +26,7 @@ HELP = (
 
 @model.takes_options(model.RunOptions)
 def chat(
-    file: model.ModelFile,
+    file: model.ModelOrDefault = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="What the model is told first.")] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer; -1: no limit.")] = -1,
     temperature: model.Temperature = model.DEFAULT_TEMPERATURE,
@@ -43,6 +43,7 @@ def chat(
     """Chat with a GGUF model. Answers go to stdout, everything else to stderr."""
     from lt_gguf.runtime.log import captured_errors
 
+    file = model.find(file)
     with captured_errors(forward=options.verbose):
         llm = model.load(file, options, snapshot_limit)
         conversation = Conversation(llm, system, n_predict, temperature)

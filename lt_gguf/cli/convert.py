@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lt_gguf import models
 from lt_gguf.cli import common, model
 from lt_gguf.conversion.options import Options
 from lt_gguf.sizes import format_bytes
@@ -38,6 +39,8 @@ def convert(
     """
     from lt_gguf import conversion
 
+    if models.is_named(checkpoint) or checkpoint.endswith(".gguf") and Path(checkpoint).is_file():
+        raise ValueError(f"{checkpoint}: is a GGUF file, not a checkpoint: lt-gguf flag {checkpoint} OUT.gguf says which layers stream")
     with _progress() as progress:
         converted = conversion.convert(checkpoint, outfile, progress=progress, **asdict(options))
     if options.dry_run:

@@ -88,6 +88,7 @@ def eval(  # noqa: A001 - a command's function has its name
     """Measure what a hybrid loses: tasks that need the far context, and how it predicts texts, beside the full model."""
     from lt_gguf.evaluation.results import Journal, model_hash
 
+    file = model_options.find(file)
     described = read_model(file)
     specs = choose_specs(described, streaming, full)
     plan = make_plan(described, tasks, lengths, depths, samples, text_samples, seed, fast)

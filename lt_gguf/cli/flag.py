@@ -13,8 +13,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from lt_gguf import models
 from lt_gguf.cli.common import print_candidates
-from lt_gguf.cli.model import ModelFile
+from lt_gguf.cli.model import ModelFile, find
 from lt_gguf.flagging import Progress, flag_in_place
 from lt_gguf.flagging import flag as write_flagged
 from lt_gguf.gguf_file import GGUFModel, read_model
@@ -68,6 +69,9 @@ def flag(
         raise ValueError(f"{file}: give the file to write after it, or --in-place, and not both")
     if select is not None and outfile is not None and outfile.is_file() and not overwrite:
         raise FileExistsError(f"{outfile}: exists, remove it or use --overwrite")  # now, not after hours of measuring
+    if in_place and not models.is_path(file):
+        raise ValueError(f"{file}: lies in a cache, which is for all who use it: give the file to write after it, not --in-place")
+    file = find(file)
     spec, provenance = (None, None) if off else _choose(read_model(file), streaming_layers, report, select, sees)
     if outfile is None:
         if not flag_in_place(file, spec, provenance):

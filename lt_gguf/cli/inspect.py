@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lt_gguf.cli.model import CacheType, ModelFile, Streaming
+from lt_gguf.cli.model import CacheType, ModelFile, Streaming, find
 from lt_gguf.gguf_file import GGUFModel, check_can_stream, read_model
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, KVMemory, kv_memory
 from lt_gguf.sizes import format_bytes
@@ -29,7 +29,7 @@ def inspect(
     streaming: Streaming = None,
 ) -> None:
     """Show which layers of a GGUF model stream, how they were chosen, and the memory of its KV cache with and without that."""
-    model = read_model(file)
+    model = read_model(find(file))
     spec = model.spec
     if streaming is not None:
         spec = StreamingSpec.parse(streaming, model.n_layer, model.spec)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from lt_gguf import models
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from lt_gguf.kv_memory import cache_type as cache_type_of
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
     from lt_gguf.evaluation.scorer import ScorerOptions
     from lt_gguf.runtime.llama import Llama
 
-ModelFile = Annotated[str, typer.Argument(metavar="FILE", help="GGUF file, the first one of a split model.")]
+MODEL_HELP = (
+    f"GGUF file, the first one of a split model; or {', '.join(models.MODELS)}; or a model on the hub, as ORG/NAME, ORG/NAME:Q4_K_M or "
+    "ORG/NAME:*q8_0*.gguf."
+)
+ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOrDefault = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=models.DEFAULT_MODEL)]
 Streaming = Annotated[
     str | None,
     typer.Option(
@@ -98,6 +105,18 @@ def takes_options(options_class: type[Any]) -> Callable[[Callable[..., None]], C
         return with_options
 
     return decorate
+
+
+def find(model: str | None) -> str:
+    """The GGUF file that a command's argument stands for, `None` for the default model; what isn't here is downloaded.
+
+    Raises:
+        ValueError, OSError, ImportError: as `models.resolve` does.
+    """
+    if model is None:
+        model = models.DEFAULT_MODEL
+        print(f"no model is named, taking {model} ({models.MODELS[model].title})", file=sys.stderr)
+    return str(models.resolve(model))
 
 
 def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> Llama:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lt_gguf.evaluation.scorer import Request, Scorer, ScorerOptions
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE
+from lt_gguf.models import resolve
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.spec import StreamingSpec
 
@@ -41,7 +42,7 @@ class HybridLM(LM):
     everything is decoded.
 
     Args:
-        model: path of the GGUF file, the first one of a split model.
+        model: path of the GGUF file, the first one of a split model, or a name as `lt_gguf.models.resolve` takes it.
         streaming: which layers stream, as for `lt_gguf.Llama`, but with + for the commas between layers.
         n_ctx: most tokens of a context and its continuation; 0: as many as the model was trained for. Of longer ones the
             first tokens are left out, but not the one that begins a text.
@@ -86,7 +87,7 @@ class HybridLM(LM):
             cache_type_v=cache_type_v,
             flash_attn=flash_attn,
         )
-        self._scorer = Scorer(model, streaming.replace("+", ",") if isinstance(streaming, str) else streaming, options)
+        self._scorer = Scorer(resolve(model), streaming.replace("+", ",") if isinstance(streaming, str) else streaming, options)
         self.max_length = n_ctx or self._scorer.n_ctx_train
         self.max_gen_toks = max_gen_toks
         self._random = np.random.default_rng(seed)

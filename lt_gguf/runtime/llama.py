@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from lt_gguf.auto_spec import AutoSpec, runtime_text
 from lt_gguf.fields import check_size
+from lt_gguf.models import local_path, resolve, resolve_on_hub
 from lt_gguf.runtime import api, lazy_ratios
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
@@ -20,7 +22,7 @@ class Llama(RewindingLlama):
     """A `llama_cpp.Llama` whose flagged layers keep only sinks and a window in their KV cache.
 
     Args:
-        model_path: path of the GGUF file.
+        model_path: path of the GGUF file, or the name of one of `lt_gguf.models.MODELS`.
         streaming: which layers stream. `None`: what the file and the environment variable LT_STREAMING say; `"off"`:
             none; a `StreamingSpec`, or its text, in which keys that are left out come from the file; an `AutoSpec` or
             its text, `"auto:0.5"`: that share of the layers, chosen for the first prompt of each conversation.
@@ -36,7 +38,7 @@ class Llama(RewindingLlama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         streaming: StreamingSpec | AutoSpec | str | None = None,
         prompt_limit: int | None = None,
@@ -44,6 +46,7 @@ class Llama(RewindingLlama):
         verbose: bool = True,
         **kwargs: Any,
     ) -> None:
+        model_path = local_path(model_path)
         self._streaming_argument = streaming
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
         check_size("snapshot_limit", snapshot_limit)
@@ -57,6 +60,38 @@ class Llama(RewindingLlama):
                 raise ValueError(f"{model_path}: {log.reason}") from error
         if self._prompt_limit is not None:
             api.set_prompt_limit(self.ctx, self._prompt_limit)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | os.PathLike[str],
+        filename: str | None = None,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The model that a name stands for; what isn't on this machine is downloaded. As `llama_cpp.Llama.from_pretrained`,
+        and whatever the commands take is taken here, too.
+
+        Args:
+            repo_id: a path, a name of `lt_gguf.models.MODELS`, or ORG/NAME on the hub, as for `lt_gguf.models.resolve`.
+            filename: of a model on the hub, a pattern of file names, or a quantization's name such as Q4_K_M. `None`: the
+                only file, or Q4_K_M.
+            additional_files: names or patterns of other files of that repository to download with it.
+            local_dir: folder to download them to, instead of huggingface_hub's cache.
+            local_dir_use_symlinks: has no effect, as in huggingface_hub itself.
+            cache_dir: another cache than huggingface_hub's own.
+            kwargs: as for `Llama`.
+
+        Raises:
+            ValueError, OSError, ImportError: as `lt_gguf.models.resolve` and `Llama` do.
+        """
+        if filename is None and not additional_files and local_dir is None and cache_dir is None:
+            return cls(resolve(repo_id), **kwargs)
+        files = {"additional_files": additional_files or (), "local_dir": local_dir, "cache_dir": cache_dir}
+        return cls(resolve_on_hub(repo_id, filename, **files), **kwargs)
 
     # note: llama_cpp.Llama.__init__ sets this attribute when the model is loaded and makes the context afterwards: the
     # only moment at which the spec can be overridden

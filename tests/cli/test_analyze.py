@@ -185,7 +185,7 @@ def test_an_error_is_one_line(analyze, text, tmp_path, arguments, complaint):
 def test_what_is_no_model(command, tmp_path):
     for model, complaint in (
         ("none.gguf", "none.gguf: No such file or directory"),
-        ("no folder", "no folder: must be the folder of a Hugging Face checkpoint, or a hub id"),
+        ("no folder", "no folder: there is no such file and no model of that name, must be the folder of a checkpoint"),
         (tmp_path, "has no config.json"),
     ):
         status, out, err = command(model)

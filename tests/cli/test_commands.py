@@ -15,6 +15,7 @@ from lt_gguf.cli import chat
 from lt_gguf.sizes import format_bytes, parse_size
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
+from lt_gguf.models import DEFAULT_MODEL, MODELS, package
 
 IN_FULL = ["--streaming", "layers=1,3;prefill=full"]
 QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
@@ -71,6 +72,43 @@ def test_run_continues_a_prompt(lt_gguf_command, hybrid_file, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the quick"))
     _, piped, _ = lt_gguf_command("run", hybrid_file, "-p", "-", "-n", 8, "--temp", 0, *QUICK)
     assert piped == first
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick\n"))  # the newline is the shell's
+    status, piped, err = lt_gguf_command("run", hybrid_file, "-n", 8, "--temp", 0, *QUICK)
+    assert (status, piped, err) == (0, first, "")
+
+
+def test_run_says_that_it_reads_from_the_terminal(lt_gguf_command, hybrid_file, monkeypatch):
+    stdin = io.StringIO("the quick")
+    stdin.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status, out, err = lt_gguf_command("run", hybrid_file, "-n", 2, *QUICK)
+    assert status == 0 and out.strip()
+    assert err.count("\n") == 1 and "until Ctrl-D" in err
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_without_a_model_the_default_one_is_taken(command, lt_gguf_command, hybrid_file, monkeypatch):
+    monkeypatch.setattr(package, "fetch", lambda model: hybrid_file if model is MODELS[DEFAULT_MODEL] else None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick\n"))
+    status, out, err = lt_gguf_command(command, "-n", 4, *QUICK)
+    assert status == 0 and out.strip()
+    assert err.splitlines()[0] == "no model is named, taking smollm2 (SmolLM2-135M-Instruct)"
+
+
+def test_a_name_stands_for_a_file(lt_gguf_command, hybrid_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "fetch", lambda model: hybrid_file)
+    for arguments in (
+        ["run", "smollm2", "-p", "the", "-n", 1, *QUICK],
+        ["inspect", "smollm2"],
+        ["analyze", "smollm2", "--select", "interleave-odd", "--samples", 1, "--calibration-length", 128, "--window", 40, "--sink", 2],
+        ["flag", "smollm2", tmp_path / "out.gguf", "--off"],
+        ["eval", "smollm2", "--tasks", "kl", "--lengths", 128, "--text-samples", 1],
+    ):
+        status, out, err = lt_gguf_command(*arguments)
+        assert status == 0 and out.strip(), (arguments, err)
+    status, _, err = lt_gguf_command("flag", "smollm2", "--in-place", "--off")
+    assert status == 1 and "lies in a cache, which is for all who use it" in err
+    assert read_model(hybrid_file).spec is not None
 
 
 def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
@@ -82,7 +120,10 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
 @pytest.mark.parametrize(
     "arguments, status, complaint",
     [
-        (["run", "FILE"], 2, "Missing option '--prompt'"),
+        (["run", "FILE"], 1, "standard input: is empty, must have the prompt"),
+        (["run", "smolm2", "-p", "x"], 1, "smolm2: there is no such file and no model of that name (did you mean smollm2?)"),
+        (["analyze", "smolm2"], 1, "must be the folder of a checkpoint, a GGUF file, a name (smollm2)"),
+        (["convert", "smollm2"], 1, "smollm2: is a GGUF file, not a checkpoint: lt-gguf flag smollm2"),
         (["run", "none.gguf", "-p", "x"], 1, "none.gguf: No such file or directory"),
         (["run", "FILE", "-p", "x", "--streaming", "layers=9"], 1, 'layers = "9": must be'),
         (["run", "FILE", "-p", "x", "--ctx", "-1"], 1, "--ctx = -1: must be at least 0"),
@@ -103,7 +144,8 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_an_error_is_one_line(lt_gguf_command, hybrid_file, arguments, status, complaint):
+def test_an_error_is_one_line(lt_gguf_command, hybrid_file, monkeypatch, arguments, status, complaint):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     arguments = [hybrid_file if argument == "FILE" else argument for argument in arguments]
     code, out, err = lt_gguf_command(*arguments)
     errors = [line for line in err.splitlines() if not line.startswith("Converting")]
