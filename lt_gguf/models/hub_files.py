@@ -32,7 +32,7 @@ def fetch(
 ) -> Path:
     """The GGUF file of a model on the hub, the first one of a split model; what isn't in the local cache is downloaded.
 
-    A download that broke off goes on where it stopped. Without a connection, or with HF_HUB_OFFLINE, the local cache is asked.
+    huggingface_hub shows how far it is, and resumes a download that breaks off. Without a connection, or with HF_HUB_OFFLINE, the local cache is asked.
 
     Args:
         repo: ORG/NAME.
