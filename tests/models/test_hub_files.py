@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ REPO = "somebody/Tiny-GGUF"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = (
     "import json, sys\nfrom lt_gguf.models import hub_files\n"
-    "try:\n    print(hub_files.fetch(*json.loads(sys.argv[1]), **json.loads(sys.argv[2])))\n"
+    "try:\n    print(getattr(hub_files, sys.argv[3])(*json.loads(sys.argv[1]), **json.loads(sys.argv[2])))\n"
     "except (ValueError, OSError, ImportError) as error:\n    sys.exit(f'{type(error).__name__}: {error}')"
 )
 
@@ -38,14 +39,15 @@ class Hub:
         self.ranges: list[str | None] = []  # of the downloads
         self.address = ""
 
-    def fetch(self, pattern: str | None = None, repo: str = REPO, **settings: object) -> subprocess.CompletedProcess[str]:
-        """Runs `hub_files.fetch` in a process of its own: huggingface_hub reads its environment when it is imported."""
-        import os
-
+    def fetch(
+        self, pattern: str | None = None, repo: str = REPO, function: str = "fetch", **settings: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a function of `hub_files` in a process of its own: huggingface_hub reads its environment when it is imported."""
         offline = settings.pop("offline", False)
         environment = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.address, "no_proxy": "*", "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-        command = [sys.executable, "-c", FETCH, json.dumps([repo, pattern]), json.dumps(settings)]
+        arguments = [repo, pattern] if function == "fetch" else [repo]
+        command = [sys.executable, "-c", FETCH, json.dumps(arguments), json.dumps(settings), function]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
@@ -213,6 +215,14 @@ def test_a_download_to_a_folder(hub, tmp_path):
         result = hub.fetch(local_dir=str(folder), offline=offline)
         assert result.stdout.strip() == str(folder / "m.gguf"), result.stderr
     assert (folder / "m.gguf").read_bytes() == b"four"
+
+
+@pytest.mark.parametrize(
+    "files, only", [(["m.gguf", "README.md"], True), (["m.gguf", "model.safetensors"], False), (["model.safetensors"], False)]
+)
+def test_a_model_without_a_checkpoint(hub, files, only):
+    hub.files = dict.fromkeys(files, b"")
+    assert hub.fetch(function="has_only_gguf").stdout.strip() == str(only)
 
 
 def test_what_the_hub_does_not_have(hub):

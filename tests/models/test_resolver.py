@@ -74,11 +74,23 @@ def test_a_folder_is_no_model(tmp_path, downloads):
         models.resolve(tmp_path)
 
 
-def test_what_a_class_takes_without_surprises(downloads):
+def test_what_a_class_takes_without_surprises(downloads, tmp_path):
     """`Llama(model_path)` knows names, and takes anything else for a path."""
     assert models.local_path("smollm2") == "/cache/named.gguf"
     assert models.local_path("org/name") == "org/name"
     assert downloads == [("smollm2",)]
+    (tmp_path / "smollm2").write_bytes(b"")
+    assert models.local_path("smollm2") == "smollm2"
+    assert downloads == [("smollm2",)]
+
+
+def test_what_is_a_path(downloads, tmp_path):
+    for text in ("smollm2", "org/name", "org/name:Q8_0", "name"):
+        assert not models.is_path(text)
+    for text in ("none.gguf", "models/none.gguf", "a/b/c"):
+        assert models.is_path(text)
+    (tmp_path / "smollm2").write_bytes(b"")
+    assert models.is_path("smollm2")
 
 
 def test_what_is_a_gguf_file_and_what_a_checkpoint(tmp_path, downloads, monkeypatch):

@@ -13,6 +13,7 @@ import lt_gguf  # before llama_cpp, to which it shows the libraries
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
+from lt_gguf.models import hub_files, package
 from lt_gguf.runtime import api
 from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.spec import StreamingSpec
@@ -243,6 +244,42 @@ def test_bad_spec(hybrid_file, streaming, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         load(hybrid_file, streaming=streaming)
     assert "\n" not in str(error.value)
+
+
+def test_names_and_models_on_the_hub(hybrid_file, monkeypatch):
+    """As scripts for llama-cpp-python say it, and as our commands do."""
+    asked = []
+
+    def fetch(repo, pattern=None, **settings):
+        asked.append((repo, pattern, {key: value for key, value in settings.items() if value}))
+        return hybrid_file
+
+    monkeypatch.setattr(hub_files, "fetch", fetch)
+    monkeypatch.setattr(package, "fetch", lambda model: hybrid_file)
+    pretrained = lt_gguf.Llama.from_pretrained
+    for llm in (
+        load("smollm2"),
+        pretrained("smollm2", **SETTINGS),
+        pretrained(str(hybrid_file), **SETTINGS),
+        pretrained("org/name:Q8_0", **SETTINGS),
+        pretrained("org/name", "*q8_0.gguf", **SETTINGS),
+        pretrained(repo_id="org/name", filename="*.gguf", local_dir="d", local_dir_use_symlinks=False, streaming="off", **SETTINGS),
+        pretrained("org/name:Q8_0", additional_files=["*mmproj*"], cache_dir="c", **SETTINGS),
+    ):
+        assert llm.model_path == str(hybrid_file)
+    assert asked == [
+        ("org/name", "Q8_0", {}),
+        ("org/name", "*q8_0.gguf", {}),
+        ("org/name", "*.gguf", {"local_dir": "d"}),
+        ("org/name", "Q8_0", {"additional_files": ["*mmproj*"], "cache_dir": "c"}),
+    ]
+    for arguments, complaint in (
+        (("smollm2", "*.gguf"), "smollm2: must be a model on the hub, as ORG/NAME, for a file name"),
+        (("org/name:Q8_0", "*.gguf"), r"org/name:Q8_0: says which file, and so does \*.gguf"),
+        (("smolm2",), "did you mean smollm2"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            pretrained(*arguments)
 
 
 def test_errors_have_llama_cpps_reason(hybrid_file, tmp_path, monkeypatch):
