@@ -14,14 +14,13 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from testbed_data import ASSISTANT, END, USER  # beside this file
 
-from lt_gguf import Llama
 from lt_gguf.sizes import format_bytes
 from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.inspect import print_tables
@@ -31,7 +30,11 @@ from lt_gguf.evaluation.puzzle import hide
 from lt_gguf.evaluation.tasks import find_task
 from lt_gguf.evaluation.words import WordSource
 from lt_gguf.gguf_file import read_model
+from lt_gguf.runtime import crash
 from lt_gguf.runtime.library import tool_path
+
+if TYPE_CHECKING:
+    from lt_gguf import Llama
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "models" / "demo"
@@ -79,6 +82,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
+    crash.enable("scripts/demo.py")
     FOLDER.mkdir(parents=True, exist_ok=True)
     files = [make_f16()]
     files += [quantize(files[0], name) for name in QUANTIZATIONS]
@@ -145,7 +149,9 @@ def quantize(source: Path, name: str) -> Path:
         subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return unfinished.replace(file)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: llama-quantize: {error.output.decode(errors='replace').strip().splitlines()[-1]}")
+        if error.returncode < 0:
+            sys.exit(f"error: {crash.describe_death('llama-quantize', f'quantizing to {name}', -error.returncode)}")
+        sys.exit(f"error: llama-quantize: {(error.output.decode(errors='replace').strip().splitlines() or ['no reason given'])[-1]}")
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -166,6 +172,8 @@ def make_questions() -> list[Question]:
 
 def answer_all(file: Path, questions: list[Question]) -> dict[str, Run]:
     """Lets the file answer with full attention and as a hybrid, in turns, so that whatever else runs slows down both."""
+    from lt_gguf import Llama  # note: it loads the native library, which may crash on a CPU that it wasn't compiled for
+
     models = {
         attention: Llama(str(file), streaming=streaming, verbose=False, **SETTINGS)
         for attention, streaming in (("full", "off"), ("hybrid", None))

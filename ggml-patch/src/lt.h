@@ -105,6 +105,18 @@ extern "C" {
     // Writes at most n, returns the number of layers; 0 if nothing has been measured.
     LLAMA_API int32_t lt_lazy_ratios(const struct llama_context * ctx, float * ratios, int32_t n);
 
+    //
+    // crashes
+    //
+
+    // From now on a crash of this process (SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT) writes to a file descriptor what was being
+    // done, the text "about", and which functions of which library it happened in. Then the handler that was there before gets the
+    // signal, or the process ends by it. Called again it only replaces descriptor and text. Without a call no handler is installed.
+    LLAMA_API void lt_crash_report(int fd, const char * about);
+
+    // What is being done from now on, by whichever thread, as in "reading a prompt". Texts are copied, and cut at 4,095 bytes.
+    LLAMA_API void lt_crash_step(const char * step);
+
 #ifdef __cplusplus
 }
 #endif

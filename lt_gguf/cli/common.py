@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from lt_gguf.runtime import crash
 from lt_gguf.spec import StreamingSpec, format_layers
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def new_app(**settings: Any) -> typer.Typer:
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line, and exits: with 0, or with one line on stderr and another number."""
+    """Runs the command line, and exits: with 0, or with one line on stderr and another number; a crash tells what it can."""
+    # note: of the arguments no more than a subcommand's name: the rest may be nobody's business
+    crash.enable(" ".join([name, *(word for word in (arguments or [])[:1] if word.isalpha())]))
     try:
         status = app(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

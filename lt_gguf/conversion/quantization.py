@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from lt_gguf.conversion import supervised
+from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import tool_path
 
 Progress = Callable[[int, int], None]  # tensors done, of how many
@@ -21,10 +22,11 @@ _NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_X
 
 @cache
 def types() -> tuple[str, ...]:
-    """The types that this build's `llama-quantize` knows, as its help lists them."""
+    """The types that this build's `llama-quantize` knows, as its help lists them. Raises ValueError: it crashed."""
     command = [tool_path("llama-quantize"), "--help"]
-    text = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
-    listed = text.partition("allowed quantization types")[2]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    _check_alive(result.returncode, "showing its help")
+    listed = result.stdout.partition("allowed quantization types")[2]
     return tuple(re.findall(r"^\s*(?:\d+\s+or\s+)?([A-Z]\w*)\s*:\s", listed, re.MULTILINE))
 
 
@@ -51,8 +53,14 @@ def _check_imatrix(file: Path) -> None:
     command = [tool_path("llama-quantize"), "--imatrix", file.name, "--dry-run", os.devnull, "Q8_0"]
     cwd = file.absolute().parent
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", cwd=cwd)
+    _check_alive(result.returncode, f"reading {file}")
     if complaints := [line for line in result.stderr.splitlines() if "imatrix" in line]:
         raise ValueError(f"{file}: is no importance matrix (llama-quantize: {complaints[-1].strip()})")
+
+
+def _check_alive(status: int, doing: str) -> None:
+    if number := supervised.signal_of(status):
+        raise ValueError(describe_death("llama-quantize", doing, number))
 
 
 def least_bytes(type_name: str, n_elements: int) -> int:
@@ -110,7 +118,7 @@ def _error(status: int, log: list[str]) -> ValueError | OSError:
     if number == signal.SIGXFSZ or (failures and "iostream" in failures[0]):
         return OSError("the disk is full, or the file is larger than allowed")
     if number:
-        return ValueError(f"llama-quantize was killed by signal {number}, perhaps for want of memory")
+        return ValueError(describe_death("llama-quantize", "quantizing", number))
     if failures and "validation failed" in failures[0]:
         details = " ".join(line for line in log if "found " in line)
         return ValueError(f"llama-quantize: {failures[0]}: the weights hold NaN or infinity ({details})")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lt_gguf.conversion import supervised
 from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Typed
 
@@ -59,6 +60,7 @@ class UpstreamConverter:
     def __init__(self, name: str, arguments: Sequence[str], hidden: Path, verbose: bool = False) -> None:
         self.name = name
         self.hidden = hidden
+        self._doing = "reading the checkpoint"
         self._process = subprocess.Popen(
             supervised.python("lt_gguf.conversion.worker"),
             stdin=subprocess.PIPE,
@@ -112,6 +114,7 @@ class UpstreamConverter:
         Raises:
             ConversionError: it failed.
         """
+        self._doing = "writing the weights"
         self._send({key: [typed.type, typed.value] for key, typed in metadata.items()})
         while "error" not in (message := self._receive()):
             progress(message["written"], message["total"])
@@ -131,5 +134,4 @@ class UpstreamConverter:
         if line := self._process.stdout.readline():
             return json.loads(line)
         number = supervised.signal_of(self._process.wait())
-        reason = f"the converter was killed by signal {number}, perhaps for want of memory" if number else _WITHOUT_ANSWER
-        return {"error": reason}
+        return {"error": describe_death("the converter", self._doing, number) if number else _WITHOUT_ANSWER}

@@ -12,6 +12,7 @@ stderr: upstream's log if asked for.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ _PROGRESS_SECONDS = 0.1  # between two reports
 
 
 def main() -> None:
+    faulthandler.enable()  # the parent tells what a crash means, this where it was
     # note: stdout carries the messages alone, whatever upstream prints goes to stderr
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

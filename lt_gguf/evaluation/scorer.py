@@ -17,8 +17,9 @@ import numpy as np
 from lt_gguf.auto_spec import AutoSpec, parse_running, runtime_text
 from lt_gguf.fields import check_integer, is_auto
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, cache_type
-from lt_gguf.runtime import api
+from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, WANTED, Batch, batch_part
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.text_model import TextModel
@@ -50,7 +51,7 @@ class ScorerOptions:
             it for models whose RoPE depends on the size of the context.)
         n_parallel: requests that are worked on at a time.
         n_batch: tokens that are computed at once.
-        n_threads: CPU threads; `None`: half of the machine's.
+        n_threads: CPU threads; `None`: the physical cores that the process may use.
         n_gpu_layers: layers that run on the GPU, if there is one; -1: all.
         cache_type_k: type of K in the KV cache, a key of `lt_gguf.kv_memory.CACHE_TYPES`.
         cache_type_v: the same of V.
@@ -290,11 +291,12 @@ class Scorer(TextModel):
     def _compute(self, tokens: np.ndarray) -> np.ndarray:
         """One llama_decode: float32 (tokens that are wanted, n_vocab) log-probabilities."""
         self._batch.fill(tokens)
-        with captured_errors(forward=False) as log:
+        n, n_wanted = tokens.shape[1], int(tokens[WANTED].sum())
+        doing = "decoding" if n == n_wanted else "reading a prompt"
+        with captured_errors(forward=False) as log, crash.step(f"{doing}: {n} tokens, {self.file}"):
             code = _llama_cpp.llama_decode(self._context, self._batch.native)
         if code:
             raise RuntimeError(f"llama_decode returned {code}: {log.reason or 'it gives no reason'}")
-        n_wanted = int(tokens[WANTED].sum())
         if not n_wanted:
             return np.empty((0, self.n_vocab), np.float32)
         return _log_softmax(np.ctypeslib.as_array(_llama_cpp.llama_get_logits(self._context), (n_wanted, self.n_vocab)))
@@ -315,13 +317,13 @@ class Scorer(TextModel):
         parameters.n_ctx = n_ctx * options.n_parallel
         parameters.n_seq_max = options.n_parallel
         parameters.n_batch = options.n_batch
-        parameters.n_threads = parameters.n_threads_batch = options.n_threads or max(1, (os.cpu_count() or 2) // 2)
+        parameters.n_threads = parameters.n_threads_batch = options.n_threads or usable_cores()
         parameters.type_k = cache_type(options.cache_type_k).ggml_type
         parameters.type_v = cache_type(options.cache_type_v).ggml_type
         parameters.flash_attn_type = int(options.flash_attn)
         # a part of the cache for each sequence: in a common one the attention of each would go over the tokens of all
         parameters.kv_unified = False
-        with captured_errors(forward=False) as log:
+        with captured_errors(forward=False) as log, crash.step(f"making a context of {parameters.n_ctx} tokens, {self.file}"):
             self._context = _llama_cpp.llama_init_from_model(model, parameters)
         if not self._context:
             raise ValueError(f"{self.file}: {log.reason or 'no context can be made'}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lt_gguf.auto_spec import AutoSpec
-from lt_gguf.runtime import api
+from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.log import captured_errors
 
@@ -49,7 +49,8 @@ def measure(
     own = type(parameters).from_buffer_copy(parameters)
     for name, value in settings.items():
         setattr(own, name, value)
-    with captured_errors(forward=verbose) as log, _context(model, own, log) as context:
+    doing = crash.step(f"measuring lazy ratios of a prompt of {len(tokens)} tokens")
+    with captured_errors(forward=verbose) as log, doing, _context(model, own, log) as context:
         if lora is not None:
             adapters = (_llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora)
             _llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(lora_scale))

@@ -14,6 +14,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 
+from lt_gguf.runtime import crash
+
 BINDING = "llama-cpp-python"
 BINDING_VERSION = "0.3.36"  # ggml-patch/UPSTREAM.toml: its ctypes structures must be those of our libllama
 LIBRARY = "libllama.dylib" if sys.platform == "darwin" else "libllama.so"
@@ -78,12 +80,13 @@ def load_llama_cpp() -> ModuleType:
     if _binding_version() is None:
         raise LibraryError(f"{BINDING} isn't installed: {_how_to_install()}")
     use_our_libraries()
-    binding = import_module("llama_cpp")
+    binding = crash.load_library(lambda: import_module("llama_cpp"))
     _check_libraries(binding, directory)
     if not hasattr(binding.llama_cpp._lib, "lt_model_spec"):
         raise LibraryError(
             f"{directory / LIBRARY} is a llama.cpp without lt-gguf's patch: unset {OVERRIDE}, or install lt-gguf again"
         )
+    crash.library_loaded(binding.llama_cpp._lib)
     return binding
 
 

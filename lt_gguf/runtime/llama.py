@@ -11,7 +11,8 @@ import numpy as np
 from lt_gguf.auto_spec import AutoSpec, runtime_text
 from lt_gguf.fields import check_size
 from lt_gguf.models import local_path, resolve, resolve_on_hub
-from lt_gguf.runtime import api, lazy_ratios
+from lt_gguf.runtime import api, crash, lazy_ratios
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
@@ -30,7 +31,8 @@ class Llama(RewindingLlama):
             full attention (`prefill = full`); 0: no limit; `None`: what the environment variable LT_PROMPT_LIMIT says.
         snapshot_limit: most bytes of snapshots, with which a conversation goes back to an earlier prompt without
             reading it again; the oldest go first. 0: none is kept.
-        kwargs: as for `llama_cpp.Llama`. `swa_full` has no effect on streaming layers.
+        kwargs: as for `llama_cpp.Llama`. `swa_full` has no effect on streaming layers. `n_threads` and `n_threads_batch`: `None`
+            is the number of physical cores that the process may use (`lt_gguf.runtime.cpu.usable_cores`).
 
     Raises:
         ValueError: the file can't be loaded or its model can't stream as asked; the message has llama.cpp's own reason.
@@ -50,7 +52,9 @@ class Llama(RewindingLlama):
         self._streaming_argument = streaming
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
         check_size("snapshot_limit", snapshot_limit)
-        with captured_errors(forward=verbose) as log:
+        for name in ("n_threads", "n_threads_batch"):  # llama_cpp's own default is half of the machine's
+            kwargs[name] = kwargs.get(name) or usable_cores()
+        with captured_errors(forward=verbose) as log, crash.loading(model_path):
             try:
                 super().__init__(model_path, snapshot_limit=snapshot_limit, verbose=verbose, **kwargs)
             except ValueError as error:

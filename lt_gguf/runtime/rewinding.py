@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lt_gguf.auto_spec import AutoSpec, parse_running
-from lt_gguf.runtime import api
+from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshot, Snapshots
@@ -302,7 +302,9 @@ class RewindingLlama(_binding.Llama):
             batch = tokens[begin : begin + n_batch]
             end = piece.begin + begin + len(batch)
             is_last = end == piece.end
-            self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
+            doing = "reading a prompt" if piece.is_prompt or not is_new else "decoding"
+            with crash.step(f"{doing}: {len(batch)} tokens from {piece.begin + begin} on, {self.model_path}"):
+                self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
             if piece.is_prompt or not is_new:
                 self.n_read += len(batch)
             else:
@@ -338,7 +340,8 @@ class RewindingLlama(_binding.Llama):
         if with_logits and not self.context_params.embeddings:
             row = _llama_cpp.llama_get_logits_ith(self.ctx, -1)
             logits = np.ctypeslib.as_array(row, (self._n_vocab,)).copy() if row else None
-        self._snapshots.take(self.ctx, n_tokens, logits)
+        with crash.step(f"taking a snapshot of {n_tokens} tokens"):
+            self._snapshots.take(self.ctx, n_tokens, logits)
 
     # ------------------------------------------------------------------------------------------ rest
 

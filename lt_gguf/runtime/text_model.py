@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lt_gguf.runtime import crash
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.log import captured_errors
 
@@ -39,7 +40,7 @@ class TextModel:
         _llama_cpp.llama_backend_init()
         parameters = _llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
-        with captured_errors(forward=False) as log:
+        with captured_errors(forward=False) as log, crash.loading(file):
             try:
                 self._model = _binding._internals.LlamaModel(path_model=str(file), params=parameters)
             except ValueError as error:

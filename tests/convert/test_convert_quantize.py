@@ -95,7 +95,7 @@ def test_types_are_those_of_the_tool():
     [
         (["x: failed to quantize: basic_ios::clear: iostream error"], 1, OSError, "the disk is full"),
         ([], 128 + 25, OSError, "the disk is full"),
-        ([], 128 + 9, ValueError, "killed by signal 9"),
+        ([], 128 + 9, ValueError, "killed by SIGKILL while quantizing, perhaps for want of memory"),
         (["found nan value at block 3", "x: failed to quantize: quantized data validation failed"], 1, ValueError, "NaN"),
         (["main: invalid ftype"], 1, ValueError, "llama-quantize: main: invalid ftype"),
     ],
