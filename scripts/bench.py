@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import tool_path
 from lt_gguf.spec import StreamingSpec
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--depths", default="2048,8192,16384", help="numbers of tokens already in the cache")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--n-tokens", type=int, default=32, help="to decode and time in each run")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
 
     path = options.model or DEFAULT_MODEL

@@ -34,6 +34,7 @@ from support.native import Model
 from lt_gguf import Llama
 from lt_gguf.gguf_file import GGUFModel, read_model
 from lt_gguf.auto_spec import AutoSpec
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import DEFAULT_W_LAST, StreamingSpec
 
 PARTS = ("memory", "decode", "prefill", "auto", "edit")
@@ -302,7 +303,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--edit-depth", type=int, default=16384, help="length of the conversation that is edited, in tokens")
     parser.add_argument("--repeats", type=int, default=5, help="of what isn't reading a prompt")
     parser.add_argument("--n-tokens", type=int, default=32, help="to decode in each run")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(PARTS), help=f"parts of {','.join(PARTS)}")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor instead of the clock, for a machine with other work; one thread")
     parser.add_argument("--undeclared", action="store_true", help="don't announce prompts (lt_prompt_begin), as llama.cpp's tools don't")

@@ -41,6 +41,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skipped)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """One line, and no tests, where native code crashes on this machine or computes something else: they would only die of it."""
+    from lt_gguf.runtime import self_check
+    from lt_gguf.runtime.library import LibraryError, library_dir
+
+    # note: workers of pytest-xdist have a session of their own each
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return
+    try:
+        library_dir()
+    except LibraryError:  # what needs no library can be tested without
+        return
+    if problems := self_check.check():
+        raise pytest.UsageError(*problems)  # which pytest shows as a line each
+
+
 @pytest.fixture(scope="session")
 def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint as a GGUF file, its weights exact."""

@@ -7,8 +7,7 @@ from importlib import import_module
 
 import typer
 
-from lt_gguf.cli.common import new_app
-from lt_gguf.cli.common import run as run_app
+from lt_gguf.cli.common import new_app, run_process
 from lt_gguf.cli.version import Version
 
 COMMANDS = ("convert", "inspect", "analyze", "flag", "eval", "run", "chat")
@@ -31,4 +30,4 @@ def main() -> None:
     # note: only what is asked for is imported, so that the start of a short command doesn't take longer than its work
     first = sys.argv[1:2]
     commands = () if first == ["--version"] else tuple(name for name in first if name in COMMANDS) or COMMANDS
-    run_app(build_app(commands), "lt-gguf", sys.argv[1:] or ["--help"])
+    run_process(build_app(commands), "lt-gguf", sys.argv[1:] or ["--help"])

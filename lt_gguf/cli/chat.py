@@ -53,7 +53,7 @@ def chat(
             shape = model.read_model(file).kv_shape
             return kv_memory(shape, None, llm.n_ctx(), type_k=options.cache_type, flash_attn=options.flash_attn).total
 
-        say(describe_memory(llm, full_kv))
+        say(f"{describe_memory(llm, full_kv)} · {model.describe_threads(llm.n_threads)}")
         if "tokenizer.chat_template" not in llm.metadata:
             say(f"the file has no chat template, using {llm.chat_format}")
         say(HELP)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from lt_gguf.runtime import crash
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import StreamingSpec, format_layers
 
 if TYPE_CHECKING:
@@ -23,10 +24,17 @@ def new_app(**settings: Any) -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **settings)
 
 
+def run_process(app: typer.Typer, name: str, arguments: Sequence[str]) -> NoReturn:
+    """`run` in a process that is for this alone: a crash in native code tells what it can, and torch takes the cores that we take."""
+    # note: no more than a subcommand's name, the other arguments may be nobody's business
+    crash.enable(" ".join([name, *(word for word in arguments[:1] if word.isalpha())]))
+    # note: torch knows nothing of quotas; it reads this when it is imported, and our children inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    run(app, name, arguments)
+
+
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line, and exits: with 0, or with one line on stderr and another number; a crash tells what it can."""
-    # note: of the arguments no more than a subcommand's name: the rest may be nobody's business
-    crash.enable(" ".join([name, *(word for word in (arguments or [])[:1] if word.isalpha())]))
+    """Runs the command line, and exits: with 0, or with one line on stderr and another number."""
     try:
         status = app(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -53,7 +54,7 @@ def main() -> None:
     """The command of its own, `convert/hf_to_gguf_lt.py`."""
     app = common.new_app()
     app.command()(convert)
-    common.run(app, "hf_to_gguf_lt.py")
+    common.run_process(app, "hf_to_gguf_lt.py", sys.argv[1:])
 
 
 def _print_plan(converted: Converted) -> None:

@@ -15,6 +15,7 @@ from lt_gguf import models
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from lt_gguf.kv_memory import cache_type as cache_type_of
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ Context = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature of sampling; 0: always the most likely token.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling; -1: another one each time.")]
-Threads = Annotated[int, typer.Option("--threads", "-t", help="CPU threads; 0: half of the machine's.")]
+Threads = Annotated[int, typer.Option("--threads", "-t", help=f"CPU threads; 0: the physical cores that the process may use, here {usable_cores()}.")]
 GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", "-ngl", help="Layers to run on the GPU, if there is one; -1: all.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Tokens of a prompt that are read at once.")]
 FlashAttention = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention; it rounds a cache of type f32 to f16.")]
@@ -70,6 +71,13 @@ class LoadOptions:
     batch_size: BatchSize = DEFAULT_BATCH_SIZE
     flash_attn: FlashAttention = True
     verbose: Verbose = False
+
+    @property
+    def n_threads(self) -> int:
+        """The number of CPU threads. Raises ValueError: it is negative."""
+        if self.threads < 0:
+            raise ValueError(f"--threads = {self.threads}: must be at least 0")
+        return self.threads or usable_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +141,7 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
         raise ValueError(f"--batch-size = {options.batch_size}: must be at least 1")
     n_ctx_train = read_model(file).n_ctx_train
     ggml_type = cache_type_of(options.cache_type).ggml_type
-    settings: dict[str, Any] = {}
-    if options.threads > 0:
-        settings |= {"n_threads": options.threads, "n_threads_batch": options.threads}
+    settings: dict[str, Any] = {"n_threads": options.n_threads, "n_threads_batch": options.n_threads}
     if options.prompt_limit is not None:
         settings["prompt_limit"] = _parse_size("--prompt-limit", options.prompt_limit)
     if snapshot_limit is not None:
@@ -161,13 +167,17 @@ def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
 
     return ScorerOptions(
         n_batch=options.batch_size,
-        n_threads=options.threads or None,
+        n_threads=options.n_threads,
         n_gpu_layers=options.n_gpu_layers,
         cache_type_k=options.cache_type,
         cache_type_v=options.cache_type,
         flash_attn=options.flash_attn,
         **more,
     )
+
+
+def describe_threads(n: int) -> str:
+    return f"{n} CPU thread{'' if n == 1 else 's'}"
 
 
 def _parse_size(option: str, text: str) -> int:

@@ -28,6 +28,8 @@ def run(
     text = read_prompt() if prompt in (None, "-") else prompt
     with captured_errors(forward=options.verbose):
         llm = model.load(file, options)
+        if sys.stderr.isatty():
+            print(model.describe_threads(llm.n_threads), file=sys.stderr)
         for chunk in llm(text, max_tokens=n_predict, temperature=temperature, stream=True):
             print(chunk["choices"][0]["text"], end="", flush=True)
         print()

@@ -292,8 +292,8 @@ class Scorer(TextModel):
         """One llama_decode: float32 (tokens that are wanted, n_vocab) log-probabilities."""
         self._batch.fill(tokens)
         n, n_wanted = tokens.shape[1], int(tokens[WANTED].sum())
-        doing = "decoding" if n == n_wanted else "reading a prompt"
-        with captured_errors(forward=False) as log, crash.step(f"{doing}: {n} tokens, {self.file}"):
+        doing = "decoding" if n == n_wanted else f"reading a prompt, {n} tokens"
+        with captured_errors(forward=False) as log, crash.step(f"{doing}, {self.file}"):
             code = _llama_cpp.llama_decode(self._context, self._batch.native)
         if code:
             raise RuntimeError(f"llama_decode returned {code}: {log.reason or 'it gives no reason'}")

@@ -302,8 +302,8 @@ class RewindingLlama(_binding.Llama):
             batch = tokens[begin : begin + n_batch]
             end = piece.begin + begin + len(batch)
             is_last = end == piece.end
-            doing = "reading a prompt" if piece.is_prompt or not is_new else "decoding"
-            with crash.step(f"{doing}: {len(batch)} tokens from {piece.begin + begin} on, {self.model_path}"):
+            doing = f"reading a prompt, {len(batch)} tokens" if piece.is_prompt or not is_new else "decoding"
+            with crash.step(f"{doing} from position {piece.begin + begin} on, {self.model_path}"):
                 self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
             if piece.is_prompt or not is_new:
                 self.n_read += len(batch)

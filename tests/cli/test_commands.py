@@ -217,7 +217,7 @@ def test_chat_through_a_pipe(lt_gguf_command, hybrid_file, monkeypatch):
     assert status == 0
     lines = err.splitlines()
     kv = "KV 192.00 KiB hybrid, 256.00 KiB full (25% saved)"  # 512 cells; 256 in the streaming layers
-    assert lines[0] == kv
+    assert lines[0] == f"{kv} · 1 CPU thread"
     answers = [line for line in lines if line.endswith(kv) and "of 512 tokens" in line]
     assert len(answers) == 3
     assert answers[0].split(" of ")[0] == answers[2].split(" of ")[0] != answers[1].split(" of ")[0]
@@ -247,7 +247,7 @@ def test_chat_reads_only_what_is_new(lt_gguf_command, hybrid_file, monkeypatch, 
 def test_chat_says_that_no_layer_streams_yet(lt_gguf_command, hybrid_file, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
     _, _, err = lt_gguf_command("chat", hybrid_file, *QUICK, "--streaming", "auto:0.5")
-    assert err.splitlines()[0] == "KV 256.00 KiB, no layer streams yet"
+    assert err.splitlines()[0] == "KV 256.00 KiB, no layer streams yet · 1 CPU thread"
 
 
 def test_chat_needs_no_formula_where_no_layer_streams():

@@ -18,9 +18,10 @@ from support.compare_gguf import assert_same_but_for_the_streaming_keys
 from tiny_checkpoint import N_LAYER, write_checkpoint
 
 from lt_gguf.conversion import worker as conversion_worker
-from lt_gguf.conversion import convert
+from lt_gguf.conversion import convert, supervised
 from lt_gguf.gguf_file import read_model
 from lt_gguf.conversion.nan_check import NanCheck
+from lt_gguf.conversion.upstream import ConversionError, UpstreamConverter
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 
@@ -363,3 +364,19 @@ def test_a_disk_without_room_is_known_before(llama, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"has 195.31 KiB free, needs at least \d+\.\d+ KiB for a.gguf"):
         convert(llama, tmp_path / "a.gguf", layers="1", outtype="f16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "lines, doing",
+    [
+        ("", "reading the checkpoint"),
+        ("sys.stdin.readline(); print(json.dumps({'written': 1, 'total': 2}), flush=True)", "writing the weights"),
+    ],
+)
+def test_a_worker_that_crashes_is_reported_in_one_line(tmp_path, monkeypatch, lines, doing):
+    script = f"import json, os, sys; sys.stdin.readline(); {lines or 'pass'}; os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(supervised, "python", lambda module: [sys.executable, "-c", script])
+    with UpstreamConverter("a model", [], tmp_path) as converter, pytest.raises(ConversionError) as raised:
+        converter.write({}, lambda done, total: None) if lines else converter.plan()
+    assert str(raised.value).startswith(f"a model: the converter crashed while {doing}: SIGSEGV (invalid memory access), on ")
+    assert "\n" not in str(raised.value)

@@ -95,6 +95,7 @@ def test_types_are_those_of_the_tool():
     [
         (["x: failed to quantize: basic_ios::clear: iostream error"], 1, OSError, "the disk is full"),
         ([], 128 + 25, OSError, "the disk is full"),
+        ([], 128 + 4, ValueError, "crashed while quantizing: SIGILL"),
         ([], 128 + 9, ValueError, "killed by SIGKILL while quantizing, perhaps for want of memory"),
         (["found nan value at block 3", "x: failed to quantize: quantized data validation failed"], 1, ValueError, "NaN"),
         (["main: invalid ftype"], 1, ValueError, "llama-quantize: main: invalid ftype"),
@@ -103,6 +104,23 @@ def test_types_are_those_of_the_tool():
 def test_what_the_tool_reports_becomes_one_line(log, status, error, message):
     found = quantization._error(status, log)
     assert type(found) is error and message in str(found) and "\n" not in str(found)
+
+
+@pytest.mark.parametrize("argument, doing", [("--help", "showing its help"), ("--imatrix", "reading "), ("", "quantizing")])
+def test_a_tool_that_crashes_is_reported_in_one_line(tmp_path, monkeypatch, argument, doing):
+    tool = tmp_path / "llama-quantize"
+    tool.write_text(f'#!/bin/sh\n[ "$1" = "{argument}" ] || [ -z "{argument}" ] && kill -SEGV $$\necho "allowed quantization types: 2 or Q4_0 : x"\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(quantization, "tool_path", lambda _: tool)
+    quantization.types.cache_clear()
+    imatrix = tmp_path / "some.imatrix"
+    imatrix.touch()
+    with pytest.raises(ValueError, match=f"^llama-quantize crashed while {doing}.*: SIGSEGV") as raised:
+        if argument:
+            quantization.check("Q4_0", imatrix)
+        quantization.quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_0")
+    assert "\n" not in str(raised.value)
+    quantization.types.cache_clear()
 
 
 @pytest.fixture
