@@ -8,9 +8,15 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
+
+# How often a thread of GCC's OpenMP looks whether the others are there before it sleeps: tens of microseconds. Its own 300,000 let
+# it keep a core busy for which the thread that it waits for is queueing, on a machine with other work. With two threads on two
+# busy cores SmolLM2-135M decodes 12 tokens/s so, 2 with the 300,000, and 120 with both where nothing else runs.
+_SPINS = "1000"
 
 
 def usable_cores(root: Path = _ROOT) -> int:
@@ -34,6 +40,20 @@ def usable_cores(root: Path = _ROOT) -> int:
     cores = {_siblings(devices, cpu) for cpu in (cpus & fast or cpus)}
     quotas = [-(-quota // period) for quota, period in _cgroup_quotas(root)]
     return max(1, min([len(cores), *quotas]))
+
+
+@contextmanager
+def short_spins() -> Iterator[None]:
+    """Lets GCC's OpenMP, if it is loaded in the with block, have its threads sleep soon where they wait; what the user says wins."""
+    # note: it reads them when it is loaded, so that nobody else gets to see this
+    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = _SPINS
+    try:
+        yield
+    finally:
+        os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def cpu_name() -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lt_gguf.runtime import crash
+from lt_gguf.runtime.cpu import short_spins
 
 BINDING = "llama-cpp-python"
 BINDING_VERSION = "0.3.36"  # ggml-patch/UPSTREAM.toml: its ctypes structures must be those of our libllama
@@ -80,7 +81,8 @@ def load_llama_cpp() -> ModuleType:
     if _binding_version() is None:
         raise LibraryError(f"{BINDING} isn't installed: {_how_to_install()}")
     use_our_libraries()
-    binding = crash.load_library(lambda: import_module("llama_cpp"))
+    with short_spins():
+        binding = crash.load_library(lambda: import_module("llama_cpp"))
     _check_libraries(binding, directory)
     if not hasattr(binding.llama_cpp._lib, "lt_model_spec"):
         raise LibraryError(

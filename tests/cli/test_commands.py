@@ -17,10 +17,12 @@ from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a
 
 from lt_gguf import flagging
 from lt_gguf.cli import chat
+from lt_gguf.cli import model as model_options
 from lt_gguf.sizes import format_bytes, parse_size
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 from lt_gguf.models import DEFAULT_MODEL, MODELS, package
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.spec import Provenance
 
@@ -175,6 +177,7 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
         (["run", "none.gguf", "-p", "x"], 1, "none.gguf: No such file or directory"),
         (["run", "FILE", "-p", "x", "--streaming", "layers=9"], 1, 'layers = "9": must be'),
         (["run", "FILE", "-p", "x", "--ctx", "-1"], 1, "--ctx = -1: must be at least 0"),
+        (["run", "FILE", "-p", "x", "--threads", "-1"], 1, "--threads = -1: must be at least 0"),
         (["run", "FILE", "-p", "x", "--cache-type", "q9"], 1, 'cache type = "q9": must be one of f32'),
         (["run", "FILE", "-p", "x" * 3000, *QUICK], 1, "exceed context window of 512"),
         (["chat", "FILE", "--temp", "warm"], 2, "(lt-gguf chat --help shows what there is)"),
@@ -206,6 +209,22 @@ def test_a_reader_that_leaves_is_no_error(hybrid_file):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "given, threads", [([], "3 CPU threads"), (["--threads", "0"], "3 CPU threads"), (["--threads", "1"], "1 CPU thread")]
+)
+def test_the_number_of_threads_is_shown(lt_gguf_command, hybrid_file, monkeypatch, given, threads):
+    monkeypatch.setattr(model_options, "usable_cores", lambda: 3)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
+    _, _, err = lt_gguf_command("chat", hybrid_file, "--ctx", 512, *given)
+    assert err.splitlines()[0].endswith(f" · {threads}")
+
+
+def test_help_says_how_many_threads_there_are(lt_gguf_command):
+    status, out, _ = lt_gguf_command("run", "--help")
+    assert status == 0
+    assert f"0: the physical cores that the process may use, here {usable_cores()}." in " ".join(out.split())
 
 
 # ------------------------------------------------------------------------------------------------- chat

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.small_gguf import write_small
 
 from lt_gguf.runtime import cpu
 
@@ -117,6 +118,47 @@ def test_a_process_that_is_bound_to_one_cpu_has_one_core():
     script = f"import os; os.sched_setaffinity(0, [{allowed}])\nfrom lt_gguf.runtime.cpu import usable_cores; print(usable_cores())"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "1\n"
     assert cpu.usable_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_small(tmp_path_factory.mktemp("threads") / "small.gguf")[0]
+
+
+def test_models_run_on_these_cores(model, monkeypatch):
+    from lt_gguf import Llama
+    from lt_gguf.evaluation import scorer
+    from lt_gguf.runtime import llama
+
+    monkeypatch.setattr(llama, "usable_cores", lambda: 3)
+    monkeypatch.setattr(scorer, "usable_cores", lambda: 3)
+
+    def threads(**given: int | None) -> tuple[int, int]:
+        llm = Llama(str(model), n_ctx=64, verbose=False, **given)
+        assert scorer._llama_cpp.llama_n_threads(llm.ctx) == llm.n_threads
+        llm.close()
+        return llm.n_threads, llm.n_threads_batch
+
+    assert threads() == threads(n_threads=None) == (3, 3)
+    assert threads(n_threads=1) == (1, 3)
+    assert threads(n_threads=2, n_threads_batch=1) == (2, 1)
+    for n_threads, expected in ((None, 3), (2, 2)):
+        with scorer.Scorer(model, "off", scorer.ScorerOptions(n_threads=n_threads)) as scorer_:
+            assert scorer._llama_cpp.llama_n_threads(scorer_._context) == expected
+            assert scorer._llama_cpp.llama_n_threads_batch(scorer_._context) == expected
+
+
+@pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_that_wait_sleep_soon(given, spins):
+    script = "import os; from lt_gguf.runtime import library; library.load_llama_cpp(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    # note: with this GCC's OpenMP shows its settings when it is loaded
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | given
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    if "GOMP_SPINCOUNT" not in child.stderr:
+        pytest.skip("the libraries are built without GCC's OpenMP")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in child.stderr
+    assert child.stdout == f"{given.get('GOMP_SPINCOUNT')}\n"  # nothing is left of it
 
 
 def test_cpus_have_names():
