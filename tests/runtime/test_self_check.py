@@ -11,6 +11,7 @@ import pytest
 
 from lt_gguf.runtime import self_check
 from lt_gguf.runtime.cpu import cpu_name
+from lt_gguf.runtime.library import LIBRARY, OVERRIDE
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,10 +90,11 @@ def test_a_child_that_does_not_start(monkeypatch):
     assert problem.startswith("the process crashed while loading the native library: SIGILL (")
 
 
-def test_a_missing_library_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("LT_GGUF_LIB_PATH", str(tmp_path))
+def test_a_broken_library_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / LIBRARY).write_text("no library")
+    monkeypatch.setenv(OVERRIDE, str(tmp_path))
     (problem,) = self_check.check()
-    assert "holds no libllama" in problem
+    assert problem.startswith("Failed to load shared library") and "\n" not in problem
 
 
 def test_a_child_that_hangs(break_child, monkeypatch):
