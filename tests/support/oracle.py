@@ -12,7 +12,7 @@ import torch
 from lt_gguf.hf.streaming_attention import Prompts, streaming_attention
 from lt_gguf.spec import StreamingSpec
 from support.checkpoints import save_gguf
-from support.families import FAMILIES, N_VOCAB
+from support.families import FAMILIES, N_VOCAB, Family
 from support.native import Model
 
 # Largest absolute logit difference with f32 KV and without flash attention. A GPU's float32 may be coarser than a CPU's:
@@ -32,8 +32,12 @@ class Subject:
 
     @classmethod
     def build(cls, family: str, n_layer: int, directory: Path) -> Subject:
-        hf = FAMILIES[family].build_model(n_layer)
-        return cls(family, hf, Model(save_gguf(hf, FAMILIES[family], directory)))
+        return cls.of(FAMILIES[family], n_layer, directory)
+
+    @classmethod
+    def of(cls, family: Family, n_layer: int, directory: Path) -> Subject:
+        hf = family.build_model(n_layer)
+        return cls(family.name, hf, Model(save_gguf(hf, family, directory)))
 
     @property
     def n_layer(self) -> int:

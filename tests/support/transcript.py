@@ -126,11 +126,14 @@ class Transcript:
 
     # -- against transformers
 
+    def logits(self) -> tuple[np.ndarray, np.ndarray]:
+        """What came back and is still there, and what transformers says of it, float32 (number of rows, n_vocab)."""
+        prompts = self.prompts if self.two_phases else None
+        expected = self.subject.expected(np.array(self.tokens), self.spec, prompts)
+        return np.stack(list(self.rows.values())), expected[list(self.rows)]
+
     def difference(self) -> float:
         """The largest difference of a logit so far, what was removed since included."""
         if self.rows:
-            prompts = self.prompts if self.two_phases else None
-            expected = self.subject.expected(np.array(self.tokens), self.spec, prompts)
-            computed = np.stack(list(self.rows.values()))
-            self._worst = max(self._worst, difference(computed, expected[list(self.rows)]))
+            self._worst = max(self._worst, difference(*self.logits()))
         return self._worst
