@@ -1,7 +1,8 @@
 """Where the patched libraries and tools are, and llama-cpp-python on top of them.
 
-The build puts them into the installed package: `lib/` (shared libraries), `bin/` (llama.cpp's tools) and `upstream/`
-(its converter's Python files). A checkout has only our own Python files; imported from there, the package takes the
+The build puts them into the installed package: `lib/` (shared libraries), `bin/` (llama.cpp's tools, and in a wheel for
+other machines ggml's backends), `upstream/` (its converter's Python files) and, in such a wheel, `vendor/`
+(llama-cpp-python's Python files). A checkout has only our own Python files; imported from there, the package takes the
 rest from the installed distribution, so edits to Python need no new build.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lt_gguf.runtime import crash
+from lt_gguf.runtime.binding import CPU_MODULES, BindingFinder, NoBackend, load_backends
 from lt_gguf.runtime.cpu import short_spins
 
 BINDING = "llama-cpp-python"
@@ -52,8 +54,15 @@ def upstream_dir() -> Path:
     return _package_part("upstream")
 
 
+def backend_dir() -> Path:
+    """Directory of ggml's modules, in a package built for other machines. Raises LibraryError if there are no libraries."""
+    directory = library_dir()
+    tools = directory.parent / "bin"  # where ggml finds them for the tools; a development directory has all in one
+    return tools if any(tools.glob(CPU_MODULES)) else directory
+
+
 def use_our_libraries() -> None:
-    """Make `import llama_cpp`, here or anywhere later in the process, load our libraries.
+    """Make `import llama_cpp`, here or anywhere later in the process, load our libraries and their backends.
 
     Raises LibraryError if it was imported with others before, or if its version doesn't fit. Where libraries or binding
     are missing it does nothing: describing a file needs neither, and `load_llama_cpp` reports it when it does.
@@ -66,11 +75,16 @@ def use_our_libraries() -> None:
         return
     if (binding := sys.modules.get("llama_cpp")) is not None:
         _check_libraries(binding, directory)
-    version = _binding_version()
+    carried = _carried_binding()
+    version = BINDING_VERSION if carried else _binding_version()
     if version not in (None, BINDING_VERSION):
         raise LibraryError(
             f"{BINDING} {version} is installed, but lt-gguf's libraries need {BINDING_VERSION}: {_how_to_install()}"
         )
+    if not any(isinstance(finder, BindingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, BindingFinder(carried, _load_backends))
+    if binding is not None and hasattr(binding, "llama_cpp"):
+        _load_backends(binding)
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = str(directory)
 
 
@@ -78,7 +92,7 @@ def use_our_libraries() -> None:
 def load_llama_cpp() -> ModuleType:
     """The `llama_cpp` package, running on our libraries. Raises LibraryError: what is missing or doesn't fit."""
     directory = library_dir()
-    if _binding_version() is None:
+    if _carried_binding() is None and _binding_version() is None:
         raise LibraryError(f"{BINDING} isn't installed: {_how_to_install()}")
     use_our_libraries()
     with short_spins():
@@ -89,6 +103,7 @@ def load_llama_cpp() -> ModuleType:
             f"{directory / LIBRARY} is a llama.cpp without lt-gguf's patch: unset {OVERRIDE}, or install lt-gguf again"
         )
     crash.library_loaded(binding.llama_cpp._lib)
+    _load_backends(binding)  # where another import hook found the binding before ours
     return binding
 
 
@@ -105,6 +120,21 @@ def _package_part(name: str) -> Path:
             f"lt-gguf's {name}/ is missing: it is compiled by `pip install .` in the checkout (or `make build`)"
         )
     return installed.resolve()
+
+
+def _carried_binding() -> Path | None:
+    """The directory with the binding's Python files, where the package carries them."""
+    try:
+        return _package_part("vendor")
+    except LibraryError:
+        return None
+
+
+def _load_backends(binding: ModuleType) -> None:
+    try:
+        load_backends(Path(binding.llama_cpp._lib._name), backend_dir())
+    except NoBackend as error:
+        raise LibraryError(str(error)) from None
 
 
 def _binding_version() -> str | None:
