@@ -5,12 +5,17 @@ pip calls these functions (PEP 517). Two things happen here that scikit-build-co
 - before CMake runs, `ggml-patch/upstream.py` fetches, unpacks and patches llama.cpp into `build/llama.cpp`;
 - the package's metadata names a wheel of llama-cpp-python's Python files, made from the same source and kept in the
   user cache. If it named the version alone, pip would build that package and compile a second llama.cpp.
+
+With `LT_GGUF_PORTABLE=1` in the environment (`make wheel` sets it) the wheel is one for other machines: every variant of
+ggml's CPU backend instead of the one for this CPU (cmake/options.cmake), and the binding's Python files inside the wheel
+instead of a path in this machine's cache. All of that happens in `build/wheel`, apart from the builds for this machine.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -31,7 +36,10 @@ get_requires_for_build_wheel = backend.get_requires_for_build_wheel
 get_requires_for_build_editable = backend.get_requires_for_build_editable
 
 BUILD_DIR = Path("build")
+PORTABLE = "LT_GGUF_PORTABLE"  # "1": a wheel for other machines
+PORTABLE_DIR = Path("build/wheel")
 BUILD_BYTES = 100e6  # objects and libraries of a build for the CPU, the smallest
+PORTABLE_BYTES = 250e6  # and of all variants for CPUs
 # What CMake keeps in its cache from one run to the next, though the user may have changed it since.
 CONFIGURATION = "CMAKE_ARGS CMAKE_GENERATOR CMAKE_PREFIX_PATH CC CXX CUDACXX CFLAGS CXXFLAGS LDFLAGS".split()
 
@@ -102,7 +110,18 @@ class BindingRequirement:
         pin = Pin.load()
         if self.state == "sdist":  # goes to other machines, where a path of this one means nothing
             return {"dependencies": [pin.requirement]}
-        return {"dependencies": [f"{pin.package} @ {pinned_source.binding_wheel(pin).as_uri()}"]}
+        wheel = pinned_source.binding_wheel(pin)
+        if self.state == "wheel" and portable():  # carries the binding, so needs what the binding needs
+            return {"dependencies": pinned_source.run_time_requirements(wheel)}
+        return {"dependencies": [f"{pin.package} @ {wheel.as_uri()}"]}
+
+
+def portable() -> bool:
+    """Whether the wheel is for other machines. Raises BuildError if the variable says neither yes nor no."""
+    value = os.environ.get(PORTABLE, "")
+    if value not in ("", "0", "1"):
+        raise BuildError(f"{PORTABLE}={value}: 1 asks for a wheel for other machines, 0 or nothing for one for this machine")
+    return value == "1"
 
 
 def _build(
@@ -117,11 +136,18 @@ def _build(
                 f"ggml-patch/UPSTREAM.toml pins {pin.version}, lt_gguf/runtime/library.py names another: "
                 "make them equal"
             )
-        upstream.sync(BUILD_DIR / "llama.cpp", pin)
-        _drop_stale_configuration()
-        if not any(BUILD_DIR.glob("py3-*/bin/*llama*")):  # else most of it is there already
-            pinned_source.need_space(BUILD_DIR, BUILD_BYTES)
-        os.environ["CMAKE_ARGS"] = f"-DLT_UPSTREAM_COMMIT={pin.commit} {os.environ.get('CMAKE_ARGS', '')}"
+        for_others = portable() and build is backend.build_wheel  # an editable installation is for this machine
+        directory, arguments = PORTABLE_DIR if for_others else BUILD_DIR, [f"-DLT_UPSTREAM_COMMIT={pin.commit}"]
+        upstream.sync(directory / "llama.cpp", pin)
+        if for_others:
+            pinned_source.unpack_binding(pin, directory / "binding")
+            here = shlex.quote(str(Path.cwd() / directory))
+            arguments += ["-DLT_PORTABLE=ON", f"-DLT_SOURCE_TREE={here}/llama.cpp", f"-DLT_BINDING={here}/binding"]
+            config_settings = {**(config_settings or {}), "build-dir": f"{directory}/{{wheel_tag}}"}
+        _drop_stale_configuration(directory)
+        if not any(directory.glob("py3-*/bin/*llama*")):  # else most of it is there already
+            pinned_source.need_space(directory, PORTABLE_BYTES if for_others else BUILD_BYTES)
+        os.environ["CMAKE_ARGS"] = " ".join([*arguments, os.environ.get("CMAKE_ARGS", "")])
         # ccache, where it is installed, then knows an object again that another checkout compiled.
         os.environ.setdefault("CCACHE_BASEDIR", str(Path.cwd()))
         os.environ.setdefault("CCACHE_NOHASHDIR", "1")
@@ -135,7 +161,8 @@ def _build(
                 pass
         if wheel is None:
             raise BuildError(_explain(output))
-        _check_room_to_install(Path(wheel_directory) / wheel)
+        if not for_others:  # which is built to be taken elsewhere
+            _check_room_to_install(Path(wheel_directory) / wheel)
         return wheel
 
 
@@ -149,12 +176,12 @@ def _clear_errors() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def _drop_stale_configuration() -> None:
+def _drop_stale_configuration(directory: Path) -> None:
     """Configure anew when compilers or CMAKE_ARGS changed: `pip install .` after a CUDA build means the CPU again."""
     now = "".join(f"{name}={os.environ.get(name, '')}\n" for name in CONFIGURATION)
-    record = BUILD_DIR / "configuration.txt"
+    record = directory / "configuration.txt"
     if not record.exists() or record.read_text() != now:
-        for cache in BUILD_DIR.glob("py3-*/CMakeCache.txt"):
+        for cache in directory.glob("py3-*/CMakeCache.txt"):
             cache.unlink()
             shutil.rmtree(cache.parent / "CMakeFiles", ignore_errors=True)
         record.write_text(now)

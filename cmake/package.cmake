@@ -18,7 +18,13 @@ endif()
 
 # Every library of upstream's that the tools and the binding load. mtmd (images and sound) is one that llama-server links and
 # llama_cpp loads by name when a model has pictures to look at.
-set(LT_LIBRARIES ggml-base ggml ${GGML_AVAILABLE_BACKENDS} llama)
+set(LT_LIBRARIES ggml-base ggml llama)
+if (GGML_BACKEND_DL)
+    # ggml looks for its modules beside the running program; lt_gguf.runtime.library names the place in a Python process.
+    set(LT_MODULES ${GGML_AVAILABLE_BACKENDS})
+else()
+    list(APPEND LT_LIBRARIES ${GGML_AVAILABLE_BACKENDS})
+endif()
 list(TRANSFORM LT_TOOLS REPLACE "^llama-quantize$" "${LT_QUANTIZE}")
 if (NOT LT_TOOLS STREQUAL "lt-quantize")
     list(APPEND LT_LIBRARIES llama-common mtmd)
@@ -26,9 +32,13 @@ endif()
 foreach (tool IN LISTS LT_TOOLS)
     list(APPEND LT_LIBRARIES ${tool}-impl)
 endforeach()
-foreach (library IN LISTS LT_LIBRARIES)
+foreach (library IN LISTS LT_LIBRARIES LT_MODULES)
     if (TARGET ${library}) # not every tool has a library of its own, and a cached backend may be switched off by now
-        list(APPEND LT_LIBRARY_TARGETS ${library})
+        if (library IN_LIST LT_MODULES)
+            list(APPEND LT_MODULE_TARGETS ${library})
+        else()
+            list(APPEND LT_LIBRARY_TARGETS ${library})
+        endif()
         # A wheel can't hold symbolic links, and would hold libllama.so, .so.0 and .so.0.5.0 as three copies.
         set_property(TARGET ${library} PROPERTY VERSION)
         set_property(TARGET ${library} PROPERTY SOVERSION)
@@ -36,14 +46,20 @@ foreach (library IN LISTS LT_LIBRARIES)
     endif()
 endforeach()
 
-add_custom_target(lt_gguf ALL DEPENDS ${LT_TOOLS} ${LT_LIBRARY_TARGETS})
+add_custom_target(lt_gguf ALL DEPENDS ${LT_TOOLS} ${LT_LIBRARY_TARGETS} ${LT_MODULE_TARGETS})
 
 # Only this component goes into the wheel: upstream's own rules would add headers, CMake files and pkg-config files.
 install(TARGETS ${LT_LIBRARY_TARGETS} COMPONENT lt_gguf
     LIBRARY DESTINATION lt_gguf/lib
     RUNTIME DESTINATION lt_gguf/lib)
-install(TARGETS ${LT_TOOLS} COMPONENT lt_gguf
-    RUNTIME DESTINATION lt_gguf/bin)
+install(TARGETS ${LT_TOOLS} ${LT_MODULE_TARGETS} COMPONENT lt_gguf
+    RUNTIME DESTINATION lt_gguf/bin
+    LIBRARY DESTINATION lt_gguf/bin)
+
+# The binding's Python files, where the wheel can't name a package of them that other machines would find.
+if (LT_PORTABLE)
+    install(DIRECTORY "${LT_BINDING}/llama_cpp" COMPONENT lt_gguf DESTINATION lt_gguf/vendor)
+endif()
 
 # The converter's half that is Python. gguf-py comes from the same source: PyPI's gguf has the same version number, 0.19.0, but an
 # older content (hundreds of constants and tensor names fewer), and conversion/ does not run with it.

@@ -5,6 +5,7 @@ Only the standard library and pip are needed.
 
 from __future__ import annotations
 
+import email
 import errno
 import hashlib
 import importlib.util
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +172,25 @@ def binding_wheel(pin: Pin) -> Path:
         directory.mkdir(exist_ok=True)
         os.replace(wheels[0], directory / wheels[0].name)
     return directory / wheels[0].name
+
+
+def run_time_requirements(wheel: Path) -> list[str]:
+    """What the package in `wheel` needs at run time, extras left out."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    requirements = metadata.get_all("Requires-Dist", [])
+    return [requirement for requirement in requirements if "extra" not in requirement.partition(";")[2]]
+
+
+def unpack_binding(pin: Pin, directory: Path) -> None:
+    """Replace `directory` by the binding's Python files; interrupted, it leaves the old ones or none, never a half."""
+    fresh = directory.with_name(directory.name + ".unpacking")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with disk_errors(directory), zipfile.ZipFile(binding_wheel(pin)) as archive:
+        archive.extractall(fresh)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(fresh, directory)
 
 
 def _pip(*arguments: str) -> tuple[str, bool]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+
+from lt_gguf.runtime.cpu import cpu_name
 
 PACKAGE = "llama_cpp"
 CPU_MODULES = "libggml-cpu*.so"  # .so on macOS, too: to CMake they are modules, not libraries
@@ -70,7 +71,7 @@ def load_backends(libllama: Path, directory: Path) -> None:
     if not modules:
         raise NoBackend(f"{directory} holds none of ggml's modules for CPUs ({CPU_MODULES}): install lt-gguf again")
     raise NoBackend(
-        f"none of the {len(modules)} modules {CPU_MODULES} in {directory} runs on this CPU ({_cpu_name()}): "
+        f"none of the {len(modules)} modules {CPU_MODULES} in {directory} runs on this CPU ({cpu_name()}): "
         "install lt-gguf from its source on this machine (pip install . in a checkout)"
     )
 
@@ -89,12 +90,3 @@ class _silence:
 
     def __exit__(self, *_: object) -> None:
         self.set(self.before, self.before_data)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return ", ".join([platform.machine(), *names[:1]])
