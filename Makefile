@@ -18,7 +18,7 @@ NEWEST_VENV := build/newest-venv
 # What decides what is compiled and installed. Our Python files aren't among it: the package is installed editable, so they are used in place.
 INPUTS := CMakeLists.txt pyproject.toml $(wildcard requirements/*.txt cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)
 
-.PHONY: help demo test build lock worktree patch clean FORCE
+.PHONY: help demo test build lock wheel worktree patch clean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -62,6 +62,9 @@ lock: $(PY)  ## renew requirements/*.txt from the ranges in pyproject.toml
 	@$(PYTHON) -m venv build/lock-venv
 	@build/lock-venv/bin/python -m pip install --disable-pip-version-check -q $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["lock"])' | tr -d ' ')
 	@build/lock-venv/bin/python scripts/lock.py
+
+wheel:  ## one wheel for all machines of this kind, with every CPU variant, tried in an empty root and put into dist/
+	@$(PYTHON) scripts/build_wheel.py
 
 worktree: $(PY)  ## TREE=dir: a git tree of llama.cpp with our patch on top, to edit
 	@$(PY) ggml-patch/upstream.py worktree $(TREE)
