@@ -1,13 +1,8 @@
 # Our defaults for llama.cpp's options. None is forced: -DNAME=VALUE in CMAKE_ARGS wins over each.
 
-# A wheel for other machines. The first model that is loaded takes the best of ggml's variants for the CPU that it finds itself on.
-# OpenSSL would have to be carried along, and would grow old there: the tools download nothing over HTTPS then.
-option(LT_PORTABLE "a wheel for other machines" OFF)
+option(LT_PORTABLE "a wheel for other machines, see portable.cmake" OFF)
 if (LT_PORTABLE)
-    set(GGML_NATIVE           OFF CACHE BOOL "what the building machine has, others may lack")
-    set(GGML_BACKEND_DL       ON  CACHE BOOL "backends are modules, loaded when needed")
-    set(GGML_CPU_ALL_VARIANTS ON  CACHE BOOL "")
-    set(LLAMA_OPENSSL         OFF CACHE BOOL "HTTPS in the tools")
+    include(cmake/portable.cmake)
 endif()
 
 set(BUILD_SHARED_LIBS  ON CACHE BOOL "ctypes loads libllama, and the tools share it")

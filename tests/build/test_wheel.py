@@ -123,6 +123,45 @@ def test_a_failed_step_ends_in_one_line_with_its_reason(tmp_path: Path, monkeypa
     assert "compiling" in (tmp_path / "log").read_text()
 
 
+WAIT = """
+#include <condition_variable>
+#include <cstdio>
+#include <thread>
+int main() {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int stage = 0;
+    std::thread other([&] {
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return stage == 1; });
+        stage = 2;
+        changed.notify_all();
+    });
+    std::unique_lock<std::mutex> lock(mutex);
+    stage = 1;
+    changed.notify_all();
+    changed.wait(lock, [&] { return stage == 2; });
+    lock.unlock();
+    other.join();
+    std::puts("woken");
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libstdc++ is the C++ library of Linux")
+def test_waiting_for_a_condition_asks_for_no_libstdcxx_12(tmp_path: Path) -> None:
+    (tmp_path / "wait.cpp").write_text(WAIT)
+    compile_ = ["c++", "-std=c++17", "-O2", "-pthread", "-o", tmp_path / "wait", tmp_path / "wait.cpp"]
+    carried = subprocess.run([*compile_, ROOT / "cmake" / "condition_variable.cpp"], capture_output=True, text=True)
+    if "_M_cond" in carried.stderr:
+        pytest.skip("this C++ library is no libstdc++ 12 or newer")
+    assert carried.returncode == 0, carried.stderr
+    assert subprocess.run([tmp_path / "wait"], capture_output=True, text=True, timeout=60).stdout == "woken\n"
+    assert b"GLIBCXX_3.4.30" not in (tmp_path / "wait").read_bytes()
+    subprocess.run(compile_, check=True)
+    assert b"GLIBCXX_3.4.30" in (tmp_path / "wait").read_bytes()  # what it is for
+
+
 class TestReport:
     """What the check makes of the libraries that it saw in a process."""
 
