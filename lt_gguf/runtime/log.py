@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from lt_gguf.runtime.library import load_llama_cpp
 
@@ -35,31 +36,39 @@ class ErrorLog:
         return (reasons or [re.sub(r"^\w+: ", "", line) for line in lines] or [""])[0]
 
 
+@dataclass(eq=False)
+class _Block:
+    """A with block that is open, of the thread that listens."""
+
+    forward: bool
+    log: ErrorLog = field(default_factory=ErrorLog)
+    thread: int = field(default_factory=threading.get_ident)
+
+
 class _Logs:
     """The callback that llama.cpp calls while any with block is open, and who listens to it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.open: list[tuple[int, ErrorLog]] = []
+        self.open: tuple[_Block, ...] = ()  # replaced, never changed: threads go over it without the lock
         self.previous = _llama_cpp.llama_log_callback()
         self.previous_data = ctypes.c_void_p()
-        self.forward = 0
-        self.level = 0
+        self.last = threading.local()
         self.callback = _llama_cpp.llama_log_callback(self.receive)
 
     def receive(self, level: int, text: bytes, data: int | None) -> None:
         if level != _LEVEL_CONTINUED:
-            self.level = level
-        if self.level == _LEVEL_ERROR:
+            self.last.level = level
+        blocks = [block for block in self.open if block.thread == threading.get_ident()]
+        if getattr(self.last, "level", None) == _LEVEL_ERROR:
             line = text.decode(errors="replace")
-            for thread, log in self.open:
-                if thread != threading.get_ident():
-                    continue
-                if level == _LEVEL_CONTINUED and log.errors:
-                    log.errors[-1] += line
+            for errors in (block.log.errors for block in blocks):
+                if level == _LEVEL_CONTINUED and errors:
+                    errors[-1] += line
                 else:
-                    log.errors.append(line)
-        if self.forward and self.previous:
+                    errors.append(line)
+        # note: what a thread without a block logs goes where it would go if nobody had one
+        if (not blocks or any(block.forward for block in blocks)) and self.previous:
             self.previous(level, text, self.previous_data)
 
 
@@ -71,21 +80,18 @@ def captured_errors(forward: bool) -> Iterator[ErrorLog]:
     """Collects the errors that llama.cpp logs in this thread during the with block; blocks may nest and overlap.
 
     Args:
-        forward: pass the log on to where it went before; else none of it is shown.
+        forward: pass this thread's log on to where it went before; else, unless another of its blocks does, none of it is shown.
     """
-    log = ErrorLog()
-    entry = (threading.get_ident(), log)
+    block = _Block(forward)
     with _logs.lock:
         if not _logs.open:
             _llama_cpp.llama_log_get(ctypes.byref(_logs.previous), ctypes.byref(_logs.previous_data))
             _llama_cpp.llama_log_set(_logs.callback, ctypes.c_void_p())
-        _logs.open.append(entry)
-        _logs.forward += forward
+        _logs.open = (*_logs.open, block)
     try:
-        yield log
+        yield block.log
     finally:
         with _logs.lock:
-            _logs.open.remove(entry)
-            _logs.forward -= forward
+            _logs.open = tuple(one for one in _logs.open if one is not block)
             if not _logs.open:
                 _llama_cpp.llama_log_set(_logs.previous, _logs.previous_data)
