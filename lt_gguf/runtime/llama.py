@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -16,11 +18,20 @@ from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
+from lt_gguf.runtime.turns import Turns, streams, takes_moment, takes_turn
 from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
+
+# note: llama_cpp.Llama.__init__ turns the process's stdout away for a moment; two that do so at once wouldn't bring it back
+_loading = threading.RLock()
 
 
 class Llama(RewindingLlama):
     """A `llama_cpp.Llama` whose flagged layers keep only sinks and a window in their KV cache.
+
+    Threads may share it: one call at a time has the model, a stream from its first item until it has ended or is closed, and
+    the others wait in the order in which they came. `save_state`, `lazy_ratios`, `kv_bytes` and `streaming` don't change the
+    context and only wait until no token is being computed. A call that would wait for a stream that only its own thread can
+    end raises RuntimeError. So does whatever is called or goes on after `close()`, which waits for calls, but not for streams.
 
     Args:
         model_path: path of the GGUF file, or the name of one of `lt_gguf.models.MODELS`.
@@ -31,11 +42,14 @@ class Llama(RewindingLlama):
             full attention (`prefill = full`); 0: no limit; `None`: what the environment variable LT_PROMPT_LIMIT says.
         snapshot_limit: most bytes of snapshots, with which a conversation goes back to an earlier prompt without
             reading it again; the oldest go first. 0: none is kept.
+        timeout: seconds for which a call waits while other threads' calls have the model, then it raises TimeoutError; 0:
+            not at all; `None`: without limit. Each method that uses the model takes it, too, for one call.
         kwargs: as for `llama_cpp.Llama`. `swa_full` has no effect on streaming layers. `n_threads` and `n_threads_batch`: `None`
             is the number of physical cores that the process may use (`lt_gguf.runtime.cpu.usable_cores`).
 
     Raises:
-        ValueError: the file can't be loaded or its model can't stream as asked; the message has llama.cpp's own reason.
+        ValueError: an argument is out of range, or the file can't be loaded or its model can't stream as asked; the message
+            has llama.cpp's own reason.
     """
 
     def __init__(
@@ -45,6 +59,7 @@ class Llama(RewindingLlama):
         streaming: StreamingSpec | AutoSpec | str | None = None,
         prompt_limit: int | None = None,
         snapshot_limit: int = DEFAULT_LIMIT,
+        timeout: float | None = None,
         verbose: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -54,7 +69,8 @@ class Llama(RewindingLlama):
         check_size("snapshot_limit", snapshot_limit)
         for name in ("n_threads", "n_threads_batch"):  # llama_cpp's own default is half of the machine's
             kwargs[name] = kwargs.get(name) or usable_cores()
-        with captured_errors(forward=verbose) as log, crash.loading(model_path):
+        self._turns = Turns(timeout)
+        with _loading, captured_errors(forward=verbose) as log, crash.loading(model_path):
             try:
                 super().__init__(model_path, snapshot_limit=snapshot_limit, verbose=verbose, **kwargs)
             except ValueError as error:
@@ -115,12 +131,35 @@ class Llama(RewindingLlama):
             raise ValueError(f"streaming: is for a model of {spec.n_layer} layers, must be for {self._n_layer()}")
         self._set_model_spec(spec)
 
+    # what uses the context, except for what follows; they call each other
+    __call__ = streams(RewindingLlama.__call__)
+    create_completion = streams(RewindingLlama.create_completion)
+    create_chat_completion = streams(RewindingLlama.create_chat_completion)
+    generate = streams(RewindingLlama.generate, always=True)
+    eval = takes_turn(RewindingLlama.eval)
+    sample = takes_turn(RewindingLlama.sample)
+    embed = takes_turn(RewindingLlama.embed)
+    create_embedding = takes_turn(RewindingLlama.create_embedding)
+    reset = takes_turn(RewindingLlama.reset)
+    save_state = takes_moment(RewindingLlama.save_state)
+    set_cache = takes_moment(RewindingLlama.set_cache)
+    set_seed = takes_moment(RewindingLlama.set_seed)
+
+    @property
+    def streaming(self) -> StreamingSpec | None:
+        """Which layers stream in this context now, `None` if none does."""
+        read = partial(RewindingLlama.streaming.__get__, self)
+        is_fixed = self.auto is None or self._turns.is_closed
+        return read() if is_fixed else self._turns.moment("Llama.streaming", read)
+
+    @takes_moment
     def kv_bytes(self) -> dict[str, int]:
         """Bytes allocated for K and V: in the `full` layers, in the `streaming` ones, what these take besides while a long
         `prompt` is read with full attention, in `total`."""
         parts = {part.name.lower(): api.kv_bytes(self.ctx, part) for part in api.KVPart}
         return parts | {"total": sum(parts.values())}
 
+    @takes_moment
     def lazy_ratios(
         self, tokens: Sequence[int], sink: int = DEFAULT_SINK, window: int = DEFAULT_WINDOW, w_last: int = DEFAULT_W_LAST
     ) -> np.ndarray:
@@ -154,6 +193,7 @@ class Llama(RewindingLlama):
         finally:
             self._set_model_spec(self._streaming_argument)
 
+    @takes_turn
     def load_state(self, state: Any) -> None:
         """Restores what `save_state` returned.
 
@@ -168,11 +208,21 @@ class Llama(RewindingLlama):
                 reason = log.reason or str(error)
                 raise RuntimeError(f"the state doesn't fit this context: {reason}") from error
 
+    def close(self) -> None:
+        """Frees the model once no token is being computed. Nothing else can be done afterwards."""
+        turns: Turns | None = self.__dict__.get("_turns")
+        if turns is not None:  # else __init__ has refused an argument
+            turns.close("Llama.close", super().close)
+
+    def __del__(self) -> None:
+        super().close()  # note: without waiting, as a finalizer must: nobody has this object any more
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
             "streaming": self._streaming_argument,
             "prompt_limit": self._prompt_limit,
             "snapshot_limit": self._snapshots.limit,
+            "timeout": self._turns.timeout,
         }
 
     def _set_model_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
