@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from lt_gguf.auto_spec import AutoSpec, runtime_text
-from lt_gguf.fields import check_size
+from lt_gguf.fields import INT32_MAX, check_size
 from lt_gguf.models import local_path, resolve, resolve_on_hub
 from lt_gguf.runtime import api, crash, lazy_ratios
 from lt_gguf.runtime.cpu import usable_cores
@@ -67,6 +68,8 @@ class Llama(RewindingLlama):
         self._streaming_argument = streaming
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
         check_size("snapshot_limit", snapshot_limit)
+        if "n_ctx" in kwargs:
+            kwargs["n_ctx"] = _check_n_ctx(kwargs["n_ctx"])
         for name in ("n_threads", "n_threads_batch"):  # llama_cpp's own default is half of the machine's
             kwargs[name] = kwargs.get(name) or usable_cores()
         self._turns = Turns(timeout)
@@ -230,3 +233,15 @@ class Llama(RewindingLlama):
             api.set_model_spec(self._model.model, None if spec is None else runtime_text(spec))
         except ValueError as error:
             raise ValueError(f"streaming: {error}") from None
+
+
+def _check_n_ctx(value: Any) -> int:
+    """A context's size. Raises ValueError if it isn't one."""
+    allowed = f"a number of tokens up to {INT32_MAX}, 0: as many as the model was trained for"
+    try:
+        n_ctx = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        n_ctx = -1
+    if not 0 <= n_ctx <= INT32_MAX:
+        raise ValueError(f"n_ctx = {value!r}: must be {allowed}")
+    return n_ctx

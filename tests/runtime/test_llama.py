@@ -389,3 +389,16 @@ def test_pickle(hybrid_file):
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.streaming == llm.streaming == StreamingSpec((1, 3), N_LAYER, SINK, 9, "stream")
     assert continuation(copy, PROMPT) == continuation(llm, PROMPT)
+
+
+@pytest.mark.parametrize("n_ctx", ["auto", "4096", 4096.0, -1, None, True, 2**31])
+def test_bad_context_sizes(hybrid_file, n_ctx):
+    with pytest.raises(ValueError) as error:
+        load(hybrid_file, n_ctx=n_ctx)
+    allowed = "must be a number of tokens up to 2147483647, 0: as many as the model was trained for"
+    assert str(error.value) == f"n_ctx = {n_ctx!r}: {allowed}"
+
+
+def test_context_sizes(hybrid_file):
+    assert load(hybrid_file, n_ctx=np.int64(512)).n_ctx() == 512
+    assert load(hybrid_file, n_ctx=0).n_ctx() == 2048
