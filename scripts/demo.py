@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The demo: the small checkpoint in models/demo becomes hybrid GGUF files, which then answer with and without streaming.
+"""The demo: a small checkpoint becomes hybrid GGUF files that answer with and without streaming, then a real model does.
 
-Converts it, which measures what half of its layers can do without the far context, quantizes it, shows what `lt-gguf inspect`
+Converts models/demo, which measures what half of its layers can do without the far context, quantizes it, shows what `lt-gguf inspect`
 shows, and lets each file answer questions about texts longer than its window: once with full attention (`streaming="off"`), once as
 the hybrid that it is.
 What is made stays in build/demo, so that a second run begins with the answers.
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from testbed_data import ASSISTANT, END, USER  # beside this file
+
+import demo_real_model  # this and the next are beside this file
+from testbed_data import ASSISTANT, END, USER
 
 from lt_gguf.sizes import format_bytes
 from lt_gguf.cli.common import print_candidates
@@ -117,7 +119,8 @@ def main() -> None:
         f"Context {N_CTX} tokens, {N_QUESTIONS} texts of about {N_CHARS} characters, greedy answers. right: the answer has the "
         "word that was asked for. as full: it is, letter by letter, what full attention answers."
     )
-    console.print(f"The files are in {FOLDER.relative_to(ROOT)}; talk with one: lt-gguf chat {files[1].relative_to(ROOT)}")
+    console.print(f"The files are in {FOLDER.relative_to(ROOT)}.")
+    demo_real_model.run(FOLDER)
 
 
 def make_f16() -> Path:

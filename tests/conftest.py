@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_model: runs SmolLM2-135M-Instruct; leave them out with -m 'not real_model'")
     config.addinivalue_line("markers", "full: only with --full, in a run of the whole matrix")
 
 

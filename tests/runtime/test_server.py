@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
-import subprocess
-import time
 import urllib.request
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Iterator
 
 import pytest
+from support import server
 from support.oracle import Subject, random_tokens
-
-from lt_gguf.runtime.library import LibraryError, tool_path
 
 WINDOW, N_UBATCH = 40, 64
 # The streaming part has 256 cells: after an answer of 300 tokens it holds nothing of the prompt but the sinks.
 N_PROMPT, N_ANSWER = 600, 300
 PROMPT = random_tokens(N_PROMPT).tolist()
+SETTINGS = ["--ctx-size", "2048", "--batch-size", "256", "--ubatch-size", str(N_UBATCH), "--flash-attn", "off"]
+SETTINGS += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
 
 
 @pytest.fixture(scope="module")
@@ -28,32 +25,8 @@ def subject(tmp_path_factory) -> Subject:
     return Subject.build("llama", 4, tmp_path_factory.mktemp("server"))
 
 
-@contextlib.contextmanager
-def running(model: Path, streaming: str, log: Path, *options: str) -> Iterator[str]:
-    """A server on a free port of this machine; its address."""
-    try:
-        tool = tool_path("llama-server")
-    except LibraryError as error:
-        pytest.skip(str(error))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [tool, "--model", model, "--host", "127.0.0.1", "--port", str(port), "--parallel", "1", "--threads", "1"]
-    command += ["--ctx-size", "2048", "--batch-size", "256", "--ubatch-size", str(N_UBATCH), "--cache-ram", "0"]
-    command += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-warmup", "--offline", *options]
-    with open(log, "w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"LT_STREAMING": streaming})
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            assert server.poll() is None, log.read_text()[-2000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
-                break
-            time.sleep(0.1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
+def running(model: Path, streaming: str, log: Path, *options: str) -> AbstractContextManager[str]:
+    return server.running(model, streaming, log, *SETTINGS, *options)
 
 
 def complete(address: str, prompt: list[int], n: int, cached: bool = True) -> tuple[list[int], int]:
