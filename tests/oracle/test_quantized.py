@@ -11,11 +11,11 @@ from support.oracle import RELATIVE, Subject, difference, random_tokens
 from support.quantized import FAMILY, N_LAYER, TYPES, build, without
 from support.transcript import Transcript
 
-SINK, WINDOW = 4, 60
+SINK, WINDOW = 4, 40
 
 # How far the runtime may be off by itself: the root mean square of the differences, as a share of the logits' standard deviation.
 # It rounds the activations of a matrix product to 8 bits, with a scale for 32 values, or 256 with K-quants: half a percent each time,
-# 0.019 and 0.027 after the 29 products here, 0.031 with a q8_0 cache. A kernel that loses one value in 256 is off by 0.26.
+# 0.020 and 0.029 after the 15 products here, 0.031 with a q8_0 cache. A kernel that loses one value in 256 is off by 0.24.
 NOISE = 0.05
 
 CASES = [("stream", "f32", False), ("stream", "q8_0", True), ("full", "f32", False), ("full", "f16", True)]
@@ -36,12 +36,12 @@ def quantized(tmp_path_factory) -> Callable[[str], Subject]:
 
 
 def conversation(model: Subject, spec, **settings) -> tuple[np.ndarray, np.ndarray]:
-    """Two prompts and two answers, the runtime's logits and transformers'. 22 micro-batches of 1 to 64 tokens."""
+    """Two prompts and two answers, the runtime's logits and transformers'. 15 micro-batches of 1 to 64 tokens."""
     with model.context(spec, n_ctx=512, n_ubatch=64, **settings) as context:
         transcript = Transcript(model, spec, context)
-        for n_prompt in (150, 43):
+        for n_prompt in (110, 43):
             transcript.read(n_prompt, most=True)
-            transcript.decode(8)
+            transcript.decode(6)
         return transcript.logits()
 
 
@@ -53,7 +53,7 @@ def noise(computed: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("prefill, kv, flash", CASES)
 def test_the_dequantized_model(quantized, measured, type_, prefill, kv, flash):
     model = quantized(type_)
-    spec = model.spec(SINK, WINDOW, [1, 2], prefill=prefill)
+    spec = model.spec(SINK, WINDOW, [0], prefill=prefill)
     computed_full, expected_full = conversation(model, None, kv=kv, flash=flash)
     computed, expected = conversation(model, spec, kv=kv, flash=flash)
     assert noise(computed_full, expected_full) <= NOISE
@@ -69,6 +69,6 @@ def test_the_dequantized_model(quantized, measured, type_, prefill, kv, flash):
 def test_the_oracle_notices_one_lost_value_in_256(quantized, type_):
     """What the test above can see, of a kernel's faults: 256 values are the largest block."""
     model = quantized(type_)
-    tokens = random_tokens(200)
+    tokens = random_tokens(100)
     expected, other = model.expected(tokens, None), replace(model, hf=without(model.hf, 256)).expected(tokens, None)
     assert noise(other, expected) > 2 * NOISE

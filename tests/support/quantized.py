@@ -20,7 +20,7 @@ from support.oracle import Model, Subject
 
 # Rows of K-quants are multiples of 256 values; heads of 64, so that Q, K and V have several and are different in size.
 FAMILY = Family("llama-256", "LlamaConfig", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})
-N_LAYER = 4
+N_LAYER = 2
 TYPES = ("q8_0", "q4_0", "q4_1", "q4_K", "q5_K", "q6_K")
 
 
