@@ -21,6 +21,7 @@ from asyncio import _get_running_loop
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from functools import partial, wraps
+from threading import get_ident
 from typing import Any
 
 # Seconds. Who waits looks again so often, in case that Ctrl-C came between the end of a turn and the waking of the next.
@@ -38,18 +39,19 @@ class _Place:
         thread: the thread that runs it or, while it is suspended, ran it last.
         suspended_at: when it gave its last item, `None` while a thread runs it.
         is_over: it has left the line, or never was in it.
+        woken: has an item when the place may have become the first one; `None` until it waits.
     """
 
     __slots__ = ("begun", "is_over", "is_stream", "suspended_at", "thread", "what", "woken")
 
-    def __init__(self, what: str, is_stream: bool = False) -> None:
+    def __init__(self, what: str, begun: float, is_stream: bool = False) -> None:
         self.what = what
+        self.begun = begun
         self.is_stream = is_stream
-        self.thread = threading.get_ident()
-        self.begun = time.monotonic()
+        self.thread = get_ident()
         self.suspended_at: float | None = None
         self.is_over = False
-        self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.woken: queue.SimpleQueue[None] | None = None
 
     def __str__(self) -> str:
         return f"{self.what} ({'a stream ' * self.is_stream}begun {time.monotonic() - self.begun:.0f} s ago)"
@@ -84,6 +86,9 @@ class _Line:
     def join(self, place: _Place, deadline: float) -> None:
         """Waits until `place` is the first one. Raises TimeoutError, and RuntimeError if that can't come."""
         self._places.append(place)
+        if self._places[0] is place:
+            return
+        place.woken = queue.SimpleQueue()  # note: before it looks who is the first one
         while (first := self.first()) is not place:
             _check_deadlock(place, first, self)
             left = deadline - time.monotonic()
@@ -101,7 +106,7 @@ class _Line:
     def leave(self, place: _Place) -> None:
         """Drops a place that is over, and tells the first one that it may be."""
         self._drop(place)
-        if (first := self.first()) is not None:
+        if self._places and (first := self.first()) is not None and first.woken is not None:
             first.woken.put(None)
 
     def _drop(self, place: _Place) -> None:
@@ -130,7 +135,7 @@ class Turns:
     def is_inside(self) -> bool:
         """True in the thread that is inside now: what it calls belongs to the call that it runs."""
         first = self._inside.first()
-        return first is not None and first.thread == threading.get_ident()
+        return first is not None and first.thread == get_ident()
 
     def call(self, what: str, function: Callable[[], Any], timeout: float | None = None) -> Any:
         """Takes a turn for `function()`.
@@ -141,7 +146,7 @@ class Turns:
         """
         if self.is_inside():
             return function()
-        turn = _Place(what)
+        turn = _Place(what, time.monotonic())
         try:
             deadline = self._deadline(timeout)
             self._turns.join(turn, deadline)
@@ -154,7 +159,7 @@ class Turns:
         """Calls `function()` while nobody else is inside, between two items of a stream at the latest. Raises as `call` does."""
         if self.is_inside():
             return function()
-        place = _Place(what)
+        place = _Place(what, time.monotonic())
         try:
             self._enter(place, deadline or self._deadline(timeout))
             return function()
@@ -167,13 +172,13 @@ class Turns:
         if self.is_inside():
             yield from self._part(what, make())
             return
-        turn, items, sent = _Place(what, is_stream=True), None, None
+        turn, items, sent = _Place(what, time.monotonic(), is_stream=True), None, None
         try:
             deadline = self._deadline(timeout)
             self._turns.join(turn, deadline)
             while True:
-                turn.thread, turn.suspended_at = threading.get_ident(), None
-                step = _Place(what)
+                step = _Place(what, turn.begun)
+                turn.thread, turn.suspended_at = step.thread, None
                 try:
                     self._enter(step, deadline if items is None else math.inf)
                     items = make() if items is None else items
@@ -197,7 +202,7 @@ class Turns:
         """
         if self.is_inside():
             raise RuntimeError(f"{what}: is called by what the model itself has called: call it when that has ended")
-        place = _Place(what)
+        place = _Place(what, time.monotonic())
         try:
             self._inside.join(place, math.inf)
             self.is_closed = True
@@ -232,6 +237,8 @@ def takes_turn(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of a class with `_turns`, as a call. It has one more argument, `timeout`, in place of what `Turns` has."""
 
     def call(self: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        if self._turns.is_inside():
+            return method(self, *args, **kwargs)
         return self._turns.call(call.__qualname__, partial(method, self, *args, **kwargs), timeout)
 
     return _like(method, call)
@@ -241,6 +248,8 @@ def takes_moment(method: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a method that leaves the context as it is, so that streams needn't end before."""
 
     def call(self: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        if self._turns.is_inside():
+            return method(self, *args, **kwargs)
         return self._turns.moment(call.__qualname__, partial(method, self, *args, **kwargs), timeout)
 
     return _like(method, call)
@@ -283,7 +292,7 @@ def _check_deadlock(place: _Place, first: _Place, line: _Line) -> None:
     if (since := first.suspended_at) is None:
         return
     in_loop = _get_running_loop() is not None
-    if first.thread == threading.get_ident() and (in_loop or threading.current_thread() is threading.main_thread()):
+    if first.thread == get_ident() and (in_loop or threading.current_thread() is threading.main_thread()):
         why = "which this thread itself reads: read it to its end or close() it first"
     elif in_loop and time.monotonic() - max(since, place.begun) > _STALLED:
         why = "which doesn't go on while this event loop's thread waits: call it in another thread (asyncio.to_thread)"

@@ -14,7 +14,7 @@ LONG = 10  # seconds that no test takes unless it fails
 class Shared:
     """Counts who is inside."""
 
-    def __init__(self, timeout: float | None = None) -> None:
+    def __init__(self, timeout: float | None = LONG) -> None:
         self._turns = Turns(timeout)
         self.chat_handler = None
         self.n_inside = 0
