@@ -1,6 +1,7 @@
 """The native library and what runs on it.
 
 `library` finds and loads it, `api` binds its C API, `llama` is the `Llama` class, `rewinding` what it does when it goes back
-(with `snapshots` of streaming layers and `prompts` that say what to read again), `lazy_ratios` measures a prompt. `cpu` says how many
-cores there are for it, `crash` what is said when native code dies, and `self_check` which kinds of weights work on this machine.
+(with `snapshots` of streaming layers and `prompts` that say what to read again), `turns` how threads share it, `lazy_ratios`
+measures a prompt. `cpu` says how many cores there are for it, `crash` what is said when native code dies, and `self_check` which
+kinds of weights work on this machine.
 """

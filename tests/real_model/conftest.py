@@ -43,4 +43,4 @@ def document() -> str:
     """Some 900 tokens of stories, with a fact at their beginning that no model can know."""
     rng = np.random.default_rng(3)
     sentences = [sentence for _ in range(30) for sentence in story_sentences(rng)]
-    return " ".join([*sentences[:2], FACT, *sentences[2:60]])
+    return " ".join([*sentences[:2], FACT, *sentences[2:100]])
