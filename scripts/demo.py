@@ -33,6 +33,7 @@ from lt_gguf.evaluation.tasks import find_task
 from lt_gguf.evaluation.words import WordSource
 from lt_gguf.gguf_file import read_model
 from lt_gguf.runtime import crash
+from lt_gguf.runtime.cpu import set_up_openmp
 from lt_gguf.runtime.library import tool_path
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ FOLDER = ROOT / "build" / "demo"
 N_CTX = 4096  # what the model was trained for
 SINK, WINDOW = 4, 252  # 256 positions of a context of 4096: streaming layers forget most of each text
 # Which half of the layers streams: what several strategies choose is run, on so few prompts that it takes a minute or so.
-SELECTION = {"select": "auto", "samples": 2, "puzzles": 10, "calibration_length": 768}
+SELECTION = {"select": "auto", "samples": 2, "puzzles": 10, "calibration_length": 768, "threads": 1}
 QUANTIZATIONS = ("q8_0", "q4_K_M")
 
 # One thread: a model this small gains nothing from more.
@@ -85,6 +86,7 @@ class Run(NamedTuple):
 
 def main() -> None:
     crash.enable("scripts/demo.py")
+    set_up_openmp()
     FOLDER.mkdir(parents=True, exist_ok=True)
     files = [make_f16()]
     files += [quantize(files[0], name) for name in QUANTIZATIONS]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from lt_gguf.runtime import crash
-from lt_gguf.runtime.cpu import usable_cores
+from lt_gguf.runtime.cpu import set_up_openmp
 from lt_gguf.spec import StreamingSpec, format_layers
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def run_process(app: typer.Typer, name: str, arguments: Sequence[str]) -> NoRetu
     """`run` in a process that is for this alone: a crash in native code tells what it can, and torch takes the cores that we take."""
     # note: no more than a subcommand's name, the other arguments may be nobody's business
     crash.enable(" ".join([name, *(word for word in arguments[:1] if word.isalpha())]))
-    # note: torch knows nothing of quotas; it reads this when it is imported, and our children inherit it
-    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    set_up_openmp()
     run(app, name, arguments)
 
 

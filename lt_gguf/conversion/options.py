@@ -14,6 +14,7 @@ from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE
 from lt_gguf.kv_memory import cache_type as check_cache_type
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.selection import Strategy, asked_strategy, strategies
 from lt_gguf.selection.trained import Trained
 from lt_gguf.sizes import parse_size
@@ -115,6 +116,13 @@ class Options:
     ] = DEFAULT_PUZZLES
     w_last: Annotated[int, typer.Option(help="Last tokens of each sample whose attention is measured.")] = DEFAULT_W_LAST
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="CPU threads for selections that run the hybrid (kl, kl-greedy, auto); 0: the physical cores that the process may "
+            f"use, here {usable_cores()}."
+        ),
+    ] = 0
     dtype: Annotated[str, typer.Option(help="Type to measure in: auto, float32, bfloat16 or float16.")] = "auto"
 
     split_max_size: Annotated[
@@ -201,6 +209,8 @@ class Options:
         StreamingSpec((), 1, self.sink, self.window, self.prefill)
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples}: must be at least 1")
+        if self.threads < 0:
+            raise ValueError(f"threads = {self.threads}: must be at least 0")
         check_puzzles(self.puzzles)
         self._check_selection()
         self._check_budget()

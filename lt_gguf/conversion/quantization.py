@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from lt_gguf.conversion import supervised
+from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import tool_path
 
@@ -93,7 +94,8 @@ def quantize(
     if imatrix is not None:
         # note: llama-quantize writes down the path as it is given, and ours is nobody's business
         arguments += ["--imatrix", imatrix.name]
-    command = [str(tool_path("llama-quantize")), *arguments, str(source.absolute()), str(destination.absolute()), type_name]
+    files = [str(source.absolute()), str(destination.absolute())]
+    command = [str(tool_path("llama-quantize")), *arguments, *files, type_name, str(usable_cores())]
     cwd = source.parent if imatrix is None else imatrix.absolute().parent
     log: list[str] = []
     with supervised.start(command, cwd) as process:

@@ -30,7 +30,7 @@ def open_converted(
 
     spec = StreamingSpec((), n_layer, options.sink, options.window, options.prefill)
     numbers = {"samples": options.samples, "puzzles": options.puzzles, "length": length}
-    how = ScorerOptions(n_gpu_layers=0 if options.device == "cpu" else -1)
+    how = ScorerOptions(n_threads=options.threads or None, n_gpu_layers=0 if options.device == "cpu" else -1)
     show = lambda what, done, total: progress(f"Comparing {what}", done, total)  # noqa: E731
     return open_candidates(file, spec, texts, **numbers, options=how, progress=show)
 

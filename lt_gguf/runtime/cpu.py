@@ -24,11 +24,18 @@ def usable_cores(root: Path = _ROOT) -> int:
 
     The threads of a matrix product wait for each other, so two on one core, or more than a container gets time for, are no
     faster than one and often slower. Counted are the CPUs of the process's affinity, hyper-threads of one core once, those of
-    a hybrid processor's fast cores alone (as llama.cpp does), and no more than the quota of its cgroups, rounded up.
+    a hybrid processor's fast cores alone (as llama.cpp does); no more than the quota of its cgroups, rounded up, and than
+    the environment variable OMP_NUM_THREADS, with which users and batch systems bound what a process takes.
 
     Args:
         root: the folder that holds `proc` and `sys`, for tests.
     """
+    asked = re.match(r"\s*0*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
+    n = _cores(root)
+    return min(n, int(asked[1])) if asked else n
+
+
+def _cores(root: Path) -> int:
     if sys.platform == "darwin":
         return max(1, _sysctl_number("hw.perflevel0.physicalcpu") or _sysctl_number("hw.physicalcpu") or os.cpu_count() or 1)
     try:
@@ -42,11 +49,21 @@ def usable_cores(root: Path = _ROOT) -> int:
     return max(1, min([len(cores), *quotas]))
 
 
+def set_up_openmp() -> None:
+    """For a process of ours, before torch is imported: torch takes as many threads as we do, it knows nothing of quotas, and threads
+    that wait sleep soon. Children inherit it; what the user says wins."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    if _spins_are_ours():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
 @contextmanager
 def short_spins() -> Iterator[None]:
-    """Lets GCC's OpenMP, if it is loaded in the with block, have its threads sleep soon where they wait; what the user says wins."""
-    # note: it reads them when it is loaded, so that nobody else gets to see this
-    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    """For a process of others: GCC's OpenMP, if it is loaded in the with block, has threads that wait sleep soon.
+
+    It reads its settings when it is loaded, so nobody else gets to see this. (Where torch was imported before, its copy serves us too.)
+    """
+    if not _spins_are_ours():
         yield
         return
     os.environ["GOMP_SPINCOUNT"] = _SPINS
@@ -54,6 +71,11 @@ def short_spins() -> Iterator[None]:
         yield
     finally:
         os.environ.pop("GOMP_SPINCOUNT", None)
+
+
+def _spins_are_ours() -> bool:
+    """Whether the user hasn't said how threads wait."""
+    return not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
 
 
 def cpu_name() -> str:

@@ -143,6 +143,7 @@ def broken(llama: Path, folder: Path, **changes: object) -> Path:
         ({"select": "lazy-ratio", "threshold": 0.5}, "--threshold"),
         ({"select": "preset", "fraction": 0.5}, "must not have --streaming-fraction"),
         ({"samples": 0}, "samples = 0: must be at least 1"),
+        ({"threads": -1}, "threads = -1: must be at least 0"),
         ({"w_last": 0}, "w_last = 0"),
         ({"calibration_length": 1024}, "calibration length = 1024: must be more than sink + window = 1024, else every lazy ratio"),
         ({"kv_budget": "4GiB"}, "--kv-budget needs --ctx"),

@@ -106,6 +106,16 @@ def test_what_the_tool_reports_becomes_one_line(log, status, error, message):
     assert type(found) is error and message in str(found) and "\n" not in str(found)
 
 
+def test_the_tool_takes_the_cores_that_we_take(tmp_path, monkeypatch):
+    tool = tmp_path / "llama-quantize"
+    tool.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/arguments"\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(quantization, "tool_path", lambda _: tool)
+    monkeypatch.setattr(quantization, "usable_cores", lambda: 3)
+    quantization.quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_0")
+    assert (tmp_path / "arguments").read_text().split()[-2:] == ["Q4_0", "3"]
+
+
 @pytest.mark.parametrize("argument, doing", [("--help", "showing its help"), ("--imatrix", "reading "), ("", "quantizing")])
 def test_a_tool_that_crashes_is_reported_in_one_line(tmp_path, monkeypatch, argument, doing):
     tool = tmp_path / "llama-quantize"

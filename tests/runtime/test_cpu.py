@@ -15,6 +15,12 @@ from lt_gguf.runtime import cpu
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has affinities and cgroups")
 
 
+@pytest.fixture(autouse=True)
+def unbounded(monkeypatch):
+    """The tests' own bound, see conftest.py."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """Makes a folder like `/` of a machine: hyper-threads of each core, the CPUs that the process may use, other files."""
@@ -46,6 +52,12 @@ def machine(tmp_path, monkeypatch):
 )
 def test_hyper_threads_of_a_core_count_once(machine, cores, allowed, expected, name):
     assert cpu.usable_cores(machine(cores, allowed, name=name)) == expected
+
+
+@pytest.mark.parametrize("given, expected", [("1", 1), ("3,2", 3), ("16", 4), ("0", 4), ("", 4), ("many", 4)])
+def test_the_environment_bounds_it(machine, monkeypatch, given, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert cpu.usable_cores(machine(["0,4", "1,5", "2,6", "3,7"], set(range(8)))) == expected
 
 
 def test_of_two_kinds_of_cores_the_fast_ones_count(machine):
@@ -159,6 +171,26 @@ def test_threads_that_wait_sleep_soon(given, spins):
         pytest.skip("the libraries are built without GCC's OpenMP")
     assert f"GOMP_SPINCOUNT = '{spins}'" in child.stderr
     assert child.stdout == f"{given.get('GOMP_SPINCOUNT')}\n"  # nothing is left of it
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, ("3", "1000")),
+        ({"OMP_NUM_THREADS": "2"}, ("2", "1000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("3", "7")),
+        ({"OMP_WAIT_POLICY": "passive"}, ("3", None)),
+    ],
+)
+def test_our_processes_set_openmp_up(monkeypatch, given, expected):
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 3)
+    # note: first set, so that what is done is undone
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, given.get(name, ""))
+        if name not in given:
+            monkeypatch.delenv(name)
+    cpu.set_up_openmp()
+    assert (os.environ["OMP_NUM_THREADS"], os.environ.get("GOMP_SPINCOUNT")) == expected
 
 
 def test_cpus_have_names():
