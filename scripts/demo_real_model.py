@@ -96,8 +96,8 @@ def run(folder: Path) -> None:
     console.print(answers_table(conversations))
     console.print(measures_table(conversations))
     console.print(
-        "The facts stand in the first three quarters of the text, and a streaming layer sees its last "
-        f"{report.spec.window} tokens only. What the full model doesn't find either is this small model's own limit."
+        f"The facts stand in the first three quarters of the text, and a streaming layer sees its last {report.spec.window} tokens only. "
+        + what_is_lost(conversations)
     )
     console.print("Talk with it about a text of your own: lt-gguf chat " + str(hybrid.relative_to(ROOT)))
 
@@ -143,6 +143,18 @@ def converse(llm: Llama, text: str) -> Conversation:
         answers.append("".join(words).strip())
         messages.append({"role": "assistant", "content": answers[-1]})
     return Conversation(llm.n_tokens, llm.kv_bytes()["total"], read_seconds, n_decoded / decoding, answers)
+
+
+def what_is_lost(conversations: dict[str, Conversation]) -> str:
+    """In words: what the full model finds and the hybrid doesn't."""
+    found = {
+        attention: {fact for fact, answer in zip(FACTS, conversation.answers) if is_right(answer, fact.expected)}
+        for attention, conversation in conversations.items()
+    }
+    lost = [fact.question for fact in FACTS if fact in found["full"] - found["hybrid"]]
+    if not lost:
+        return f"Of the {len(found['full'])} facts that the full model finds the hybrid loses none."
+    return f"Of the {len(found['full'])} facts that the full model finds the hybrid loses {len(lost)}: {' '.join(lost)}"
 
 
 def answers_table(conversations: dict[str, Conversation]) -> Table:
