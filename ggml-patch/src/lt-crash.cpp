@@ -191,8 +191,6 @@ static void lt_on_signal(int number, siginfo_t *, void * context) {
 
     const lt_signal * found = lt_signals;
     for (auto & entry : lt_signals) {
-        // note: all of them, so that a crash in here ends the process, too
-        sigaction(entry.number, &entry.previous, nullptr);
         if (entry.number == number) {
             found = &entry;
         }
@@ -222,7 +220,11 @@ static void lt_on_signal(int number, siginfo_t *, void * context) {
         lt_write_frame(info, walk.interrupted);
     }
 
-    // to the handler that was there before, as soon as this one returns
+    // to the handler that was there before, as soon as this one returns.
+    // note: not earlier, else the other threads' crashes would go to it while this one is still writing
+    for (auto & entry : lt_signals) {
+        sigaction(entry.number, &entry.previous, nullptr);
+    }
     raise(number);
 }
 
@@ -246,6 +248,9 @@ void lt_crash_report(int fd, const char * about) {
     action.sa_sigaction = lt_on_signal;
     action.sa_flags     = SA_SIGINFO | SA_ONSTACK; // on the stack for signals: that of the thread may be full
     sigemptyset(&action.sa_mask);
+    for (auto & entry : lt_signals) {
+        sigaddset(&action.sa_mask, entry.number); // a crash of the handler itself then ends the process at once
+    }
     for (auto & entry : lt_signals) {
         sigaction(entry.number, &action, &entry.previous);
     }
