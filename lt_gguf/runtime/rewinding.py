@@ -350,7 +350,8 @@ class RewindingLlama(_binding.Llama):
 
     def _n_layer(self) -> int:
         model = self._model.model
-        return _llama_cpp.llama_model_n_layer(model) + _llama_cpp.llama_model_n_layer_nextn(model)
+        n_layer = _llama_cpp.llama_model_n_layer(model) + _llama_cpp.llama_model_n_layer_nextn(model)
+        return max(1, n_layer)  # note: with vocab_only no layer is read, and a spec has at least one
 
     def _say(self, line: str) -> None:
         if self.verbose:

@@ -86,3 +86,10 @@ def test_layers_chosen_for_the_prompt(hybrid, document):
     assert llm.streaming is not None
     assert set(llm.streaming.layers) == set(np.argsort(ratios, kind="stable")[15:].tolist())
     assert llm.kv_bytes()["total"] < 0.7 * before
+
+
+def test_the_vocabulary_alone(smollm2):
+    """As scripts load a model whose tokens they only count."""
+    llm = Llama(str(smollm2), vocab_only=True, verbose=False)
+    assert llm.detokenize(llm.tokenize(b"Hello, world", add_bos=False)) == b"Hello, world"
+    assert llm.streaming is None
