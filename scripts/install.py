@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ class Step:
         return lines
 
     def reason(self) -> str:
-        """Why it failed, in one line."""
+        """Why it failed, in one line; before it the last words of the log, where nothing in it is known to be the reason."""
         lines = self.log.read_text(errors="replace").splitlines()
         ours = [line.partition("lt-gguf: error: ")[2] for line in lines if "lt-gguf: error: " in line]
         pips = [line.partition("ERROR: ")[2] for line in lines if "ERROR: " in line]
@@ -91,8 +92,9 @@ class Step:
             return "a package isn't the one that requirements/ names by its hash: check the package index, or run make lock"
         if any("No space left on device" in line for line in lines):
             return "the disk is full: free some space and run make again"
-        why = f" ({pips[-1].strip()})" if pips else ""
-        return f"{self.name} failed{why}: check the network and pip's settings, then run make again"
+        if not pips:
+            return "\n".join([*lines[-20:], f"{self.name} failed, for the reason above"])
+        return f"{self.name} failed ({pips[-1].strip()}): check the network and pip's settings, then run make again"
 
 
 def main() -> None:
@@ -149,7 +151,6 @@ def run(*steps: Step) -> None:
             time.sleep(0.2)
         for step in steps:
             if step.has_failed():
-                show(step.log.read_text(errors="replace")[-2000:], is_lasting=True)
                 fail(f"{step.reason()} (the whole output is in build/{step.log.name})")
     except KeyboardInterrupt:
         show("", is_lasting=True)
@@ -167,12 +168,13 @@ def show(line: str, is_lasting: bool = False) -> None:
         if line:
             print(line, flush=True)
     else:
-        width = os.get_terminal_size().columns - 1
+        width = shutil.get_terminal_size().columns - 1
         print("\r\x1b[K" + (line if is_lasting else line[:width]), end="\n" if is_lasting else "", flush=True)
 
 
 def fail(message: str) -> NoReturn:
-    sys.exit(f"lt-gguf: error: {message}")
+    *before, last = message.splitlines()
+    sys.exit("\n".join([*before, f"lt-gguf: error: {last}"]))
 
 
 if __name__ == "__main__":
