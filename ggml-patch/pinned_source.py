@@ -195,8 +195,10 @@ def unpack_binding(pin: Pin, directory: Path) -> None:
 
 def _pip(*arguments: str) -> tuple[str, bool]:
     """pip's output, which is also shown as it comes, and whether it succeeded."""
-    # CMAKE_ARGS and scikit-build-core's variables are meant for our build, not for the binding's metadata.
-    environment = {k: v for k, v in os.environ.items() if k != "CMAKE_ARGS" and not k.startswith("SKBUILD_")}
+    # CMAKE_ARGS and scikit-build-core's variables are meant for our build, not for the binding's metadata; what the pip around us has
+    # set for its call of our backend would have this pip look for the binding's backend among our files.
+    ours = ("CMAKE_ARGS", "SKBUILD_", "_PYPROJECT_HOOKS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     lines = []
     with subprocess.Popen(
