@@ -7,6 +7,7 @@ reading, decoding, prompts. scripts/checks/cpu_levels.py sets it up.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import signal
@@ -33,6 +34,7 @@ class Driver:
     def __init__(self, command: list[str]) -> None:
         self._said = tempfile.TemporaryFile()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
+        atexit.register(self.close)
 
     def ask(self, request: str) -> list[str]:
         """The words of the answer. Raises ValueError with what the driver refused, DriverError if it ended."""
@@ -56,7 +58,7 @@ class Driver:
         return np.frombuffer(content, np.float32)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
 
     def _ended(self, request: str) -> DriverError:
