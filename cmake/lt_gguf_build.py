@@ -111,7 +111,7 @@ class BindingRequirement:
         if self.state == "sdist":  # goes to other machines, where a path of this one means nothing
             return {"dependencies": [pin.requirement]}
         wheel = pinned_source.binding_wheel(pin)
-        if self.state == "wheel" and portable():  # carries the binding, so needs what the binding needs
+        if self.state in ("wheel", "metadata_wheel") and portable():  # carries the binding, so needs what the binding needs
             return {"dependencies": pinned_source.run_time_requirements(wheel)}
         return {"dependencies": [f"{pin.package} @ {wheel.as_uri()}"]}
 

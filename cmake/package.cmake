@@ -79,3 +79,17 @@ foreach (licence IN LISTS LT_VENDORED_LICENSES)
     get_filename_component(component "${component}" NAME)
     install(FILES "${LT_SOURCE_TREE}/vendor/${licence}" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/licenses RENAME LICENSE-${component})
 endforeach()
+
+# auditwheel puts GCC's OpenMP library into a portable wheel, unchanged: its licence and the exception that allows it go along.
+if (LT_PORTABLE AND CMAKE_SYSTEM_NAME STREQUAL "Linux" AND GGML_OPENMP)
+    file(GLOB LT_LIBGOMP_LICENSES /usr/share/doc/libgomp1/copyright /usr/share/common-licenses/GPL-3 # Debian
+        /usr/share/licenses/libgomp/COPYING3 /usr/share/licenses/libgomp/COPYING.RUNTIME)            # Fedora, RHEL
+    if (NOT LT_LIBGOMP_LICENSES)
+        message(WARNING "no licence of libgomp was found on this machine: the wheel that carries it needs one beside it")
+    endif()
+    foreach (licence IN LISTS LT_LIBGOMP_LICENSES)
+        get_filename_component(name "${licence}" NAME)
+        file(REAL_PATH "${licence}" licence)
+        install(FILES "${licence}" COMPONENT lt_gguf DESTINATION lt_gguf/upstream/licenses RENAME LICENSE-libgomp-${name})
+    endforeach()
+endif()

@@ -39,7 +39,7 @@ REQUIREMENTS = [
 ]
 
 
-NOISE = re.compile("Link requires a different Python|WARNING: Location")  # what pip -v says of each package that it looks at
+NOISE = re.compile("Link requires a different Python|WARNING: Location|-- (Installing|Up-to-date): ")  # a line for each file
 REASON = re.compile(r"(?:lt-gguf|wheel_check|auditwheel): error: (.+)")
 
 

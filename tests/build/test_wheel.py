@@ -78,13 +78,14 @@ except BuildError as error:
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_wheel_for_other_machines_names_no_file_of_this_one(tmp_path: Path) -> None:
-    lines = dependencies("wheel", "1", tmp_path).stdout.split("\n")
+@pytest.mark.parametrize("state", ["metadata_wheel", "wheel"])  # pip asks for both, and they must agree
+def test_a_wheel_for_other_machines_names_no_file_of_this_one(state: str, tmp_path: Path) -> None:
+    lines = dependencies(state, "1", tmp_path).stdout.split("\n")
     names = {line.split(">")[0] for line in lines if line}
     assert names == {"typing-extensions", "numpy", "diskcache", "jinja2"}, lines
 
 
-@pytest.mark.parametrize(("state", "portable"), [("wheel", ""), ("wheel", "0"), ("editable", "1")])
+@pytest.mark.parametrize(("state", "portable"), [("wheel", ""), ("wheel", "0"), ("editable", "1"), ("metadata_editable", "1")])
 def test_every_other_build_takes_the_binding_from_the_cache(state: str, portable: str, tmp_path: Path) -> None:
     (line,) = dependencies(state, portable, tmp_path).stdout.split("\n")[:-1]
     assert line.startswith("llama-cpp-python @ file:///") and line.endswith(".whl")
@@ -162,24 +163,30 @@ def test_waiting_for_a_condition_asks_for_no_libstdcxx_12(tmp_path: Path) -> Non
     assert b"GLIBCXX_3.4.30" in (tmp_path / "wait").read_bytes()  # what it is for
 
 
-class TestReport:
-    """What the check makes of the libraries that it saw in a process."""
+def mapped(tmp_path: Path, *libraries: str) -> str:
+    """What a process in the check says that it has mapped."""
+    return "".join(f"mapped {tmp_path / library}\n" for library in libraries)
 
-    def report(self, tmp_path: Path, *libraries: str, binding: str = "venv/llama_cpp/__init__.py") -> None:
-        lines = [f"binding {tmp_path / binding}", *(f"mapped {tmp_path / library}" for library in libraries)]
-        wheel_check.report("\n".join(lines), tmp_path / "venv")
 
-    def test_libraries_of_the_wheel_and_of_every_system_are_fine(self, tmp_path: Path, capsys) -> None:
-        self.report(tmp_path, "venv/lib/libllama.so", "venv/bin/libggml-cpu-zen4.so", "usr/libstdc++.so.6.0.30", "usr/libm.so.6")
-        assert "libggml-cpu-zen4.so" in capsys.readouterr().out
+def test_libraries_of_the_wheel_and_of_every_system_are_fine(tmp_path: Path) -> None:
+    output = mapped(tmp_path, "venv/lib/libllama.so", "venv/bin/libggml-cpu-zen4.so", "usr/libstdc++.so.6.0.30", "usr/libm.so.6")
+    wheel_check.check_libraries(output, tmp_path / "venv")
 
-    def test_a_library_that_others_may_lack_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(wheel_check.CheckError, match="libssl.so.3"):
-            self.report(tmp_path, "venv/lib/libllama.so", "usr/libssl.so.3")
 
-    def test_a_binding_from_elsewhere_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(wheel_check.CheckError, match="not from the wheel"):
-            self.report(tmp_path, binding="elsewhere/llama_cpp/__init__.py")
+def test_a_library_that_others_may_lack_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(wheel_check.CheckError, match="libssl.so.3"):
+        wheel_check.check_libraries(mapped(tmp_path, "venv/lib/libllama.so", "usr/libssl.so.3"), tmp_path / "venv")
+
+
+def test_the_check_says_which_variant_was_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"binding {tmp_path}/venv/llama_cpp/__init__.py\n" + mapped(tmp_path, "venv/bin/libggml-cpu-zen4.so")
+    wheel_check.check_binding(output, tmp_path / "venv")
+    assert capsys.readouterr().out == "wheel_check: this CPU got libggml-cpu-zen4.so\n"
+
+
+def test_a_binding_from_elsewhere_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(wheel_check.CheckError, match="not from the wheel"):
+        wheel_check.check_binding(f"binding {tmp_path}/elsewhere/llama_cpp/__init__.py\n", tmp_path / "venv")
 
 
 def test_the_check_names_the_step_that_failed(tmp_path: Path) -> None:

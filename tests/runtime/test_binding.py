@@ -130,37 +130,44 @@ def test_importing_the_package_still_loads_no_library(carrying: Carrying) -> Non
     assert done.stdout.strip() == "False", done.stderr
 
 
-@pytest.mark.skipif(PORTABLE is None, reason="there is no build with modules: make wheel makes one")
-class TestModules:
-    """The same on real modules."""
+needs_modules = pytest.mark.skipif(PORTABLE is None, reason="there is no build with modules: make wheel makes one")
 
-    @pytest.fixture(scope="class")
-    def libraries(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The libraries of that build in a directory of their own, without modules."""
-        directory = tmp_path_factory.mktemp("portable") / "lib"
-        shutil.copytree(PORTABLE, directory, ignore=lambda _, names: [name for name in names if not is_library(name)])
-        return directory
 
-    def python(self, code: str, libraries: Path) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LT_GGUF_LIB_PATH": str(libraries)}
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+@pytest.fixture
+def bare_libraries(tmp_path: Path) -> Path:
+    """The libraries of the build with modules in a directory of their own, without the modules."""
+    shutil.copytree(PORTABLE, tmp_path / "lib", ignore=lambda _, names: [name for name in names if not is_library(name)])
+    return tmp_path / "lib"
 
-    def test_a_script_that_imports_llama_cpp_has_a_backend_and_an_empty_screen(self) -> None:
-        code = "import lt_gguf, llama_cpp; print(llama_cpp.llama_cpp._lib.ggml_backend_reg_count())"
-        done = self.python(code, PORTABLE)
-        assert int(done.stdout) >= 2 and not done.stderr, done.stderr  # the CPU and RPC
 
-    def test_libraries_without_modules_are_an_error(self, libraries: Path) -> None:
-        last = self.python("import lt_gguf, llama_cpp", libraries).stderr.strip().splitlines()[-1]
-        assert "LibraryError" in last and "holds none of ggml's modules" in last
+def python(code: str, libraries: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LT_GGUF_LIB_PATH": str(libraries)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
 
-    def test_modules_beside_the_tools_are_found(self, libraries: Path) -> None:
-        (libraries.parent / "bin").mkdir()
-        for module in PORTABLE.glob("libggml-*-*.so"):
-            shutil.copy(module, libraries.parent / "bin")
-        code = "import lt_gguf, llama_cpp; print(llama_cpp.llama_cpp._lib.ggml_backend_reg_count())"
-        done = self.python(code, libraries)
-        assert int(done.stdout) >= 1, done.stderr
+
+COUNT = "import lt_gguf, llama_cpp; print(llama_cpp.llama_cpp._lib.ggml_backend_reg_count())"
+
+
+@needs_modules
+def test_a_script_that_imports_llama_cpp_has_backends_and_an_empty_screen() -> None:
+    done = python(COUNT, PORTABLE)
+    assert int(done.stdout) >= 2 and not done.stderr, done.stderr  # the CPU and RPC
+
+
+@needs_modules
+def test_libraries_without_modules_are_an_error(bare_libraries: Path) -> None:
+    last = python("import lt_gguf, llama_cpp", bare_libraries).stderr.strip().splitlines()[-1]
+    assert "LibraryError" in last and "holds none of ggml's modules" in last
+
+
+@needs_modules
+def test_modules_beside_the_tools_are_found(bare_libraries: Path) -> None:
+    tools = bare_libraries.parent / "bin"
+    tools.mkdir()
+    for module in PORTABLE.glob("libggml-*-*.so"):
+        shutil.copy(module, tools)
+    done = python(COUNT, bare_libraries)
+    assert int(done.stdout or 0) >= 1, done.stderr
 
 
 def is_library(name: str) -> bool:
