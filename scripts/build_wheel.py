@@ -4,7 +4,7 @@
 
 Linux: auditwheel says with which systems the libraries get along (manylinux) and carries along what those may lack; macOS:
 delocate does. What the build needs comes into build/wheel-venv. The wheel appears in dist/ once it has been tried
-(scripts/checks/wheel_check.py). Fifteen minutes on 2 cores the first time, three after that.
+(scripts/checks/wheel_check.py). The first time it compiles for some 25 minutes of one core's time; after that it takes two minutes.
 """
 
 from __future__ import annotations

@@ -136,6 +136,7 @@ def check(wheel: Path, root: EmptyRoot) -> None:
 
     check_libraries(root.run("python", "-c", LOAD, tools.parent), root.venv)
 
+    expect(root.run("lt-gguf", "--version"), "^CPU: ", "lt-gguf --version names no backend for the CPU")
     write_model(root.work / "plain.gguf")
     root.run("lt-gguf", "flag", "plain.gguf", "hybrid.gguf", "--streaming-layers", "1,3", "--sink", 4, "--window", 60)
     root.run(tools / "llama-quantize", "hybrid.gguf", "model.gguf", "Q8_0")
@@ -173,7 +174,7 @@ def write_model(path: Path) -> None:
 
 
 def expect(output: str, pattern: str, failure: str) -> None:
-    if not re.search(pattern, output, re.IGNORECASE):
+    if not re.search(pattern, output, re.IGNORECASE | re.MULTILINE):
         raise CheckError(f"{failure}:\n{output[-1000:]}")
 
 
