@@ -4,7 +4,7 @@
 
 Prints a Markdown table and ends with an error if a test fails. What this processor can run runs on it; older ones, whose
 instructions must be missing, and 64-bit ARM run under qemu, AMX where it is missing with its instructions emulated.
-Builds in build/cpu-levels. On 2 cores TODO minutes from nothing, TODO with everything compiled. Linux on x86-64; wants cmake,
+Builds in build/cpu-levels. On 2 cores with other work it took over an hour from nothing, most of it under qemu. Linux on x86-64; wants cmake,
 ninja and g++, and for the others Debian's qemu-user and g++-aarch64-linux-gnu.
 """
 
@@ -207,7 +207,7 @@ def main() -> None:
     print(HEAD, *(result.row() for result in results), sep="\n")
     used = os.times()
     cpu = used.children_user + used.children_system
-    say(f"{(time.monotonic() - start) / 60:.0f} minutes, {cpu / 60:.0f} of a core's time")
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes, {cpu / 60:.1f} of a core's time")
     if failed := [result.name for result in results if result.failed]:
         sys.exit(f"cpu_levels: error: tests failed for: {', '.join(failed)}")
 
