@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from lt_gguf.runtime.library import LibraryError, use_our_libraries
 
 if TYPE_CHECKING:
-    from lt_gguf.auto_spec import AutoSpec
     from lt_gguf.runtime.llama import Llama
-    from lt_gguf.spec import StreamingSpec
+    from lt_gguf.spec import AutoSpec, StreamingSpec
 
 __all__ = ["AutoSpec", "LibraryError", "Llama", "StreamingSpec"]
 
 # Imported when first asked for: describing a file must not load the native library.
-_HOME = {"AutoSpec": "lt_gguf.auto_spec", "Llama": "lt_gguf.runtime.llama", "StreamingSpec": "lt_gguf.spec"}
+_HOME = {"AutoSpec": "lt_gguf.spec", "Llama": "lt_gguf.runtime.llama", "StreamingSpec": "lt_gguf.spec"}
 
 use_our_libraries()
 

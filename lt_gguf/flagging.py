@@ -23,7 +23,8 @@ from pathlib import Path
 
 from lt_gguf.gguf_file import describe_model, model_files, split_files
 from lt_gguf.gguf_header import GGUFLayout, encode_pair, read_layout
-from lt_gguf.spec import VERSION_KEY, Provenance, StreamingSpec, Typed, streaming_keys
+from lt_gguf.spec import Provenance, StreamingSpec, Typed
+from lt_gguf.spec.keys import VERSION_KEY, streaming_keys
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 

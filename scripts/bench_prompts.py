@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -24,18 +23,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from bench import DEFAULT_MODEL, bytes_read, write_random_model  # beside this file
 from prompt_reader import N_BATCH, N_ROOM, BenchError, End, Reader, TimedLog
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from support.native import Model
 
 from lt_gguf import Llama
 from lt_gguf.gguf_file import GGUFModel, read_model
-from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.runtime.cpu import usable_cores
-from lt_gguf.spec import DEFAULT_W_LAST, StreamingSpec
+from lt_gguf.spec import DEFAULT_W_LAST, AutoSpec, StreamingSpec
 
 PARTS = ("memory", "decode", "prefill", "auto", "edit")
 N_LAST = DEFAULT_W_LAST  # tokens of the prompt's last batch: few, so that what its end costs isn't lost in its noise

@@ -16,14 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+import demo_real_model  # this and the next are beside this file
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-import demo_real_model  # this and the next are beside this file
 from testbed_data import ASSISTANT, END, USER
 
-from lt_gguf.sizes import format_bytes
 from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.inspect import print_tables
 from lt_gguf.conversion import convert
@@ -35,6 +33,7 @@ from lt_gguf.gguf_file import read_model
 from lt_gguf.runtime import crash
 from lt_gguf.runtime.cpu import set_up_openmp
 from lt_gguf.runtime.library import tool_path
+from lt_gguf.sizes import format_bytes
 
 if TYPE_CHECKING:
     from lt_gguf import Llama

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lt_gguf.auto_spec import AutoSpec
+from lt_gguf.spec import AutoSpec
 
 SINK, WINDOW = 4, 124  # of prompts of 1024 tokens what 1020 are of 8192
 SINKS, WINDOWS = (0, 2, 4, 6), (28, 60, 124, 252)

@@ -12,9 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from lt_gguf.auto_spec import parse_running  # noqa: E402
-from lt_gguf.spec import StreamingSpec  # noqa: E402
 from support.native import FULL, PROMPT, STREAMING, C, Context, Model, log  # noqa: E402
+
+from lt_gguf.spec import (
+    StreamingSpec,  # noqa: E402
+    parse_running,  # noqa: E402
+)
 
 N_BATCH = 512
 N_ROOM = 256  # cells of the context for what follows the prompt

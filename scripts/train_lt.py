@@ -37,7 +37,7 @@ from lt_gguf.hf import analysis, apply_streaming
 from lt_gguf.hf.decoder import without_progress_bar
 from lt_gguf.hf.streaming_attention import streaming_attention
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
-from lt_gguf.spec_in_config import write_spec
+from lt_gguf.spec.in_config import write_spec
 
 LEARNING_RATES = {False: 1e-5, True: 2e-4}  # by whether only LoRA's matrices are trained: usual ones, not tuned here
 

@@ -15,7 +15,7 @@ from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy
 from lt_gguf.selection.base import mean_over_samples
 from lt_gguf.spec import Provenance, StreamingSpec
-from lt_gguf.spec_in_config import KEY, read_spec
+from lt_gguf.spec.in_config import KEY, read_spec
 
 STRATEGIES = ("frequency", "lazy-ratio", "interleave-odd", "interleave-even", "manual", "trained")
 DEFAULT_STRATEGY = "frequency"

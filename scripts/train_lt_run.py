@@ -10,7 +10,7 @@ from typing import Any
 
 from train_lt_layers import Chosen
 
-from lt_gguf.spec_in_config import read_spec, write_spec
+from lt_gguf.spec.in_config import read_spec, write_spec
 
 _FILE = "run.json"
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_gguf.auto_spec import AutoSpec, parse_running, runtime_text
-from lt_gguf.fields import is_auto
-from lt_gguf.spec import Provenance, StreamingSpec, Typed, format_layers, layers_key, parse_layers
+from lt_gguf.spec import AutoSpec, Provenance, StreamingSpec, Typed, format_layers, parse_layers, parse_running, runtime_text
+from lt_gguf.spec.fields import is_auto
+from lt_gguf.spec.keys import layers_key
 
 N_LAYER = 12
 CANONICAL = "layers=1,3,5-9;sink=4;window=1020;prefill=full"

@@ -14,7 +14,6 @@ import typer
 
 from lt_gguf import calibration as texts_of
 from lt_gguf import models, plots
-from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration, Texts
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.common import print_candidates
@@ -24,7 +23,7 @@ from lt_gguf.gguf_file import check_can_stream, read_model
 from lt_gguf.report import Report, check_destination
 from lt_gguf.selection import Model, Request, Strategy, asked_strategy, strategies
 from lt_gguf.selection.evidence import Candidates
-from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
+from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec
 
 BAR_WIDTH = 40
 

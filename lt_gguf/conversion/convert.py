@@ -36,7 +36,7 @@ from lt_gguf.selection.evidence import Candidates
 from lt_gguf.selection.trained import Trained
 from lt_gguf.sizes import format_bytes
 from lt_gguf.spec import Provenance, StreamingSpec
-from lt_gguf.spec_in_config import read_spec
+from lt_gguf.spec.in_config import read_spec
 
 __all__ = ["ConversionError", "Converted", "Progress", "convert"]
 

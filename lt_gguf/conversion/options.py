@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE
@@ -24,10 +23,11 @@ from lt_gguf.spec import (
     DEFAULT_SINK,
     DEFAULT_W_LAST,
     DEFAULT_WINDOW,
+    AutoSpec,
     StreamingSpec,
     parse_layers,
 )
-from lt_gguf.spec_in_config import KEY
+from lt_gguf.spec.in_config import KEY
 
 OUTPUT_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
 

@@ -14,8 +14,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from lt_gguf.auto_spec import AutoSpec, parse_running, runtime_text
-from lt_gguf.fields import check_integer, is_auto
 from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, cache_type
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, WANTED, Batch, batch_part
@@ -23,7 +21,8 @@ from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.text_model import TextModel
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running, runtime_text
+from lt_gguf.spec.fields import check_integer, is_auto
 
 _llama_cpp = load_llama_cpp().llama_cpp
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, flex_att
 from transformers.utils.import_utils import is_torch_flex_attn_available
 
 from lt_gguf.spec import StreamingSpec
-from lt_gguf.spec_in_config import read_spec
+from lt_gguf.spec.in_config import read_spec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.log import captured_errors
+from lt_gguf.spec import AutoSpec
 
 _binding = load_llama_cpp()
 _llama_cpp = _binding.llama_cpp

@@ -11,8 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from lt_gguf.auto_spec import AutoSpec, runtime_text
-from lt_gguf.fields import INT32_MAX, check_size
 from lt_gguf.models import local_path, resolve, resolve_on_hub
 from lt_gguf.runtime import api, crash, lazy_ratios
 from lt_gguf.runtime.cpu import usable_cores
@@ -20,7 +18,8 @@ from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
 from lt_gguf.runtime.turns import Turns, streams, takes_moment, takes_turn
-from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
+from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec, runtime_text
+from lt_gguf.spec.fields import INT32_MAX, check_size
 
 # note: llama_cpp.Llama.__init__ turns the process's stdout away for a moment; two that do so at once wouldn't bring it back
 _loading = threading.RLock()

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from lt_gguf.auto_spec import AutoSpec, parse_running
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshot, Snapshots
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 _binding = load_llama_cpp()
 _llama_cpp = _binding.llama_cpp

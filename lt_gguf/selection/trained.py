@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lt_gguf.selection.base import Request, Selection, Strategy
 from lt_gguf.spec import DEFAULT_SINK, DEFAULT_WINDOW
-from lt_gguf.spec_in_config import KEY, read_spec
+from lt_gguf.spec.in_config import KEY, read_spec
 
 
 class Trained(Strategy):

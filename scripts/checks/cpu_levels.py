@@ -19,7 +19,6 @@ import sys
 import time
 import xml.etree.ElementTree as xml
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cpu_builds import ROOT, WORK, BuildError, Machine, build, missing_tools
 

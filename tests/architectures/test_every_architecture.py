@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from support.native import FULL, STREAMING, Model
 
 DIRECTORY = os.environ.get("LT_TEST_MODELS")

@@ -17,11 +17,11 @@ import pytest
 from support.compare_gguf import assert_same_but_for_the_streaming_keys
 from tiny_checkpoint import N_LAYER, write_checkpoint
 
-from lt_gguf.conversion import worker as conversion_worker
 from lt_gguf.conversion import convert, supervised
-from lt_gguf.gguf_file import read_model
+from lt_gguf.conversion import worker as conversion_worker
 from lt_gguf.conversion.nan_check import NanCheck
 from lt_gguf.conversion.upstream import ConversionError, UpstreamConverter
+from lt_gguf.gguf_file import read_model
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 

@@ -17,7 +17,7 @@ from lt_gguf.gguf_file import read_model
 from lt_gguf.selection import Model, Request
 from lt_gguf.selection.trained import Trained
 from lt_gguf.spec import Provenance, StreamingSpec
-from lt_gguf.spec_in_config import KEY, read_spec
+from lt_gguf.spec.in_config import KEY, read_spec
 
 SCRIPT = Path(__file__).parents[2] / "convert" / "hf_to_gguf_lt.py"
 CALIBRATION = {"data": "chats.jsonl", "sha256": "0" * 64, "samples": 3, "length": 90, "tokens": 200}

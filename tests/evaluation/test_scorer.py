@@ -9,10 +9,9 @@ from support.oracle import Subject, random_tokens
 from support.small_gguf import write_small
 from tiny_checkpoint import hybrid_file  # noqa: F401
 
-from lt_gguf.auto_spec import AutoSpec
 from lt_gguf.evaluation import scorer as scorer_module
 from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
-from lt_gguf.spec import StreamingSpec, Typed
+from lt_gguf.spec import AutoSpec, StreamingSpec, Typed
 
 SINK, WINDOW = 4, 40
 EXACT = 4e-4  # of log-probabilities: twice what logits may differ by

@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
-from lt_gguf.hf import apply_streaming, remove_streaming, streaming_attention as module
+from support.families import FAMILIES
+from transformers import DynamicCache
+
+from lt_gguf.hf import apply_streaming, remove_streaming
+from lt_gguf.hf import streaming_attention as module
 from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import BlockMasks, streaming_attention
 from lt_gguf.spec import Provenance, StreamingSpec
-from lt_gguf.spec_in_config import KEY, read_spec, write_spec
-from support.families import FAMILIES
-from transformers import DynamicCache
+from lt_gguf.spec.in_config import KEY, read_spec, write_spec
 
 # of flex_attention that isn't compiled, and of how transformers calls it
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -8,13 +8,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from lt_gguf.hf import analysis, analysis_state
-from lt_gguf.hf.analysis import choose_dtype, load_tokenizer, measure
-from lt_gguf.hf.layer_by_layer import LayerByLayer
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
 from tiny_checkpoint import write_checkpoint
 from transformers import LlamaConfig
+
+from lt_gguf.hf import analysis, analysis_state
+from lt_gguf.hf.analysis import choose_dtype, load_tokenizer, measure
+from lt_gguf.hf.layer_by_layer import LayerByLayer
 
 N_LAYER = 4
 SAMPLES = [np.random.default_rng(seed).integers(3, 320, 50).tolist() for seed in range(3)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lt_gguf.hf import lazy_ratio as measured
-from lt_gguf.hf.analysis import measure
-from lt_gguf.hf.lazy_ratio import Measure, causal_attention, lazy_ratio
 from support.families import FAMILIES, Family
 from support.lazy import lazy_ratios
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lt_gguf.hf import lazy_ratio as measured
+from lt_gguf.hf.analysis import measure
+from lt_gguf.hf.lazy_ratio import Measure, causal_attention, lazy_ratio
 
 N_LAYER = 3
 SINK, WINDOW, W_LAST = 3, 20, 8

@@ -15,8 +15,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from lt_gguf.hf.analysis import measure
 from support.families import FAMILIES
+
+from lt_gguf.hf.analysis import measure
 
 N_LAYER = 3
 LENGTH = 90

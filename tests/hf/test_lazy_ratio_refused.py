@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from lt_gguf.hf.analysis import check, measure
 from support.families import FAMILIES
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from lt_gguf.hf.analysis import check, measure
 
 SHAPE = {
     "vocab_size": 320,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lt_gguf.spec import StreamingSpec
 from support.families import FAMILIES
 from support.lazy import laziest, lazy_ratios
 from support.oracle import random_tokens
 from support.reference import NumpyLlama
+
+from lt_gguf.spec import StreamingSpec
 
 N_LAYER = 4
 TOKENS = random_tokens(70)

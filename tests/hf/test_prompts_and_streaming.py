@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lt_gguf.hf.decoder import cache_argument
-from lt_gguf.hf.streaming_attention import apply_streaming, streaming_attention, visible
-from lt_gguf.spec import StreamingSpec
 from support.families import FAMILIES
 from support.reference import NumpyLlama
 from transformers import DynamicCache
+
+from lt_gguf.hf.decoder import cache_argument
+from lt_gguf.hf.streaming_attention import apply_streaming, streaming_attention, visible
+from lt_gguf.spec import StreamingSpec
 
 N_LAYER = 4
 N_TOKENS = 90

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.families import FAMILIES
+from support.reference import NumpyLlama
+from transformers import DynamicCache
+
 from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import (
     apply_streaming,
@@ -13,9 +17,6 @@ from lt_gguf.hf.streaming_attention import (
     visible,
 )
 from lt_gguf.spec import StreamingSpec
-from support.families import FAMILIES
-from support.reference import NumpyLlama
-from transformers import DynamicCache
 
 N_LAYER = 4
 FAMILY_NAMES = sorted(FAMILIES)

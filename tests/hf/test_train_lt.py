@@ -27,7 +27,7 @@ from train_lt_run import Run  # noqa: E402
 from lt_gguf.conversion import convert  # noqa: E402
 from lt_gguf.gguf_file import read_model  # noqa: E402
 from lt_gguf.spec import Provenance, StreamingSpec  # noqa: E402
-from lt_gguf.spec_in_config import KEY  # noqa: E402
+from lt_gguf.spec.in_config import KEY  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # its names for gradient checkpointing change
 

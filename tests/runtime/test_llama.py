@@ -7,16 +7,15 @@ import pickle
 import gguf
 import numpy as np
 import pytest
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from tiny_checkpoint import N_LAYER, N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # before llama_cpp, to which it shows the libraries
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from lt_gguf.gguf_file import read_model
 from lt_gguf.kv_memory import kv_memory
 from lt_gguf.models import hub_files, package
 from lt_gguf.runtime import api
-from lt_gguf.auto_spec import AutoSpec
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec
 
 SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW, "stream")
 # A micro-batch is 8 tokens: the streaming layers then hold at most 256 cells, fewer than the prompt's tokens.

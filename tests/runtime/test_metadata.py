@@ -14,8 +14,7 @@ import pytest
 from support.gguf_edit import add_metadata, encode
 from support.oracle import EXACT, Subject, difference
 
-from lt_gguf.auto_spec import AutoSpec, parse_running
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 CHILD = Path(__file__).parents[1] / "support" / "load_child.py"
 N_LAYER = 3

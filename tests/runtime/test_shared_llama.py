@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from support.llama import all_modes, answer, load, text
 from tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # noqa: F401 - before llama_cpp, to which it shows the libraries
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 CHILD = Path(__file__).parents[1] / "support" / "shared_llama_child.py"
 GREEDY = {"max_tokens": 12, "temperature": 0}

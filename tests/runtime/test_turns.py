@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.sharing import LONG, Shared, n_waiting, wait_for
 
+
 @pytest.fixture
 def pool():
     with ThreadPoolExecutor(8) as pool:

@@ -14,6 +14,7 @@ from support.sharing import LONG, Shared, n_waiting, wait_for
 
 from lt_gguf.runtime import turns
 
+
 @pytest.fixture
 def pool():
     with ThreadPoolExecutor(8) as pool:

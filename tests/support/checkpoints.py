@@ -9,8 +9,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from lt_gguf.runtime.library import upstream_dir
 from support.families import Family
+
+from lt_gguf.runtime.library import upstream_dir
 
 WORKER = Path(__file__).with_name("convert_worker.py")
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Iterable
 
 import numpy as np
-
 from support import native
 from support.native import KV_TYPES, N_THREADS, DecodeError, Token
 

@@ -15,8 +15,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Callable, Iterable
 
-from lt_gguf.spec import StreamingSpec
 from support.reference import Entry
+
+from lt_gguf.spec import StreamingSpec
 
 OPEN = 2**31 - 1  # the end of a prompt that is being read
 

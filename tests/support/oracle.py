@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from support.checkpoints import save_gguf
+from support.families import FAMILIES, N_VOCAB, Family
 
 from lt_gguf.hf.streaming_attention import Prompts, streaming_attention
 from lt_gguf.spec import StreamingSpec
-from support.checkpoints import save_gguf
-from support.families import FAMILIES, N_VOCAB, Family
 
 if "LT_TEST_DRIVER" in os.environ:  # another processor's code, in another process
     from support.driver import Model

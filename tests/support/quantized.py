@@ -13,10 +13,10 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize
-
-from lt_gguf.runtime.library import tool_path
 from support.families import Family
 from support.oracle import Model, Subject
+
+from lt_gguf.runtime.library import tool_path
 
 # Rows of K-quants are multiples of 256 values; heads of 64, so that Q, K and V have several and are different in size.
 FAMILY = Family("llama-256", "LlamaConfig", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Sequence
 
 import numpy as np
-
-from lt_gguf.spec import StreamingSpec
 from support.native import Context, Token
 from support.oracle import Subject, difference, random_tokens
+
+from lt_gguf.spec import StreamingSpec
 
 OPEN = 2**31 - 1  # the end of a prompt that is being read
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant
-from lt_gguf.spec import StreamingSpec
 from support.memory_model import MemoryModel, Sequence
 from support.native import FULL, PROMPT, STREAMING
 from support.oracle import Subject, random_tokens
 from support.reference import NumpyLlama
+
+from lt_gguf.spec import StreamingSpec
 
 N_SEQ, N_UBATCH, N_BATCH = 3, 8, 512
 N_CTX = {True: 1024, False: 512 * N_SEQ}  # unified: for all sequences together; otherwise 512 for each

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lt_gguf.fields import bad_value, check_fraction, check_integer, is_auto, parse_fraction, parse_integer, split_fields
-from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
+from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_fraction, parse_integer, split_fields
+from lt_gguf.spec.streaming import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
 DEFAULT_AUTO_W_LAST = 16  # measured while somebody waits: half the cost of 32, and 8 to 64 choose alike (the paper's ablation)
 MAX_W_LAST = 1024  # the runtime keeps a query for each

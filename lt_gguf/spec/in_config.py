@@ -13,7 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from lt_gguf.spec import Provenance, StreamingSpec
+from lt_gguf.spec.provenance import Provenance
+from lt_gguf.spec.streaming import StreamingSpec
 
 KEY = "lt_streaming"
 FORMAT_VERSION = 1

@@ -8,12 +8,13 @@ A streaming layer lets the query at position q see the key at position p of the 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
-from lt_gguf.fields import bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
+from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
+from lt_gguf.spec.keys import Typed, layers_key, prefill_key, sink_key, streaming_keys, window_key
+from lt_gguf.spec.layers import bad_layers, format_layers, parse_layers
 
 DEFAULT_SINK = 4
 DEFAULT_WINDOW = 1020
@@ -24,40 +25,6 @@ DEFAULT_W_LAST = 32
 
 # Environment variable that overrides the file's spec in every tool of the patched llama.cpp.
 ENVIRONMENT_VARIABLE = "LT_STREAMING"
-
-VERSION_KEY = "lighttransfer.version"
-SELECTION_KEY = "lighttransfer.selection"
-LAZY_RATIO_KEY = "lighttransfer.lazy_ratio"
-CALIBRATION_KEY = "lighttransfer.calibration"
-FORMAT_VERSION = 1
-
-
-class Typed(NamedTuple):
-    """A GGUF metadata value and its type: `uint32`, `string`, `array of bool`, ..."""
-
-    type: str
-    value: Any
-
-
-def layers_key(arch: str) -> str:
-    return f"{arch}.attention.streaming.layers"
-
-
-def sink_key(arch: str) -> str:
-    return f"{arch}.attention.streaming.sink"
-
-
-def window_key(arch: str) -> str:
-    return f"{arch}.attention.streaming.window"
-
-
-def prefill_key(arch: str) -> str:
-    return f"{arch}.attention.streaming.prefill"
-
-
-def streaming_keys(arch: str) -> tuple[str, str, str, str]:
-    """The keys that make a file a hybrid one; a file has all of them or none."""
-    return layers_key(arch), sink_key(arch), window_key(arch), prefill_key(arch)
 
 
 @dataclass(frozen=True)
@@ -87,7 +54,7 @@ class StreamingSpec:
         layers = tuple(sorted({check_integer("layers", il, None) for il in self.layers}))
         for il in layers:
             if not 0 <= il < n_layer:
-                _bad_layers(str(il), n_layer)
+                bad_layers(str(il), n_layer)
         object.__setattr__(self, "n_layer", n_layer)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "sink", check_integer("sink", self.sink, 0))
@@ -198,82 +165,6 @@ class StreamingSpec:
             return "off"
         layers = format_layers(self.layers)
         return f"layers={layers};sink={self.sink};window={self.window};prefill={self.prefill}"
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How the streaming layers of a file were chosen (the `lighttransfer.*` keys).
-
-    Args:
-        selection: the strategy, for example `manual` or `interleave`.
-        lazy_ratio: one number in [0, 1] a layer, if it was measured.
-        calibration: JSON that describes the texts it was measured on.
-    """
-
-    selection: str
-    lazy_ratio: tuple[float, ...] | None = None
-    calibration: str | None = None
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Typed]) -> Provenance | None:
-        if SELECTION_KEY not in metadata:
-            return None
-        ratios = metadata.get(LAZY_RATIO_KEY)
-        calibration = metadata.get(CALIBRATION_KEY)
-        return cls(
-            str(metadata[SELECTION_KEY].value),
-            tuple(ratios.value) if ratios and ratios.type == "array of float32" and ratios.value is not None else None,
-            str(calibration.value) if calibration else None,
-        )
-
-    def to_metadata(self) -> dict[str, Typed]:
-        metadata = {VERSION_KEY: Typed("uint32", FORMAT_VERSION), SELECTION_KEY: Typed("string", self.selection)}
-        if self.lazy_ratio is not None:
-            metadata[LAZY_RATIO_KEY] = Typed("array of float32", list(self.lazy_ratio))
-        if self.calibration is not None:
-            metadata[CALIBRATION_KEY] = Typed("string", self.calibration)
-        return metadata
-
-
-def parse_layers(text: str, n_layer: int) -> tuple[int, ...]:
-    """Reads `1,3,5-9`, `all` or `none`.
-
-    Raises:
-        ValueError: the text is malformed or names a layer that the model doesn't have.
-    """
-    text = text.strip()
-    if text in ("all", "none"):
-        return tuple(range(n_layer)) if text == "all" else ()
-    layers: set[int] = set()
-    for item in text.split(","):
-        ends = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
-        if not ends:
-            _bad_layers(item.strip(), n_layer)
-        first = int(ends[1])
-        last = int(ends[2] or ends[1])
-        if not first <= last < n_layer:
-            _bad_layers(item.strip(), n_layer)
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
-
-
-def format_layers(layers: Iterable[int]) -> str:
-    """The shortest text for layers: `1,3,5-9`."""
-    runs: list[list[int]] = []
-    for il in sorted(layers):
-        if runs and il == runs[-1][1] + 1:
-            runs[-1][1] = il
-        else:
-            runs.append([il, il])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _bad_layers(item: str, n_layer: int) -> NoReturn:
-    bad_value(
-        "layers",
-        f'"{item}"',
-        f'"all", "none", or layers and ranges of layers from 0 to {n_layer - 1}, as in 1,3,5-9',
-    )
 
 
 def _check_prefill(what: str, value: Any) -> str:
