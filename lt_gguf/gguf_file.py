@@ -11,7 +11,7 @@ from typing import Any
 
 from lt_gguf.architectures import LayerCount, layer_count, why_not_streaming
 from lt_gguf.gguf_header import GGUFHeader, read_header
-from lt_gguf.kv_memory import KVShape
+from lt_gguf.memory.kv import KVShape
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, KVShape, kv_memory
+from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, KVShape, kv_memory
+from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.selection.evidence import Candidate
-from lt_gguf.sizes import format_bytes
 from lt_gguf.spec import StreamingSpec, format_layers
 
 if TYPE_CHECKING:

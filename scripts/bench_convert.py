@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from lt_gguf.memory.sizes import format_bytes, parse_size
 from lt_gguf.runtime.library import upstream_dir
-from lt_gguf.sizes import format_bytes, parse_size
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from lt_gguf.sizes import format_bytes, parse_size
+from lt_gguf.memory.sizes import format_bytes, parse_size
 
 GOAL = 1.2
 N_LAYER = 32

@@ -19,10 +19,10 @@ from lt_gguf import plots
 from lt_gguf.evaluation.pictures import bars
 from lt_gguf.evaluation.results import write_text
 from lt_gguf.evaluation.retrieval import Question
-from lt_gguf.evaluation.statistics import Estimate, mean_score, relative_loss
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.statistics import Estimate, mean_score, relative_loss
 
 if TYPE_CHECKING:
     from experiments import Experiments

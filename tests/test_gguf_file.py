@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lt_gguf.gguf_file import read_model
 from lt_gguf.gguf_header import LONGEST_ARRAY_READ, read_header
-from lt_gguf.kv_memory import CACHE_TYPES, KVMemory, KVShape, kv_memory
+from lt_gguf.memory.kv import CACHE_TYPES, KVMemory, KVShape, kv_memory
 from lt_gguf.spec import StreamingSpec
 
 N_LAYER = 4

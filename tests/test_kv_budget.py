@@ -12,9 +12,10 @@ from support.native import FULL, STREAMING
 from support.oracle import Subject
 
 from lt_gguf.gguf_file import read_model
-from lt_gguf.kv_budget import kv_bytes, select_within, smallest_number
-from lt_gguf.kv_memory import KVShape
+from lt_gguf.memory.budget import kv_bytes, smallest_number
+from lt_gguf.memory.kv import KVShape
 from lt_gguf.selection import Model, Request, strategy
+from lt_gguf.selection.within_budget import select_within
 from lt_gguf.spec import StreamingSpec
 
 SHAPE = KVShape((2,) * 4, 2, 32, 32)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lt_gguf.kv_memory import KVShape
+from lt_gguf.memory.kv import KVShape
 from lt_gguf.model_card import KVRow, kv_rows, model_card
 from lt_gguf.report import Report
 from lt_gguf.selection import Selection

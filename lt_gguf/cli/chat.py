@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lt_gguf.cli import model
-from lt_gguf.kv_memory import kv_memory
-from lt_gguf.sizes import format_bytes
+from lt_gguf.memory.kv import kv_memory
+from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import typer
 from lt_gguf import models
 from lt_gguf.cli import common, model
 from lt_gguf.conversion.options import Options
-from lt_gguf.sizes import format_bytes
+from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import typer
 
 from lt_gguf import models
 from lt_gguf.gguf_file import read_model
-from lt_gguf.kv_memory import CACHE_TYPES, DEFAULT_CACHE_TYPE
-from lt_gguf.kv_memory import cache_type as cache_type_of
+from lt_gguf.memory.kv import CACHE_TYPES, DEFAULT_CACHE_TYPE
+from lt_gguf.memory.kv import cache_type as cache_type_of
+from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
-from lt_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.scorer import ScorerOptions

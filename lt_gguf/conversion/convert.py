@@ -28,13 +28,14 @@ from lt_gguf.conversion.running import flag_converted, open_converted
 from lt_gguf.conversion.supervised import hidden_folder
 from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
 from lt_gguf.gguf_file import GGUFModel, check_can_stream
-from lt_gguf.kv_budget import select_within, smallest_number
+from lt_gguf.memory.budget import smallest_number
+from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.model_card import kv_rows, model_card
 from lt_gguf.report import Report
 from lt_gguf.selection import Model, Request, Selection
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.selection.trained import Trained
-from lt_gguf.sizes import format_bytes
+from lt_gguf.selection.within_budget import select_within
 from lt_gguf.spec import Provenance, StreamingSpec
 from lt_gguf.spec.in_config import read_spec
 

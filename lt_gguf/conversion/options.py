@@ -11,12 +11,12 @@ import typer
 
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
-from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE
-from lt_gguf.kv_memory import cache_type as check_cache_type
+from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
+from lt_gguf.memory.kv import cache_type as check_cache_type
+from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.selection import Strategy, asked_strategy, strategies
 from lt_gguf.selection.trained import Trained
-from lt_gguf.sizes import parse_size
 from lt_gguf.spec import (
     DEFAULT_FRACTION,
     DEFAULT_PREFILL,

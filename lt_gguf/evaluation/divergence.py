@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lt_gguf.calibration import Texts, cut_samples
-from lt_gguf.evaluation.statistics import DEFAULT_CONFIDENCE, Estimate, mean_interval
 from lt_gguf.spec import AutoSpec, StreamingSpec
+from lt_gguf.statistics import DEFAULT_CONFIDENCE, Estimate, mean_interval
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.scorer import Scorer

@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lt_gguf.evaluation.scorer import Request, Scorer, ScorerOptions
-from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE
+from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.models import resolve
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.spec import StreamingSpec

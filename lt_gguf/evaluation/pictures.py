@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lt_gguf.evaluation.statistics import Estimate
 from lt_gguf.plots import FULL_COLOUR, STREAMING_COLOUR
+from lt_gguf.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

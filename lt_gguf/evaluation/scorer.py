@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lt_gguf.kv_memory import DEFAULT_CACHE_TYPE, cache_type
+from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, cache_type
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, WANTED, Batch, batch_part
 from lt_gguf.runtime.cpu import usable_cores
@@ -52,7 +52,7 @@ class ScorerOptions:
         n_batch: tokens that are computed at once.
         n_threads: CPU threads; `None`: the physical cores that the process may use.
         n_gpu_layers: layers that run on the GPU, if there is one; -1: all.
-        cache_type_k: type of K in the KV cache, a key of `lt_gguf.kv_memory.CACHE_TYPES`.
+        cache_type_k: type of K in the KV cache, a key of `lt_gguf.memory.kv.CACHE_TYPES`.
         cache_type_v: the same of V.
         flash_attn: use flash attention.
 

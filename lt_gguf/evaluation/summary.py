@@ -15,7 +15,7 @@ import numpy as np
 from lt_gguf.evaluation.divergence import Divergence, Means, summarize
 from lt_gguf.evaluation.results import Records, write_text
 from lt_gguf.evaluation.retrieval import Question
-from lt_gguf.evaluation.statistics import Estimate, mean_score, paired_difference, relative_loss
+from lt_gguf.statistics import Estimate, mean_score, paired_difference, relative_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

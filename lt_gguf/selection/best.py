@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lt_gguf.evaluation.statistics import paired_difference
 from lt_gguf.selection.base import Request, Selection, Strategy
 from lt_gguf.selection.evidence import Candidate
 from lt_gguf.selection.frequency import Frequency
 from lt_gguf.selection.interleave import InterleaveEven, InterleaveOdd
 from lt_gguf.selection.kl import Kl
 from lt_gguf.selection.lazy_ratio import LazyRatio
+from lt_gguf.statistics import paired_difference
 
 
 class Auto(Strategy):

@@ -19,11 +19,11 @@ from lt_gguf import flagging
 from lt_gguf.cli import chat
 from lt_gguf.cli import model as model_options
 from lt_gguf.gguf_file import read_model
-from lt_gguf.kv_memory import kv_memory
+from lt_gguf.memory.kv import kv_memory
+from lt_gguf.memory.sizes import format_bytes, parse_size
 from lt_gguf.models import DEFAULT_MODEL, MODELS, package
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import load_llama_cpp
-from lt_gguf.sizes import format_bytes, parse_size
 from lt_gguf.spec import Provenance
 
 IN_FULL = ["--streaming", "layers=1,3;prefill=full"]

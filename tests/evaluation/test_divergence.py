@@ -13,7 +13,7 @@ from lt_gguf.calibration import Texts
 from lt_gguf.evaluation import divergence
 from lt_gguf.evaluation.divergence import Means, compare, kl_divergence, measure, summarize, text_samples
 from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
-from lt_gguf.evaluation.statistics import mean_interval
+from lt_gguf.statistics import mean_interval
 
 SPEC = "layers=1,3;sink=2;window=24;prefill="
 OPTIONS = ScorerOptions(n_parallel=2, n_batch=64, n_threads=1, cache_type_k="f32", cache_type_v="f32", flash_attn=False)

@@ -8,7 +8,7 @@ import pytest
 
 from lt_gguf import plots
 from lt_gguf.evaluation import pictures
-from lt_gguf.evaluation.statistics import Estimate
+from lt_gguf.statistics import Estimate
 
 matplotlib = pytest.importorskip("matplotlib")
 

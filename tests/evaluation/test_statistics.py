@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_gguf.evaluation.statistics import mean_interval, mean_score, paired_difference, relative_loss, wilson
+from lt_gguf.statistics import mean_interval, mean_score, paired_difference, relative_loss, wilson
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 

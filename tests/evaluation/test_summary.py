@@ -9,8 +9,8 @@ import pytest
 from lt_gguf.evaluation.divergence import Means
 from lt_gguf.evaluation.results import Records
 from lt_gguf.evaluation.retrieval import Question
-from lt_gguf.evaluation.statistics import paired_difference, relative_loss, wilson
 from lt_gguf.evaluation.summary import Summary, names_of
+from lt_gguf.statistics import paired_difference, relative_loss, wilson
 
 HYBRID, OTHER = "layers=1;sink=4;window=8;prefill=full", "layers=2;sink=4;window=8;prefill=full"
 # scores of the same prompts, by task, length and depth

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.candidates import FakeCandidates, Layers, candidates, evidence
 
-from lt_gguf.kv_budget import select_within
-from lt_gguf.kv_memory import KVShape
+from lt_gguf.memory.kv import KVShape
 from lt_gguf.report import Report
 from lt_gguf.selection import Model, Request, Selection, strategy
 from lt_gguf.selection.evidence import Evidence
+from lt_gguf.selection.within_budget import select_within
 
 ALONE = (0.3, 0.1, 0.7, 0.2)  # nats that each layer costs
 

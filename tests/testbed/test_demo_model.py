@@ -15,11 +15,11 @@ from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.prompts import make_prompt
 from lt_gguf.evaluation.retrieval import questions, run
 from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
-from lt_gguf.evaluation.statistics import paired_difference
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.statistics import paired_difference
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 SINK, WINDOW, LENGTH = 4, 60, 640

@@ -1,0 +1,1 @@
+"""What a KV cache takes, and what fits into a budget."""

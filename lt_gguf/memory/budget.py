@@ -1,0 +1,65 @@
+"""How many layers must stream so that the KV cache fits into a budget. (`selection.within_budget` chooses them.)
+
+The sizes are `kv_memory`'s, which are what the runtime allocates. What streaming layers take besides while a long prompt is
+read with full attention (`prefill = full`) isn't in them: it is as large as the prompt, is given back at the prompt's end, and
+has a bound of its own (`--prompt-limit`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, DEFAULT_N_UBATCH, KVShape, kv_memory
+from lt_gguf.spec import StreamingSpec
+
+
+def smallest_number(
+    shape: KVShape,
+    budget: int,
+    n_ctx: int,
+    *,
+    n_layer_main: int,
+    sink: int,
+    window: int,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+    n_ubatch: int = DEFAULT_N_UBATCH,
+) -> int:
+    """The smallest number of streaming layers with which the KV cache of one sequence fits into `budget` bytes.
+
+    Where layers differ in their KV heads this is the number of the right layers, those that save most; others may need
+    more, see `selection.within_budget`.
+
+    Args:
+        n_ctx: context size in tokens.
+        n_layer_main: the layers 0 to n_layer_main - 1 may stream.
+
+    Raises:
+        ValueError: it doesn't fit even with all of them streaming, the message says what the least is; or the context, the
+            cache type, sink or window is out of range.
+    """
+    if n_ctx < 1:
+        raise ValueError(f"context = {n_ctx}: must be at least 1 token")
+    settings = {"sink": sink, "window": window, "n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    by_saving = sorted(range(n_layer_main), key=lambda il: (-shape.token_bytes(il, cache_type), il))
+    for n in range(n_layer_main + 1):
+        if kv_bytes(shape, by_saving[:n], **settings) <= budget:
+            return n
+    least = kv_bytes(shape, by_saving, **settings)
+    raise ValueError(
+        f"KV budget = {format_mib(budget)}: with all {n_layer_main} layers streaming (sink {sink}, window {window}) a context of "
+        f"{n_ctx} tokens takes {format_mib(least)} ({cache_type}), must be at least that, or a smaller context, window or cache type"
+    )
+
+
+def kv_bytes(
+    shape: KVShape, layers: Sequence[int], *, sink: int, window: int, n_ctx: int, cache_type: str, n_ubatch: int
+) -> int:
+    """Bytes that a context of one sequence allocates for K and V if `layers` stream. Raises ValueError as `kv_memory`."""
+    spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window)
+    return kv_memory(shape, spec, n_ctx, type_k=cache_type, n_ubatch=n_ubatch).total
+
+
+def format_mib(n_bytes: int) -> str:
+    """Rounded up, so that a budget of what this says is enough."""
+    return f"{math.ceil(n_bytes * 100 / 2**20) / 100:.2f} MiB"

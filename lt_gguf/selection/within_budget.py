@@ -1,0 +1,57 @@
+"""Chooses as few streaming layers as a KV budget allows, with any strategy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lt_gguf.memory.budget import format_mib, kv_bytes, smallest_number
+from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, DEFAULT_N_UBATCH, KVShape
+from lt_gguf.selection.base import Request, Selection, Strategy
+
+
+def select_within(
+    strategy: Strategy,
+    request: Request,
+    shape: KVShape,
+    budget: int,
+    n_ctx: int,
+    *,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+    n_ubatch: int = DEFAULT_N_UBATCH,
+) -> Selection:
+    """What `strategy` chooses with as few streaming layers as the budget allows; the reason says so.
+
+    The request's fraction doesn't count. A strategy whose number of layers is its own (`threshold`, `manual`, `preset`)
+    chooses as it does without a budget, and is refused if that doesn't fit.
+
+    Raises:
+        ValueError: nothing fits, or as `Strategy.select` and `smallest_number`.
+    """
+    settings = {"n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
+
+    def size(selection: Selection) -> int:
+        return kv_bytes(shape, selection.layers, sink=selection.sink, window=selection.window, **settings)
+
+    what = f"the KV cache of {n_ctx} tokens ({cache_type})"
+    if not strategy.counts:
+        selection = strategy.select(replace(request, n_streaming=None))
+        if size(selection) <= budget:
+            return _with_reason(selection, f"{what} takes {format_mib(size(selection))} of a budget of {format_mib(budget)}")
+        raise ValueError(
+            f"selection {selection.strategy}: with {len(selection.layers)} streaming layers {what} takes "
+            f"{format_mib(size(selection))}, more than the KV budget of {format_mib(budget)}: must be {strategy.instead}"
+        )
+
+    n_main = request.model.n_layer_main
+    seen = {"sink": request.sink, "window": request.window}
+    least = smallest_number(shape, budget, n_layer_main=n_main, **seen, **settings)
+    for n in range(least, n_main + 1):
+        selection = strategy.select(replace(request, n_streaming=n))
+        if size(selection) <= budget:
+            said = f"{n} is the smallest number with which {what} fits into {format_mib(budget)}, it takes {format_mib(size(selection))}"
+            return _with_reason(selection, said)
+    raise AssertionError("with all layers streaming it fits, smallest_number() says")
+
+
+def _with_reason(selection: Selection, text: str) -> Selection:
+    return replace(selection, reason=f"{selection.reason}; {text}")
