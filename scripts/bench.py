@@ -24,7 +24,7 @@ from gguf import GGUFWriter
 from rich.console import Console
 from rich.progress import track
 
-from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import tool_path
 from lt_gguf.spec import StreamingSpec

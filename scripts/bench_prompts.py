@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from support.native import Model
 
 from lt_gguf import Llama
-from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import DEFAULT_W_LAST, AutoSpec, StreamingSpec
 

@@ -29,7 +29,7 @@ from lt_gguf.evaluation.haystack import Haystack, take
 from lt_gguf.evaluation.puzzle import hide
 from lt_gguf.evaluation.tasks import find_task
 from lt_gguf.evaluation.words import WordSource
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.runtime import crash
 from lt_gguf.runtime.cpu import set_up_openmp

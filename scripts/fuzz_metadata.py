@@ -78,7 +78,7 @@ def random_metadata(rng: random.Random) -> dict[str, tuple[str, object]]:
 
 def file_case(rng: random.Random, plain: Path, path: Path) -> None:
     """A well-formed file: Python and the runtime agree on it."""
-    from lt_gguf.gguf_file import read_model
+    from lt_gguf.gguf.file import read_model
 
     keys = random_metadata(rng)
     add_metadata(plain, path, [encode(PREFIX + name, *value) for name, value in keys.items()])

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.small_gguf import N_LAYER, write_small
 
-from lt_gguf import flagging
-from lt_gguf.flagging import SECTOR, flag, flag_in_place
-from lt_gguf.gguf_file import read_model
-from lt_gguf.gguf_header import read_layout
+from lt_gguf.gguf import flagging
+from lt_gguf.gguf.file import read_model
+from lt_gguf.gguf.flagging import SECTOR, flag, flag_in_place
+from lt_gguf.gguf.header import read_layout
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
 
 SPEC = StreamingSpec((1, 3), N_LAYER, sink=2, window=30)

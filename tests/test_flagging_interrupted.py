@@ -16,7 +16,7 @@ FINAL = {1: "new.gguf", 3: "new-00001-of-00003.gguf"}
 COMMAND = [sys.executable, "-c", "from lt_gguf.cli import main; main()", "flag"]
 # the copy stops where it has begun, and says so
 HOLD = "lambda *_: print('copying', flush=True) or time.sleep(60)"
-HELD = f"import time; from lt_gguf import flagging; flagging._Count.__call__ = {HOLD}"
+HELD = f"import time; from lt_gguf.gguf import flagging; flagging._Count.__call__ = {HOLD}"
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -58,8 +58,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, by):
     os.truncate(old, size)  # sparse: as if the last tensor were large
     program = f"""
 import errno, os, resource, sys
-from lt_gguf.flagging import flag
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.flagging import flag
+from lt_gguf.gguf.file import read_model
 from lt_gguf.spec import StreamingSpec
 def cannot(*_):
     raise OSError(errno.EXDEV, "other file system")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lt_gguf.gguf_file import read_model
-from lt_gguf.gguf_header import LONGEST_ARRAY_READ, read_header
+from lt_gguf.gguf.file import read_model
+from lt_gguf.gguf.header import LONGEST_ARRAY_READ, read_header
 from lt_gguf.memory.kv import CACHE_TYPES, KVMemory, KVShape, kv_memory
 from lt_gguf.spec import StreamingSpec
 

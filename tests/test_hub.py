@@ -11,7 +11,7 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from lt_gguf import hub
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 
 NAME = "somebody/Tiny-Llama"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.native import FULL, STREAMING
 from support.oracle import Subject
 
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.budget import kv_bytes, smallest_number
 from lt_gguf.memory.kv import KVShape
 from lt_gguf.selection import Model, Request, strategy

@@ -19,7 +19,7 @@ from lt_gguf.cli import model as model_options
 from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
-from lt_gguf.gguf_file import check_can_stream, read_model
+from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.report import Report, check_destination
 from lt_gguf.selection import Model, Request, Strategy, asked_strategy, strategies
 from lt_gguf.selection.evidence import Candidates

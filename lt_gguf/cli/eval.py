@@ -15,7 +15,7 @@ from lt_gguf.calibration import DEFAULT_FIELD, Texts, read_texts
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.tasks import TASKS
-from lt_gguf.gguf_file import GGUFModel, check_can_stream, read_model
+from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
 from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, StreamingSpec
 from lt_gguf.spec.fields import is_auto
 

@@ -16,9 +16,9 @@ import typer
 from lt_gguf import models
 from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.model import ModelFile, find
-from lt_gguf.flagging import Progress, flag_in_place
-from lt_gguf.flagging import flag as write_flagged
-from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
+from lt_gguf.gguf.flagging import Progress, flag_in_place
+from lt_gguf.gguf.flagging import flag as write_flagged
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.spec import Provenance, StreamingSpec, format_layers, parse_layers
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lt_gguf.cli.model import CacheType, ModelFile, Streaming, find
-from lt_gguf.gguf_file import GGUFModel, check_can_stream, read_model
+from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, KVMemory, kv_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.spec import StreamingSpec, format_layers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lt_gguf import models
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from lt_gguf.memory.kv import cache_type as cache_type_of
 from lt_gguf.memory.sizes import parse_size

@@ -27,7 +27,7 @@ from lt_gguf.conversion.options import Options
 from lt_gguf.conversion.running import flag_converted, open_converted
 from lt_gguf.conversion.supervised import hidden_folder
 from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
-from lt_gguf.gguf_file import GGUFModel, check_can_stream
+from lt_gguf.gguf.file import GGUFModel, check_can_stream
 from lt_gguf.memory.budget import smallest_number
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.model_card import kv_rows, model_card

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lt_gguf.calibration import Texts
 from lt_gguf.conversion.options import Options
-from lt_gguf.flagging import flag
+from lt_gguf.gguf.flagging import flag
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.spec import Provenance, StreamingSpec
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lt_gguf.conversion import supervised
-from lt_gguf.gguf_file import GGUFModel, read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Typed

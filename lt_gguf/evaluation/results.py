@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lt_gguf.evaluation.retrieval import Question
-from lt_gguf.gguf_file import model_files
-from lt_gguf.gguf_header import read_header
+from lt_gguf.gguf.file import model_files
+from lt_gguf.gguf.header import read_header
 
 FORMAT_VERSION = 1
 

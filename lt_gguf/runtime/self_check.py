@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_gguf.gguf_header import DEFAULT_ALIGNMENT, MAGIC, encode_pair
+from lt_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC, encode_pair
 from lt_gguf.runtime import crash
 from lt_gguf.runtime.cpu import cpu_flags, cpu_name
 from lt_gguf.spec import Typed

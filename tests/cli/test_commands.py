@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
-from lt_gguf import flagging
 from lt_gguf.cli import chat
 from lt_gguf.cli import model as model_options
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf import flagging
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
 from lt_gguf.memory.sizes import format_bytes, parse_size
 from lt_gguf.models import DEFAULT_MODEL, MODELS, package

@@ -10,7 +10,7 @@ import pytest
 
 from lt_gguf import calibration
 from lt_gguf.cli import analyze as analyze_module
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

@@ -21,7 +21,7 @@ from lt_gguf.conversion import convert, supervised
 from lt_gguf.conversion import worker as conversion_worker
 from lt_gguf.conversion.nan_check import NanCheck
 from lt_gguf.conversion.upstream import ConversionError, UpstreamConverter
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 

@@ -8,7 +8,7 @@ import pytest
 
 from lt_gguf.conversion import ConversionError, convert
 from lt_gguf.evaluation.candidates import RuntimeBench
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

@@ -20,7 +20,7 @@ import transformers
 from support.compare_gguf import assert_same_but_for_the_streaming_keys
 from support.families import COMMON, FAMILIES, randomize
 
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 

@@ -14,8 +14,8 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from lt_gguf.conversion import convert, quantization
-from lt_gguf.gguf_file import read_model
-from lt_gguf.gguf_header import read_header
+from lt_gguf.gguf.file import read_model
+from lt_gguf.gguf.header import read_header
 from lt_gguf.runtime.library import LIBRARY, OVERRIDE, library_dir, tool_path
 
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoint import N_LAYER, write_checkpoint
 
 from lt_gguf.conversion import ConversionError, convert
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
 from lt_gguf.report import Report
 from lt_gguf.selection import laziest

@@ -13,7 +13,7 @@ from tiny_checkpoint import N_LAYER, write_checkpoint
 
 from lt_gguf.conversion import convert
 from lt_gguf.conversion.options import Options
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.selection import Model, Request
 from lt_gguf.selection.trained import Trained
 from lt_gguf.spec import Provenance, StreamingSpec

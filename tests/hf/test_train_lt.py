@@ -25,7 +25,7 @@ from train_lt_model import load_tokenizer  # noqa: E402
 from train_lt_run import Run  # noqa: E402
 
 from lt_gguf.conversion import convert  # noqa: E402
-from lt_gguf.gguf_file import read_model  # noqa: E402
+from lt_gguf.gguf.file import read_model  # noqa: E402
 from lt_gguf.spec import Provenance, StreamingSpec  # noqa: E402
 from lt_gguf.spec.in_config import KEY  # noqa: E402
 

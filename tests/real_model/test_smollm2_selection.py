@@ -7,7 +7,7 @@ from dataclasses import replace
 from lt_gguf.calibration import Texts
 from lt_gguf.evaluation.candidates import open_candidates
 from lt_gguf.evaluation.scorer import ScorerOptions
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 
 
 def test_the_file_says_what_the_report_chose(hybrid, report):

@@ -11,7 +11,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from tiny_checkpoint import N_LAYER, N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # before llama_cpp, to which it shows the libraries
-from lt_gguf.gguf_file import read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
 from lt_gguf.models import hub_files, package
 from lt_gguf.runtime import api

@@ -79,7 +79,7 @@ def test_our_files_run_there_with_full_attention(subjects, stock, family, tmp_pa
 
 
 def streaming_keys(subject: Subject) -> list[bytes]:
-    from lt_gguf.gguf_file import read_model
+    from lt_gguf.gguf.file import read_model
 
     arch = read_model(subject.native.path).architecture
     metadata = subject.spec(4, 20, [1, 2]).to_metadata(arch)

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lt_gguf.gguf_file import describe_model, model_files, split_files
-from lt_gguf.gguf_header import GGUFLayout, encode_pair, read_layout
+from lt_gguf.gguf.file import describe_model, model_files, split_files
+from lt_gguf.gguf.header import GGUFLayout, encode_pair, read_layout
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
 from lt_gguf.spec.keys import VERSION_KEY, streaming_keys
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lt_gguf.architectures import LayerCount, layer_count, why_not_streaming
-from lt_gguf.gguf_header import GGUFHeader, read_header
+from lt_gguf.gguf.architectures import LayerCount, layer_count, why_not_streaming
+from lt_gguf.gguf.header import GGUFHeader, read_header
 from lt_gguf.memory.kv import KVShape
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
 
