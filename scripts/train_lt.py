@@ -30,7 +30,8 @@ from train_lt_model import add_lora, export, load_model, load_tokenizer
 from train_lt_run import Run
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from lt_gguf import hub, plots
+from lt_gguf import plots
+from lt_gguf.checkpoint import resolver
 from lt_gguf.cli import common
 from lt_gguf.cli.model import takes_options
 from lt_gguf.hf import analysis, apply_streaming
@@ -123,7 +124,7 @@ def train(model: str, data: Path, out: Path, settings: Settings = Settings()) ->
     plots.check()
     if out.exists() and not settings.overwrite:
         raise FileExistsError(f"{out}: exists, remove it or use --overwrite")
-    checkpoint = hub.resolve(model)
+    checkpoint = resolver.resolve(model)
     analysis.check(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     arguments = training_arguments(settings, _work_folder(out))

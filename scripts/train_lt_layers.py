@@ -10,7 +10,7 @@ from typing import Any
 
 from train_lt_data import Samples, shuffled_split
 
-from lt_gguf.checkpoint_folder import read_config
+from lt_gguf.checkpoint.folder import read_config
 from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy
 from lt_gguf.selection.base import mean_over_samples

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_checkpoint import write_checkpoint
 
-from lt_gguf import hub
+from lt_gguf.checkpoint import resolver
 from lt_gguf.gguf.file import read_model
+from lt_gguf.models import hub
 
 NAME = "somebody/Tiny-Llama"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,10 +77,10 @@ def test_what_is_taken_for_an_id(model, is_id, tmp_path, monkeypatch):
     if is_id:  # a folder of that name goes first
         (tmp_path / model).mkdir(parents=True)
         assert not hub.is_hub_id(model)
-        assert hub.resolve(model) == Path(model)
+        assert resolver.resolve(model) == Path(model)
     else:
         with pytest.raises(ValueError, match="must be the folder of a Hugging Face checkpoint, or a hub id"):
-            hub.resolve(model)
+            resolver.resolve(model)
 
 
 @pytest.mark.parametrize(

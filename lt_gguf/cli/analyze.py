@@ -217,13 +217,14 @@ class _Checkpoint:
     """A Hugging Face checkpoint, which transformers measures layer by layer."""
 
     def __init__(self, name: str, device: str, dtype: str, threads: int) -> None:
-        from lt_gguf import hub
+        from lt_gguf.checkpoint import resolver
+        from lt_gguf.models import hub
 
         try:
-            from lt_gguf.hf.checkpoint_checks import read_config
+            from lt_gguf.checkpoint.checks import read_config
         except ImportError as error:
             raise ImportError(f"checkpoints need {error.name}: pip install 'lt-gguf[convert]'; GGUF files don't") from None
-        self._folder = hub.resolve(name)
+        self._folder = resolver.resolve(name)
         self._settings = {"device": device, "dtype": dtype}
         self._threads = threads
         config = read_config(self._folder)

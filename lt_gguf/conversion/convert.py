@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from lt_gguf import calibration, hub, plots, report
+from lt_gguf import calibration, plots, report
 from lt_gguf.calibration import Calibration, Texts
-from lt_gguf.checkpoint_folder import CARD, check_weights, license_of, read_config
+from lt_gguf.checkpoint import resolver
+from lt_gguf.checkpoint.folder import CARD, check_weights, license_of, read_config
 from lt_gguf.conversion import quantization
 from lt_gguf.conversion.options import Options
 from lt_gguf.conversion.running import flag_converted, open_converted
@@ -31,6 +32,7 @@ from lt_gguf.gguf.file import GGUFModel, check_can_stream
 from lt_gguf.memory.budget import smallest_number
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.model_card import kv_rows, model_card
+from lt_gguf.models import hub
 from lt_gguf.report import Report
 from lt_gguf.selection import Model, Request, Selection
 from lt_gguf.selection.evidence import Candidates
@@ -109,9 +111,9 @@ class _Conversion:
         if options.remote and self.hub_id is None:
             raise ValueError(f"{model}: must be a hub id such as ORGANISATION/NAME, for --remote")
         if self.hub_id is None:  # before a name is looked for in it
-            hub.resolve(model)
+            resolver.resolve(model)
         self.folder, self.file_name = self._destination(Path() if self.hub_id else Path(model), outfile)
-        self.checkpoint = hub.resolve(model, options.remote, options.mistral_format)
+        self.checkpoint = resolver.resolve(model, options.remote, options.mistral_format)
         self.config = read_config(model, self.checkpoint, options.mistral_format)
         self.strategy = options.strategy_for(self.config)
         if not options.remote:

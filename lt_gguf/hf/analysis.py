@@ -16,9 +16,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from lt_gguf.checkpoint.checks import check, read_config
+from lt_gguf.checkpoint.weights import has_bad_values, weight_files
 from lt_gguf.hf.analysis_state import AnalysisState, locked
-from lt_gguf.hf.checkpoint_checks import check, read_config
-from lt_gguf.hf.checkpoint_weights import has_bad_values, weight_files
 from lt_gguf.hf.decoder import find_layers, without_progress_bar
 from lt_gguf.hf.lazy_ratio import IMPLEMENTATION, Measure, measuring
 

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lt_gguf.hf.checkpoint_weights import has_bad_values, stored_tensors
+from lt_gguf.checkpoint.weights import has_bad_values, stored_tensors
 from lt_gguf.hf.decoder import find_layers, without_progress_bar
 from lt_gguf.hf.lazy_ratio import IMPLEMENTATION
 

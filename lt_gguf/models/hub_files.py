@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from lt_gguf import hub
+from lt_gguf.models import hub
 
 # Of several files, as llama.cpp's -hf does: the one of these quantizations, else the first.
 PREFERRED = ("Q4_K_M", "Q8_0")

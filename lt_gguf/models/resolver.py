@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lt_gguf import hub
+from lt_gguf.models import hub
 from lt_gguf.models.named import MODELS
 
 FORMS = (

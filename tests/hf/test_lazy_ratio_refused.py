@@ -91,9 +91,9 @@ def test_full_attention_is_let_through(tmp_path, family, options):
 
 
 def test_a_transformers_that_is_too_old(tmp_path, monkeypatch):
-    monkeypatch.setattr("lt_gguf.hf.checkpoint_checks.transformers_version", "5.9.1")
+    monkeypatch.setattr("lt_gguf.checkpoint.checks.transformers_version", "5.9.1")
     refused(tmp_path, "transformers 5.9.1: is too old to measure lazy ratios, must be 5.16 or later")
-    monkeypatch.setattr("lt_gguf.hf.checkpoint_checks.transformers_version", "5.16.0.dev0")
+    monkeypatch.setattr("lt_gguf.checkpoint.checks.transformers_version", "5.16.0.dev0")
     refused(tmp_path, "has no config.json")
 
 
@@ -151,7 +151,7 @@ def test_attention_that_cannot_be_measured(options, words):
 
 @pytest.mark.parametrize("layer_by_layer", [True, False])
 def test_a_window_that_the_config_hides_is_seen_when_it_cuts(tmp_path, monkeypatch, layer_by_layer):
-    monkeypatch.setattr("lt_gguf.hf.checkpoint_checks._check_layers", lambda *_: None)
+    monkeypatch.setattr("lt_gguf.checkpoint.checks._check_layers", lambda *_: None)
     model = FAMILIES["mistral"].build_model(2)
     model.config.sliding_window = 8
     model.save_pretrained(tmp_path)

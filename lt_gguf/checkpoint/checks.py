@@ -10,7 +10,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers import __version__ as transformers_version
 
-from lt_gguf.hf.checkpoint_weights import weight_files
+from lt_gguf.checkpoint.weights import weight_files
 
 LEAST_TRANSFORMERS = (5, 16)  # before it, masks and the loading of weights were other
 

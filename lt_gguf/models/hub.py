@@ -1,8 +1,4 @@
-"""Finds a checkpoint: a folder, or a model on the hub, which is downloaded into huggingface_hub's own cache.
-
-What GGUF files on the hub (`models/hub_files.py`) have in common with that is here too: whether the hub can be reached, and
-how it is said if it can't.
-"""
+"""The hub of models: whether it can be reached, what it has, and how it is said if it can't. (huggingface_hub does the work.)"""
 
 from __future__ import annotations
 
@@ -13,51 +9,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-_SETTINGS = ("LICENSE*", "*.json", "*.md", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_WEIGHTS = ("*.safetensors",)
 ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-# Beside its files for transformers, a repository may hold the same weights in other formats.
-_OTHER_FORMATS = {False: ("*/*", "consolidated*"), True: ("*/*", "model*.safetensors*")}
 
 
 def is_hub_id(model: str | os.PathLike[str]) -> bool:
     """True if `model` is a name such as ORGANISATION/NAME and there is no file or folder of that name."""
     return re.fullmatch(ID_PATTERN, os.fspath(model)) is not None and not Path(model).exists()
-
-
-def resolve(model: str | os.PathLike[str], remote: bool = False, mistral_format: bool = False) -> Path:
-    """The folder of a checkpoint.
-
-    Args:
-        model: a folder, or a model's id on the hub.
-        remote: of a model on the hub, only what is needed beside its weights.
-        mistral_format: of a model on the hub, the files in Mistral's own format.
-
-    Raises:
-        ValueError: there is no such folder, and no such model.
-        OSError: the hub can't be reached, and the local cache doesn't have the whole model.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    if not is_hub_id(model):
-        raise ValueError(f"{model}: must be the folder of a Hugging Face checkpoint, or a hub id such as ORGANISATION/NAME")
-    name = os.fspath(model)
-    huggingface_hub = client(name, "convert")
-    patterns: dict[str, Any] = {
-        "allow_patterns": [*_SETTINGS, *(() if remote else _WEIGHTS)],
-        "ignore_patterns": list(_OTHER_FORMATS[mistral_format]),
-    }
-    _, reason = ask(name, "folder")
-    try:
-        if reason is None:
-            return Path(huggingface_hub.snapshot_download(name, **patterns))
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **patterns))
-    except OSError as error:
-        raise not_whole(name, "folder", reason, error) from None
-    say_cached(name, reason)
-    return folder
 
 
 def client(name: str, extra: str) -> ModuleType:
