@@ -26,7 +26,7 @@ from lt_gguf.evaluation.haystack import haystack_of, take
 from lt_gguf.gguf.file import read_model
 from lt_gguf.gguf.flagging import flag
 from lt_gguf.memory.sizes import format_bytes
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import format_layers
 

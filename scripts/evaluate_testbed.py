@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lt_gguf import plots
 from lt_gguf.calibration import Texts
 from lt_gguf.conversion import convert
 from lt_gguf.evaluation.evaluate import Plan, evaluate
@@ -28,6 +27,7 @@ from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
 from lt_gguf.evaluation.stories import story
 from lt_gguf.evaluation.summary import FULL, Summary
 from lt_gguf.evaluation.tasks import TASKS
+from lt_gguf.report import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (512, 1024, 2048, 4096)

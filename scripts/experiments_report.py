@@ -15,12 +15,12 @@ import numpy as np
 from experiments_settings import CACHE_TYPES, PER_PROMPT, SINKS, TRAINED, WEIGHT_TYPES, WINDOW, WINDOWS
 from experiments_training import trained_checkpoint, trained_spec
 
-from lt_gguf import plots
 from lt_gguf.evaluation.pictures import bars
 from lt_gguf.evaluation.results import write_text
 from lt_gguf.evaluation.retrieval import Question
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.evaluation.tasks import TASKS
+from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec
 from lt_gguf.statistics import Estimate, mean_score, relative_loss
 

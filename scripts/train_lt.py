@@ -30,13 +30,13 @@ from train_lt_model import add_lora, export, load_model, load_tokenizer
 from train_lt_run import Run
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from lt_gguf import plots
 from lt_gguf.checkpoint import resolver
 from lt_gguf.cli import common
 from lt_gguf.cli.model import takes_options
 from lt_gguf.hf import analysis, apply_streaming
 from lt_gguf.hf.decoder import without_progress_bar
 from lt_gguf.hf.streaming_attention import streaming_attention
+from lt_gguf.report import plots
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
 from lt_gguf.spec.in_config import write_spec
 

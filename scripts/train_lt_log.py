@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from lt_gguf.plots import STREAMING_COLOUR
+from lt_gguf.report.plots import STREAMING_COLOUR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BEFORE_COLOUR, _FULL_COLOUR = "#D55E00", "#555555"  # Okabe and Ito's, as in `lt_gguf.plots`
+_BEFORE_COLOUR, _FULL_COLOUR = "#D55E00", "#555555"  # Okabe and Ito's, as in `lt_gguf.report.plots`
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import torch
 from train_lt_log import loss_curve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lt_gguf import plots
 from lt_gguf.hf.decoder import without_progress_bar
 from lt_gguf.hf.streaming_attention import remove_streaming
+from lt_gguf.report import plots
 
 RECORD = "training.json"
 CURVE = "loss"  # .png and .svg

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lt_gguf.memory.kv import KVShape
-from lt_gguf.model_card import KVRow, kv_rows, model_card
-from lt_gguf.report import Report
+from lt_gguf.report.model_card import KVRow, kv_rows, model_card
+from lt_gguf.report.report import Report
 from lt_gguf.selection import Selection
 from lt_gguf.spec import StreamingSpec
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lt_gguf import plots
+from lt_gguf.report import plots
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_gguf import plots
 from lt_gguf.calibration import Calibration
-from lt_gguf.model_card import streaming_section
-from lt_gguf.report import FILES, Report, check_destination
+from lt_gguf.report import plots
+from lt_gguf.report.folder import FILES, check_destination, write_report
+from lt_gguf.report.model_card import streaming_section
+from lt_gguf.report.report import Report
 from lt_gguf.selection import Selection
 from lt_gguf.spec import Provenance, StreamingSpec
 
@@ -188,7 +189,7 @@ def test_parts_that_contradict_each_other():
 
 def test_files(tmp_path):
     folder = tmp_path / "made" / "report"
-    written = make().write(folder)
+    written = write_report(make(), folder)
     assert [path.name for path in written] == list(FILES) and all(path.parent == folder for path in written)
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["report"]
@@ -198,17 +199,17 @@ def test_files(tmp_path):
 
 
 def test_without_ratios_there_are_no_pictures(tmp_path):
-    assert [path.name for path in by_hand().write(tmp_path)] == ["report.md", "report.json"]
+    assert [path.name for path in write_report(by_hand(), tmp_path)] == ["report.md", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    make().write(tmp_path)  # a folder with other files is fine
+    write_report(make(), tmp_path)  # a folder with other files is fine
     with pytest.raises(ValueError, match=r"report.json: exists, remove it, name another folder or use --overwrite"):
-        by_hand().write(tmp_path)
+        write_report(by_hand(), tmp_path)
     assert same(Report.read(tmp_path / "report.json"), make())
-    by_hand().write(tmp_path, overwrite=True)
+    write_report(by_hand(), tmp_path, overwrite=True)
     # no picture of an older report beside a new one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "report.json", "report.md"]
     with pytest.raises(ValueError, match="notes.txt: is a file, must be a folder for the report"):
@@ -220,7 +221,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
 def test_no_half_written_report(tmp_path, monkeypatch, existing, fails_at):
     folder = tmp_path / "report"
     if existing:
-        by_hand().write(folder)
+        write_report(by_hand(), folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()} if existing else None
 
     def fail(*_: object) -> None:
@@ -228,7 +229,7 @@ def test_no_half_written_report(tmp_path, monkeypatch, existing, fails_at):
 
     monkeypatch.setattr(plots if fails_at == "save" else Report, fails_at, fail)
     with pytest.raises(OSError, match="No space left"):
-        make().write(folder, overwrite=True)
+        write_report(make(), folder, overwrite=True)
     if existing:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["report"]

@@ -13,14 +13,16 @@ import numpy as np
 import typer
 
 from lt_gguf import calibration as texts_of
-from lt_gguf import models, plots
+from lt_gguf import models
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration, Texts
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
 from lt_gguf.gguf.file import check_can_stream, read_model
-from lt_gguf.report import Report, check_destination
+from lt_gguf.report import plots
+from lt_gguf.report.folder import check_destination, write_report
+from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Strategy, asked_strategy, strategies
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec
@@ -111,7 +113,7 @@ def analyze(
         prefill=prefill,
     )
     report = _analyze(subject, chosen, request, how)
-    files = [] if out is None else report.write(out, overwrite)
+    files = [] if out is None else write_report(report, out, overwrite)
     print_bars(report)
     print_candidates(report.selection, report.spec)
     if files:

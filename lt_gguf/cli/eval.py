@@ -173,7 +173,7 @@ def make_plan(
 
 def check_folder(folder: Path) -> None:
     """Raises ValueError or ImportError if no results could be written into it: long before there are any."""
-    from lt_gguf import plots
+    from lt_gguf.report import plots
 
     plots.check()
     if folder.exists() and not folder.is_dir():

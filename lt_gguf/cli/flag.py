@@ -134,7 +134,7 @@ def _measure(model: GGUFModel, select: str, spec: StreamingSpec) -> tuple[Stream
 
 
 def _from_report(model: GGUFModel, path: Path) -> tuple[StreamingSpec, Provenance]:
-    from lt_gguf.report import Report
+    from lt_gguf.report.report import Report
 
     report = Report.read(path)
     n_layer = report.spec.n_layer

@@ -152,7 +152,7 @@ def draw(model: GGUFModel, spec: StreamingSpec | None, path: Path) -> None:
         OSError: it can't be written.
         ImportError: matplotlib is missing.
     """
-    from lt_gguf import plots
+    from lt_gguf.report import plots
 
     plots.check()
     ratios = _lazy_ratios(model)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_gguf import calibration, plots, report
+from lt_gguf import calibration
 from lt_gguf.calibration import Calibration, Texts
 from lt_gguf.checkpoint import resolver
 from lt_gguf.checkpoint.folder import CARD, check_weights, license_of, read_config
@@ -31,9 +31,11 @@ from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
 from lt_gguf.gguf.file import GGUFModel, check_can_stream
 from lt_gguf.memory.budget import smallest_number
 from lt_gguf.memory.sizes import format_bytes
-from lt_gguf.model_card import kv_rows, model_card
 from lt_gguf.models import hub
-from lt_gguf.report import Report
+from lt_gguf.report import plots
+from lt_gguf.report.folder import check_destination, write_report
+from lt_gguf.report.model_card import kv_rows, model_card
+from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Selection
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.selection.trained import Trained
@@ -341,7 +343,7 @@ class _Conversion:
 
     def _write_report(self, folder: Path, result: Report, files: tuple[Path, ...], model: GGUFModel) -> None:
         self.progress("Writing the report", 0, 0)
-        result.write(folder, self.options.overwrite)
+        write_report(result, folder, self.options.overwrite)
         said = str(self.config.get("_name_or_path", ""))
         base_model = self.hub_id or (said if hub.is_hub_id(said) else self.checkpoint.resolve().name)
         rows = kv_rows(model.kv_shape, result.spec) if model.why_not_streaming is None else ()
@@ -374,7 +376,7 @@ class _Conversion:
     def _check_report(self, beside: Path, first_file: str) -> None:
         folder = self._report_folder(beside, first_file)
         if folder is not None:
-            report.check_destination(folder, self.options.overwrite)
+            check_destination(folder, self.options.overwrite)
 
     def _final_name(self, name: str) -> str:
         """What a file is called that upstream calls `name`: where it chose the name, that says the type of the weights."""

@@ -1,6 +1,6 @@
 """Pictures of an evaluation: a heat map of scores by depth and length, and bars with confidence intervals.
 
-In the style of `lt_gguf.plots`, whose `save` writes them: nobody has to tell two colours apart, numbers or hatching say the
+In the style of `lt_gguf.report.plots`, whose `save` writes them: nobody has to tell two colours apart, numbers or hatching say the
 same. matplotlib is imported when a picture is drawn.
 """
 
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lt_gguf.plots import FULL_COLOUR, STREAMING_COLOUR
+from lt_gguf.report.plots import FULL_COLOUR, STREAMING_COLOUR
 from lt_gguf.statistics import Estimate
 
 if TYPE_CHECKING:

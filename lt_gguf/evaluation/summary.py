@@ -192,7 +192,7 @@ class Summary:
 
     def write(self, folder: Path) -> list[Path]:
         """Writes pictures, Markdown and JSON into a folder, each file as a whole. Raises OSError, ImportError (matplotlib)."""
-        from lt_gguf import plots
+        from lt_gguf.report import plots
 
         folder.mkdir(parents=True, exist_ok=True)
         files = [file for name, figure in self.figures() for file in plots.save(figure, folder / name)]

@@ -11,9 +11,10 @@ import pytest
 from tiny_checkpoint import N_LAYER, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf
-from lt_gguf import plots
 from lt_gguf.calibration import Calibration
-from lt_gguf.report import FILES, Report
+from lt_gguf.report import plots
+from lt_gguf.report.folder import FILES
+from lt_gguf.report.report import Report
 from lt_gguf.spec import StreamingSpec
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

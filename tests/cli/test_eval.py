@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_checkpoint import SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
-from lt_gguf import plots
 from lt_gguf.evaluation.results import Journal
 from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.summary import Summary
+from lt_gguf.report import plots
 
 OF_THE_FILE = f"layers=1,3;sink={SINK};window={WINDOW};prefill=stream"
 QUICK = ["--threads", "1", "--parallel", "3"]

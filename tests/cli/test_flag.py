@@ -13,7 +13,7 @@ from support.small_gguf import N_LAYER, write_small
 
 from lt_gguf.calibration import Calibration
 from lt_gguf.gguf.file import read_model
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 from lt_gguf.selection.base import Selection
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
 

@@ -11,7 +11,7 @@ import pytest
 from lt_gguf import calibration
 from lt_gguf.cli import analyze as analyze_module
 from lt_gguf.gguf.file import read_model
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 SMALL = ["--samples", 1, "--puzzles", 2, "--calibration-length", 420, "--window", 60, "--threads", 1]

@@ -9,7 +9,7 @@ import pytest
 from lt_gguf.conversion import ConversionError, convert
 from lt_gguf.evaluation.candidates import RuntimeBench
 from lt_gguf.gguf.file import read_model
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 MEASURED = {"sink": 4, "window": 60, "samples": 1, "puzzles": 2, "calibration_length": 420, "w_last": 8, "device": "cpu"}

@@ -12,7 +12,7 @@ from tiny_checkpoint import N_LAYER, write_checkpoint
 from lt_gguf.conversion import ConversionError, convert
 from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 from lt_gguf.selection import laziest
 
 MEASURED = {"sink": 2, "window": 30, "samples": 2, "calibration_length": 128, "w_last": 8, "outtype": "f32"}

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lt_gguf import plots
 from lt_gguf.evaluation import pictures
+from lt_gguf.report import plots
 from lt_gguf.statistics import Estimate
 
 matplotlib = pytest.importorskip("matplotlib")

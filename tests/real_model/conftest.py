@@ -11,7 +11,7 @@ from support.questions import FACT
 from lt_gguf import models
 from lt_gguf.evaluation.stories import story_sentences
 from lt_gguf.gguf.flagging import flag
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 
 REPORT = Path(__file__).parents[2] / "models" / "smollm2" / "report.json"
 

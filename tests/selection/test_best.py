@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.candidates import Layers, candidates, evidence
 
-from lt_gguf.model_card import streaming_section
-from lt_gguf.report import Report
+from lt_gguf.report.model_card import streaming_section
+from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Selection, strategy
 from lt_gguf.selection.best import best
 from lt_gguf.selection.evidence import Candidate, Evidence

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.candidates import FakeCandidates, Layers, candidates, evidence
 
 from lt_gguf.memory.kv import KVShape
-from lt_gguf.report import Report
+from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Selection, strategy
 from lt_gguf.selection.evidence import Evidence
 from lt_gguf.selection.within_budget import select_within

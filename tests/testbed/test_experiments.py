@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lt_gguf import plots
 from lt_gguf.evaluation.results import Journal
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.evaluation.tasks import TASKS
+from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec
 
 ROOT = Path(__file__).parents[2]

@@ -1,17 +1,14 @@
 """The report of a selection: which layers stream, why, and the lazy ratios that it follows from.
 
-`report.json` says it exactly and can be read again (`lt-gguf flag --from`); beside it are pictures and `report.md`, a section
-for a model card.
+`report.json` says it exactly and can be read again (`lt-gguf flag --from`); `folder` writes it, with pictures and a section for
+a model card beside it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +16,9 @@ from typing import Any
 import numpy as np
 
 from lt_gguf.calibration import Calibration
-from lt_gguf.model_card import streaming_section
 from lt_gguf.selection.base import Selection, fit_ratios, mean_over_samples
 from lt_gguf.selection.evidence import Candidate, Evidence, Measurement
 from lt_gguf.spec import Provenance, StreamingSpec
-
-REPORT = "report.json"
-SECTION = "report.md"
-BARS = "lazy_ratio"
-HEAT_MAP = "lazy_ratio_by_sample"
-FILES = (f"{BARS}.png", f"{BARS}.svg", f"{HEAT_MAP}.png", f"{HEAT_MAP}.svg", SECTION, REPORT)
 
 FORMAT_VERSION = 1
 
@@ -159,43 +149,6 @@ class Report:
             what = "is no JSON" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else str(error)
             raise ValueError(f"{path}: {what}") from None
 
-    def write(self, folder: Path, overwrite: bool = False) -> list[Path]:
-        """Writes the report, its pictures and the section for a model card into a folder, which is made if need be.
-
-        Returns:
-            The files; no pictures if nothing was measured.
-
-        Raises:
-            ValueError: there is a report already, or the folder is a file.
-            OSError: it can't be written; nothing of it is there then.
-            ImportError: matplotlib is missing, and something was measured.
-        """
-        check_destination(folder, overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(folder if folder.exists() else folder.parent, folder.name) as unfinished:
-            names = self._write_into(unfinished)
-            if folder.exists():
-                for name in FILES:  # note: report.json is the last, so whoever sees it sees its pictures
-                    if name in names:
-                        (unfinished / name).replace(folder / name)
-                    else:
-                        (folder / name).unlink(missing_ok=True)
-            else:
-                unfinished.rename(folder)
-        return [folder / name for name in names]
-
-    def _write_into(self, folder: Path) -> list[str]:
-        if self.ratios is not None:
-            from lt_gguf import plots
-
-            mean, layers = self.mean_ratios, self.spec.layers
-            plots.save(plots.lazy_ratio_bars(mean, layers, f"Lazy ratios of {self.model}", self.conditions), folder / BARS)
-            title = f"Lazy ratios of {self.model} by sample"
-            plots.save(plots.ratio_heat_map(self.ratios, layers, title, self.conditions), folder / HEAT_MAP)
-        (folder / SECTION).write_text(streaming_section(self), encoding="utf-8")
-        (folder / REPORT).write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        return [name for name in FILES if (folder / name).exists()]
-
     @property
     def conditions(self) -> str:
         """What the ratios were measured with, for a subtitle; what streams where nothing was measured."""
@@ -210,26 +163,6 @@ class Report:
     def _described_calibration(self) -> dict[str, Any]:
         assert self.calibration is not None and self.w_last is not None
         return self.calibration.describe(self.spec.sink, self.spec.window, self.w_last)
-
-
-def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raises ValueError if no report can be written into `folder`: long before there is one."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, must be a folder for the report")
-    existing = [] if overwrite else [name for name in FILES if (folder / name).exists()]
-    if existing:
-        raise ValueError(f"{folder / existing[-1]}: exists, remove it, name another folder or use --overwrite")
-
-
-@contextmanager
-def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder in `parent`; gone at the end of the with block, if it hasn't been renamed."""
-    folder = parent / f".{name}.{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _without_nan(ratios: tuple[float, ...]) -> list[float | None]:

@@ -7,15 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, KVShape, kv_memory
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.report.report import Report
 from lt_gguf.selection.evidence import Candidate
 from lt_gguf.spec import StreamingSpec, format_layers
-
-if TYPE_CHECKING:
-    from lt_gguf.report import Report
 
 CONTEXTS = (4096, 32768, 131072)
 PAPER = "[arXiv 2410.13846](https://arxiv.org/abs/2410.13846)"
