@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import testbed_data as data
-from train_lt_model import RECORD
 
 from lt_gguf.evaluation.results import write_text
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.training.model import RECORD
 
 STEPS, BATCH, LEARNING_RATE = 150, 4, 3e-4
 _SEED = 30_000  # of the data: neither that of the model's training nor that of an evaluation

@@ -76,3 +76,18 @@ def stories_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "stories.txt"
     file.write_text("\n\n".join(story(rng) for _ in range(40)))
     return file
+
+
+@pytest.fixture
+def lt_gguf_command(capfd):
+    """Runs `lt-gguf ARGUMENTS` in this process; returns its exit status, stdout and stderr."""
+    from lt_gguf.cli import build_app
+    from lt_gguf.cli.common import run
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(build_app(), "lt-gguf", [str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return command

@@ -8,7 +8,7 @@ from lt_gguf.spec.in_config import KEY, read_spec
 
 
 class Trained(Strategy):
-    """The layers, sinks, window and prefill mode of `scripts/train_lt.py`; the selection is called what chose them there.
+    """The layers, sinks, window and prefill mode of LightTransfer-Train (`lt_gguf.training`); the selection is called what chose them there.
 
     What a model was trained with isn't changed by the way: other sinks or another window than its own are refused.
     """
@@ -22,7 +22,7 @@ class Trained(Strategy):
         if found is None:
             raise ValueError(
                 f'selection trained: the config.json of {request.model.name} has no "{KEY}", must be of a checkpoint that was '
-                "trained to stream (scripts/train_lt.py)"
+                "trained to stream (lt-gguf train)"
             )
         spec, provenance = found
         asked = (request.sink, request.window)

@@ -1,4 +1,4 @@
-"""Which layers `train_lt.py` makes stream: those that are lazy in most training samples (arXiv 2410.13846, section 4)."""
+"""Which layers are to stream in training: those that are lazy in most training samples (arXiv 2410.13846, section 4)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_lt_data import Samples, shuffled_split
-
 from lt_gguf.checkpoint.folder import read_config
 from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy
 from lt_gguf.selection.base import mean_over_samples
 from lt_gguf.spec import Provenance, StreamingSpec
 from lt_gguf.spec.in_config import KEY, read_spec
-
-STRATEGIES = ("frequency", "lazy-ratio", "interleave-odd", "interleave-even", "manual", "trained")
-DEFAULT_STRATEGY = "frequency"
+from lt_gguf.training.data import Samples, shuffled_split
+from lt_gguf.training.settings import DEFAULT_STRATEGY
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def choose_layers(
     Args:
         checkpoint: the model's folder.
         samples: what it is trained on, question and answer together, as it will be read.
-        select: one of `STRATEGIES`; by default the layers that are named, those that the model was trained with before, or
+        select: one of `settings.STRATEGIES`; by default the layers that are named, those that the model was trained with before, or
             else the most frequent ones.
         fraction: share of the layers that is to stream, where the strategy doesn't know their number.
         layers: for `manual`, as in 1,3,5-9.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +14,21 @@ import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import train_lt  # noqa: E402
-import train_lt_layers  # noqa: E402
-from train_lt import Settings, train  # noqa: E402
-from train_lt_data import IGNORED, collate, examples_of, make_samples, read_data  # noqa: E402
-from train_lt_log import loss_curve  # noqa: E402
-from train_lt_model import load_tokenizer  # noqa: E402
-from train_lt_run import Run  # noqa: E402
-
-from lt_gguf.conversion import convert  # noqa: E402
-from lt_gguf.gguf.file import read_model  # noqa: E402
-from lt_gguf.spec import Provenance, StreamingSpec  # noqa: E402
-from lt_gguf.spec.in_config import KEY  # noqa: E402
+from lt_gguf.conversion import convert
+from lt_gguf.gguf.file import read_model
+from lt_gguf.spec import Provenance, StreamingSpec
+from lt_gguf.spec.in_config import KEY
+from lt_gguf.training import layers, trainer
+from lt_gguf.training.data import IGNORED, collate, examples_of, make_samples, read_data
+from lt_gguf.training.log import loss_curve
+from lt_gguf.training.model import load_tokenizer
+from lt_gguf.training.run import Run
+from lt_gguf.training.settings import Settings
+from lt_gguf.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # its names for gradient checkpointing change
 
+ROOT = Path(__file__).parents[2]
 N_LAYER = 4
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[end]' }}{% endfor %}"
@@ -225,7 +223,7 @@ def test_layers_are_those_that_are_lazy_in_most_samples(model, data, tokenizer):
     assert others  # that there is something to choose
     for n in range(1, N_LAYER):
         asked = {"select": None, "fraction": n / N_LAYER, "layers": None, "n_samples": 1000, "seed": 1}
-        chosen = train_lt_layers.choose_layers(model, samples, **options, **asked, progress=lambda *_: None)
+        chosen = layers.choose_layers(model, samples, **options, **asked, progress=lambda *_: None)
         assert len(chosen.spec.layers) == n and chosen.spec.prefill == "stream"
         streaming = [times[il] for il in range(N_LAYER) if il in chosen.spec.layers]
         full = [times[il] for il in range(N_LAYER) if il not in chosen.spec.layers]
@@ -250,7 +248,7 @@ class Killed(Exception):
 def watched(steps: list[int], step: int | None = None):
     """A progress bar that writes down the steps that were made, and ends the training after the one given."""
 
-    class Bar(train_lt.ProgressBar):
+    class Bar(trainer.ProgressBar):
         def on_step_end(self, args, state, control, **_):
             steps.append(state.global_step)
             if state.global_step == step:
@@ -263,7 +261,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(trained, model, dat
     out, work = tmp_path / "out", tmp_path / "out-training"
     first, rest = [], []
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_lt, "ProgressBar", watched(first, step=19))
+        patch.setattr(trainer, "ProgressBar", watched(first, step=19))
         train(str(model), data, out, SETTINGS)
     assert not out.exists() and (work / "checkpoint-16").is_dir()
     (work / "checkpoint-18").mkdir()  # one that was being written
@@ -273,8 +271,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(trained, model, dat
     ):
         with pytest.raises(ValueError, match=complaint):
             train(str(model), data, out, replace(SETTINGS, **change))
-    monkeypatch.setattr(train_lt_layers.analysis, "measure", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(train_lt, "ProgressBar", watched(rest))
+    monkeypatch.setattr(layers.analysis, "measure", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(trainer, "ProgressBar", watched(rest))
     record = train(str(model), data, out, replace(SETTINGS, resume=True))
     assert (first, rest) == (list(range(1, 20)), list(range(17, 21)))
     expected = weights(trained[0])
@@ -310,7 +308,7 @@ def test_gradients_do_not_pass_what_is_hidden(model, data, tmp_path, monkeypatch
         model.zero_grad()
         control.should_training_stop = True
 
-    monkeypatch.setattr(train_lt.ProgressBar, "on_step_end", look)
+    monkeypatch.setattr(trainer.ProgressBar, "on_step_end", look)
     train(str(model), data, tmp_path / "out", replace(SETTINGS, streaming_layers="all", window=1, eval_share=0))
     assert seen == [[0, 1, 59]]
 
@@ -358,7 +356,7 @@ def test_a_tokenizer_without_a_template(tmp_path):
 def test_a_run_that_was_not_begun_begins(tmp_path):
     run = Run(tmp_path / "work", {"seed": 1}, resume=True, is_main=True)
     assert not run.is_begun and run.last_checkpoint() is None
-    chosen = train_lt_layers.Chosen(StreamingSpec((1,), 3, 4, 5, "stream"), Provenance("frequency", (0.5, 1.0, 0.25)), "because")
+    chosen = layers.Chosen(StreamingSpec((1,), 3, 4, 5, "stream"), Provenance("frequency", (0.5, 1.0, 0.25)), "because")
     run.begin(chosen)
     assert Run(tmp_path / "work", {"seed": 1}, resume=True, is_main=True).chosen() == chosen
 
@@ -373,19 +371,22 @@ def test_the_picture_shows_every_loss():
     assert drawn["held out, full attention, before: 2.000"][1] == [2.0, 2.0]
 
 
-def test_the_command_trains_and_says_what(model, data, tmp_path, capsys):
+def test_the_command_trains_and_says_what(model, data, tmp_path, lt_gguf_command):
     options = {"streaming-layers": 1, "sink": 2, "window": 10, "steps": 2, "accumulate": 1, "eval-share": 0.2}
-    with pytest.raises(SystemExit) as ended:
-        train_lt.run([str(model), str(data), str(tmp_path / "out"), *(f"--{name}={value}" for name, value in options.items())])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.err) == (0, "")
-    first, second, third = said.out.splitlines()
+    given = [f"--{name}={value}" for name, value in options.items()]
+    status, out, err = lt_gguf_command("train", model, data, tmp_path / "out", *given)
+    assert (status, err) == (0, "")
+    first, second, third = out.splitlines()
     assert first == f"{tmp_path / 'out'}: layers=1;sink=2;window=10;prefill=stream" and second.startswith("manual: 1 of 4 layers")
     assert re.fullmatch(r"held-out loss in nats a token: 5[.]\d{4} with full .* before and 5[.]\d{4} after 2 steps", third)
 
 
-def test_the_command_says_what_is_wrong_in_one_line(model, data, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        train_lt.run([str(model), str(data), str(tmp_path / "out"), "--streaming-layers", "9"])
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.startswith('error: layers = "9"') and said.count("\n") == 1
+@pytest.mark.parametrize("entry", ["lt-gguf train", "scripts/train_lt.py"])
+def test_the_command_says_what_is_wrong_in_one_line(entry, model, data, tmp_path, lt_gguf_command):
+    arguments = [str(model), str(data), str(tmp_path / "out"), "--streaming-layers", "9"]
+    if entry == "lt-gguf train":
+        status, _, said = lt_gguf_command("train", *arguments)
+    else:  # which accelerate starts in each of several processes
+        done = subprocess.run([sys.executable, ROOT / entry, *arguments], capture_output=True, text=True)
+        status, said = done.returncode, done.stderr
+    assert status == 1 and said.startswith('error: layers = "9"') and said.count("\n") == 1

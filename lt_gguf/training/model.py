@@ -1,4 +1,4 @@
-"""The model of `train_lt.py`: how it is loaded, given LoRA matrices, and written as a checkpoint."""
+"""The model that is trained: how it is loaded, given LoRA matrices, and written as a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_lt_log import loss_curve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lt_gguf.hf.decoder import without_progress_bar
 from lt_gguf.hf.streaming_attention import remove_streaming
 from lt_gguf.report import plots
+from lt_gguf.training.log import loss_curve
 
 RECORD = "training.json"
 CURVE = "loss"  # .png and .svg

@@ -8,9 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from train_lt_layers import Chosen
-
 from lt_gguf.spec.in_config import read_spec, write_spec
+from lt_gguf.training.layers import Chosen
 
 _FILE = "run.json"
 

@@ -1,4 +1,4 @@
-"""Conversations for `train_lt.py`: read from JSONL, written out by the checkpoint's chat template, and cut into tokens.
+"""Conversations to train on: read from JSONL, written out by the checkpoint's chat template, and cut into tokens.
 
 A line is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}`.
 """
@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # a label that torch's cross entropy leaves out
-LOSSES = ("assistant", "all")
 
 Example = dict[str, list[int]]  # input_ids, and labels of the same length: the token, or IGNORED
 
