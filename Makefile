@@ -42,11 +42,11 @@ build: $(STAMP)  ## compile what changed and install it into .venv; CMAKE_ARGS="
 
 # Where all has been installed once, the demo needs it to stay so.
 $(DEMO): $(INPUTS) build/make-options.txt | $(PY)
-	@$(PY) scripts/install.py $(if $(wildcard $(STAMP)),test,demo) --torch '$(TORCH)'
+	@$(PY) scripts/setup/install.py $(if $(wildcard $(STAMP)),test,demo) --torch '$(TORCH)'
 	@touch $(DEMO) $(wildcard $(STAMP))
 
 $(STAMP): $(INPUTS) build/make-options.txt | $(PY)
-	@$(PY) scripts/install.py test --torch '$(TORCH)'
+	@$(PY) scripts/setup/install.py test --torch '$(TORCH)'
 	@touch $(DEMO) $(STAMP)
 
 $(PY):
@@ -61,10 +61,10 @@ build/make-options.txt: FORCE
 lock: $(PY)  ## renew requirements/*.txt from the ranges in pyproject.toml
 	@$(PYTHON) -m venv build/lock-venv
 	@build/lock-venv/bin/python -m pip install --disable-pip-version-check -q $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["lock"])' | tr -d ' ')
-	@build/lock-venv/bin/python scripts/lock.py
+	@build/lock-venv/bin/python scripts/setup/lock.py
 
 wheel:  ## one wheel for all machines of this kind, with every CPU variant, tried in an empty root and put into dist/
-	@$(PYTHON) scripts/build_wheel.py
+	@$(PYTHON) scripts/setup/build_wheel.py
 
 worktree: $(PY)  ## TREE=dir: a git tree of llama.cpp with our patch on top, to edit
 	@$(PY) ggml-patch/upstream.py worktree $(TREE)

@@ -16,11 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-import demo_real_model  # this and the next are beside this file
+import demo_real_model  # this and testbed are beside this file
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from testbed_data import ASSISTANT, END, USER
+from testbed.testbed_data import ASSISTANT, END, USER
 
 from lt_gguf.cli.common import print_candidates
 from lt_gguf.cli.inspect import print_tables

@@ -211,7 +211,7 @@ def test_cache_types_that_llama_cpp_refuses():
 
 # ------------------------------------------------------------------------- every architecture of llama.cpp
 
-# scripts/upstream_tests.sh makes a small model of each
+# scripts/checks/upstream_tests.sh makes a small model of each
 DIRECTORY = os.environ.get("LT_TEST_MODELS")
 MODELS = sorted(Path(DIRECTORY).glob("*.gguf")) if DIRECTORY else []
 

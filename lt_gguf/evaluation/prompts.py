@@ -146,7 +146,7 @@ def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _ask(tokenizer: Tokenizer, text: str, question: str) -> str:
-    """The prompt up to where the answer begins. `scripts/testbed_data.py` trains on the same two forms."""
+    """The prompt up to where the answer begins. `scripts/testbed/testbed_data.py` trains on the same two forms."""
     if tokenizer.chat_template is None:
         return f"{text}\nQuestion: {question}\nAnswer:"
     return _render(tokenizer.chat_template, f"{text}\n{question}")

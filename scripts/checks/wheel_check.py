@@ -19,7 +19,6 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 
 LIMIT = 300  # seconds that one step may take; the longest is pip's
 PIP_CONFIGURATIONS = ("~/.pip/pip.conf", "~/Library/Application Support/pip/pip.conf", "~/.config/pip/pip.conf")

@@ -1,7 +1,7 @@
 """Every architecture that llama.cpp knows either streams like the others or refuses to, and says why.
 
 The models are those that upstream's test-llama-archs makes, random weights for each architecture;
-scripts/upstream_tests.sh makes them and sets LT_TEST_MODELS to their directory.
+scripts/checks/upstream_tests.sh makes them and sets LT_TEST_MODELS to their directory.
 """
 
 import os

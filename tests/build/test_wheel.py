@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "ggml-patch"), str(ROOT / "scripts"), str(ROOT / "scripts" / "checks")]
+sys.path[:0] = [str(ROOT / "ggml-patch"), str(ROOT / "scripts" / "setup"), str(ROOT / "scripts" / "checks")]
 
 import build_wheel  # noqa: E402
 import wheel_check  # noqa: E402

@@ -204,8 +204,8 @@ def test_a_template_that_cannot_be_used(template, complaint):
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
 @all_tasks
 def test_the_testbed_is_trained_on_the_same_tokens(name, chat):
-    """Text, question and answer as `scripts/testbed_data.py` makes them, segment by segment, in the demo's tokenizer."""
-    sys.path.insert(0, str(ROOT / "scripts"))
+    """Text, question and answer as `scripts/testbed/testbed_data.py` makes them, segment by segment, in the demo's tokenizer."""
+    sys.path.insert(0, str(ROOT / "scripts" / "testbed"))
     import sentencepiece
     import testbed_data as data
 

@@ -25,7 +25,7 @@ def subject(tmp_path_factory) -> Callable[..., Subject]:
 
 @pytest.fixture
 def measured(request) -> Callable[..., None]:
-    """Records a difference for scripts/oracle_report.py and asserts that it is within its bound."""
+    """Records a difference for scripts/checks/oracle_report.py and asserts that it is within its bound."""
 
     def record(family: str, setting: str, difference: float, bound: float, **details) -> None:
         if path := request.config.getoption("--measurements"):

@@ -32,7 +32,7 @@ def stock() -> Path:
     """The libraries of the pinned source as it is: LT_GGUF_STOCK_LIB_PATH, or built (three minutes, once)."""
     if path := os.environ.get("LT_GGUF_STOCK_LIB_PATH"):
         return Path(path)
-    build = subprocess.run([sys.executable, ROOT / "scripts" / "build_stock.py"], capture_output=True, text=True)
+    build = subprocess.run([sys.executable, ROOT / "scripts" / "setup" / "build_stock.py"], capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     return Path(build.stdout.strip())
 

@@ -20,7 +20,7 @@ else:
     from support.native import Model
 
 # Largest absolute logit difference with f32 KV and without flash attention. A GPU's float32 may be coarser than a CPU's:
-# scripts/backend_tests.sh measures how far the full model is off and gives the bound that follows.
+# scripts/checks/backend_tests.sh measures how far the full model is off and gives the bound that follows.
 EXACT = float(os.environ.get("LT_TEST_EXACT", 2e-4))
 EXACT_RATIO = EXACT / 50 if "LT_TEST_EXACT" in os.environ else 1e-6  # the same for a lazy ratio
 RELATIVE = 2.5  # elsewhere: how many times the full model's own error a hybrid's may be

@@ -12,7 +12,7 @@ import gguf
 
 from lt_gguf.spec import Typed
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "checks"))
 
 from tiny_model import write_tiny_model  # noqa: E402
 

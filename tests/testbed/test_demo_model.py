@@ -1,6 +1,6 @@
 """The trained checkpoint on small samples: it finds what it is asked for, and shows which layers it needs for that.
 
-`scripts/experiments.py` measures the same on 500 prompts of each task.
+`scripts/experiments/experiments.py` measures the same on 500 prompts of each task.
 """
 
 from __future__ import annotations

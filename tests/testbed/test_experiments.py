@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,11 +16,12 @@ from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "experiments"))
 
 import experiments
 import experiments_report
 from experiments_layers import Choice
+from experiments_report import Measured
 from experiments_run import all_questions, ask_shared, turn_of
 from experiments_settings import SINK, TRAINED, WINDOW
 
@@ -56,9 +56,7 @@ def measured(tmp_path):
     add("stream", spec(GOOD, "stream"), lambda i: 0.0)
     add(f"trained-{TRAINED[0]}", spec(GOOD, "stream"), lambda i: 1.0)
     choice = Choice(layers, {32: [0.9, 0.8, 0.7, 0.6]})
-    return SimpleNamespace(
-        work=tmp_path, checkpoint=Path("demo"), choice=choice, spec=spec, length=600, scorer=SimpleNamespace(n_layer=N_LAYER)
-    )
+    return Measured(Path("demo"), tmp_path, 600, N_LAYER, choice)
 
 
 def table(text: str, name: str) -> list[list[str]]:

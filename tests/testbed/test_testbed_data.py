@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "testbed"))
 
 import experiments_training
 import testbed_data as data

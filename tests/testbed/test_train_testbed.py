@@ -13,14 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "testbed"))
 
 import testbed_model
 from laziness_pressure import IMPLEMENTATION, NEAR, SINK, LazinessPressure
 
 
 def train(folder: Path, steps: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "train_testbed.py", "--work-dir", folder, "--out", folder / "out"]
+    command = [sys.executable, ROOT / "scripts" / "testbed" / "train_testbed.py", "--work-dir", folder, "--out", folder / "out"]
     return subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, timeout=300)
 
 
@@ -57,7 +57,7 @@ def test_an_interrupted_training_goes_on(folder):
 
 
 def train_with_seed(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "train_testbed.py", "--work-dir", folder, "--out", folder / "out", "--seed", "7"]
+    command = [sys.executable, ROOT / "scripts" / "testbed" / "train_testbed.py", "--work-dir", folder, "--out", folder / "out", "--seed", "7"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

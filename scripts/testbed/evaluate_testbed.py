@@ -1,7 +1,7 @@
 """Measure the testbed model for its card: retrieval by length and depth, and perplexity, on keys, wordings and texts that it
 never saw.
 
-    python scripts/evaluate_testbed.py models/demo --samples 100 --others 500
+    python scripts/testbed/evaluate_testbed.py models/demo --samples 100 --others 500
 
 puts tables into the card, between `<!-- evaluation -->` and `<!-- end -->`, and a picture beside it. What is measured is kept in
 WORK_DIR, where an interrupted run goes on. It runs on the patched runtime with full attention.
@@ -29,7 +29,7 @@ from lt_gguf.evaluation.summary import FULL, Summary
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.report import plots
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (512, 1024, 2048, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEXT_LENGTH, N_TEXTS = 512, 30

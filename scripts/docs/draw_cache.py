@@ -1,6 +1,6 @@
 """Draws docs/cache.svg, the picture of the idea at the top of the README.
 
-    python scripts/draw_cache.py [OUT.svg]
+    python scripts/docs/draw_cache.py [OUT.svg]
 
 Needs matplotlib. The picture is a drawing, not a measurement; its numbers are those of the small cache that it shows.
 """
@@ -45,7 +45,7 @@ def draw(axes, title: str, streaming: set[int]) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "cache.svg"
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs" / "cache.svg"
     plt.rcParams["svg.hashsalt"] = "lt-gguf"  # the same drawing gives the same file
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.9))
     draw(left, "Full attention", set())

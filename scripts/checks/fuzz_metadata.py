@@ -1,10 +1,10 @@
 """Loads files with random streaming metadata, and specs with random text: never a crash, and both readers of it agree.
 
-    python scripts/fuzz_metadata.py [--cases N] [--seed S]
+    python scripts/checks/fuzz_metadata.py [--cases N] [--seed S]
 
 What the runtime (C++) accepts must be what `lt_gguf` (Python) accepts, and mean the same; what is refused must be refused
 by a line that names the key. Cut and overwritten files must only not crash. Runs in child processes, so that a crash is
-reported with the number of its case; scripts/sanitizers.sh runs it on libraries that notice more than crashes.
+reported with the number of its case; scripts/checks/sanitizers.sh runs it on libraries that notice more than crashes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.gguf_edit import TYPES, add_metadata, encode  # noqa: E402

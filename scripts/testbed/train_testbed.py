@@ -1,6 +1,6 @@
 """Train the testbed model of `models/demo` from nothing, in one to three hours on a CPU.
 
-    python scripts/train_testbed.py --work-dir build/testbed --out models/demo
+    python scripts/testbed/train_testbed.py --work-dir build/testbed --out models/demo
 
 trains a SentencePiece tokenizer and then a small Llama-architecture decoder on what `testbed_data.py` makes, logs to
 `WORK_DIR/log.jsonl`, draws `WORK_DIR/training.png` and writes a Hugging Face checkpoint. An interrupted run goes on from its

@@ -1,6 +1,6 @@
 """Measures what our converter takes longer than upstream's on the same checkpoint, without an analysis.
 
-    python scripts/bench_convert.py [--size 1GiB] [--outtype auto] [--repeats 5] [--folder DIR]
+    python scripts/bench/convert.py [--size 1GiB] [--outtype auto] [--repeats 5] [--folder DIR]
 
 Makes a Llama checkpoint with random bfloat16 weights of about that size, in two files, and converts it in turns with both, several times.
 The first round isn't counted: it fills the page cache. Prints a Markdown row with the medians and the ratio of each pair.
@@ -23,7 +23,7 @@ from rich.progress import track
 from lt_gguf.memory.sizes import format_bytes, parse_size
 from lt_gguf.runtime.library import upstream_dir
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 HIDDEN, N_FF, N_VOCAB = 2048, 5632, 320

@@ -1,6 +1,6 @@
 """Runs the logits oracle and prints its largest differences as Markdown tables.
 
-    python scripts/oracle_report.py [--full] [--measurements FILE]
+    python scripts/checks/oracle_report.py [--full] [--measurements FILE]
 
 --full runs the whole matrix (seven minutes on one core); --measurements takes a file that `pytest tests/oracle
 --measurements FILE` has written instead of running anything.
@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Callable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def measure(file: Path, full: bool) -> None:

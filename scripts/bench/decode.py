@@ -1,6 +1,6 @@
 """Measures what a hybrid model gains in decoding speed over the full model, on the same file, in one run.
 
-    python scripts/bench.py [--model FILE.gguf] [--depths 2048,8192,16384] [--repeats 3]
+    python scripts/bench/decode.py [--model FILE.gguf] [--depths 2048,8192,16384] [--repeats 3]
 
 For each depth it runs llama-bench on the full and on the hybrid model in turn, several times, and prints a Markdown table with the
 median of the ratios beside the ratio that the bytes read predict: for each token the weights, and of the KV cache all

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The patch's tests on libraries built with sanitizers, and with llama.cpp's asserts on.
 #
-#     scripts/sanitizers.sh address [PYTEST ARGUMENTS]   memory errors and undefined behaviour; then the fuzzer of the metadata
-#     scripts/sanitizers.sh thread  [PYTEST ARGUMENTS]   data races, with two threads in each context
+#     scripts/checks/sanitizers.sh address [PYTEST ARGUMENTS]   memory errors and undefined behaviour; then the fuzzer of the metadata
+#     scripts/checks/sanitizers.sh thread  [PYTEST ARGUMENTS]   data races, with two threads in each context
 #
 # Without pytest's arguments: tests/runtime and tests/oracle. On 2 cores `address` takes about half an hour the first time, `thread`
 # some hours. Builds in build/sanitizers-NAME. GCC on Linux.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 name=${1:-}
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
@@ -20,7 +20,7 @@ case $name in
     address) flags="-fsanitize=address,undefined -fno-sanitize=enum" runtimes="libasan.so libubsan.so" threads=1 run=() ;;
     # a fixed layout of the memory: the thread sanitizer's runtime can't cope with as much chance in it as Linux may use
     thread)  flags="-fsanitize=thread" runtimes="libtsan.so" threads=2 run=(setarch -R) ;;
-    *) echo "sanitizers: '$name' is none: use scripts/sanitizers.sh address or thread" >&2; exit 2 ;;
+    *) echo "sanitizers: '$name' is none: use scripts/checks/sanitizers.sh address or thread" >&2; exit 2 ;;
 esac
 shift
 dir=$PWD/build/sanitizers-$name
@@ -43,12 +43,12 @@ rm -f "$report".*
 trap '[ $? -eq 0 ] || { echo "sanitizers, $name: failed"; head -n 60 "$report".* 2>/dev/null; } >&2' EXIT
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:log_path=$report
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$report
-export TSAN_OPTIONS=halt_on_error=1:abort_on_error=1:report_signal_unsafe=0:suppressions=$PWD/scripts/thread_sanitizer.txt:log_path=$report
+export TSAN_OPTIONS=halt_on_error=1:abort_on_error=1:report_signal_unsafe=0:suppressions=$PWD/scripts/checks/thread_sanitizer.txt:log_path=$report
 export LT_GGUF_LIB_PATH=$dir/bin LLAMA_CPP_LIB_PATH=$dir/bin LT_TEST_THREADS=$threads
 
 # not on these libraries: bits equal to a stock build without sanitizers, a process that doesn't grow, and llama-server, which isn't
 # built with them (the thread sanitizer would see half of its locks)
 [ $# -gt 0 ] || set -- -q tests/runtime tests/oracle --ignore tests/runtime/test_stock.py --ignore tests/runtime/test_server.py -k "not soak"
 LD_PRELOAD=$preload "${run[@]}" "$python" -m pytest -p no:cacheprovider "$@"
-[ "$name" = thread ] || LD_PRELOAD=$preload "$python" scripts/fuzz_metadata.py
+[ "$name" = thread ] || LD_PRELOAD=$preload "$python" scripts/checks/fuzz_metadata.py
 echo "sanitizers, $name: clean"

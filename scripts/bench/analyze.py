@@ -1,6 +1,6 @@
 """Measures the memory and the speed of the layer-by-layer analysis on a checkpoint with random weights.
 
-    python scripts/bench_analysis.py [--folder DIR] [--layers 36] [--hidden 2048] [--samples 4] [--length 2048]
+    python scripts/bench/analyze.py [--folder DIR] [--layers 36] [--hidden 2048] [--samples 4] [--length 2048]
 
 It writes a Llama (bfloat16 safetensors, a file for each layer; with the defaults 4.2 GB) into a
 new folder under --folder, one layer at a time, analyses it in a child process, and prints the child's peak resident memory beside

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Sets up the environment of `make demo` or `make test`, with the locked packages; the Makefile runs it with .venv's Python.
 
-    python scripts/install.py demo      what the demo runs on; of llama.cpp's tools llama-quantize alone, so that it begins early
-    python scripts/install.py test      all that the tests run on, and all tools
+    python scripts/setup/install.py demo      what the demo runs on; of llama.cpp's tools llama-quantize alone, so that it begins early
+    python scripts/setup/install.py test      all that the tests run on, and all tools
 
 Packages are installed beside the compiling, which has the processor while they have the network. Everything that pip and the
 compiler say goes to build/install-*.log; only Python's standard library is needed.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build"
 DEMO_TOOLS = "-DLT_TOOLS=llama-quantize"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install")

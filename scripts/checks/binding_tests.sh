@@ -2,11 +2,11 @@
 # llama-cpp-python's own tests that need no download, on our libraries: as they are, and once more with streaming layers.
 # The tests of its prompt cache want a small transformer from a hub; they get MODEL instead.
 #
-#     scripts/binding_tests.sh [MODEL.gguf]     (default: the demo's, see `make demo`)
+#     scripts/checks/binding_tests.sh [MODEL.gguf]     (default: the demo's, see `make demo`)
 #
 # Takes about a minute. Works in build/binding-tests; installs the tests' own requirements into the environment.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 model=$(realpath "${1:-build/demo/demo-f16.gguf}")

@@ -1,6 +1,6 @@
 """Builds libllama from the pinned source as it is, without our patch: the reference for everything that doesn't stream.
 
-    python scripts/build_stock.py [DIRECTORY]    (default build/stock); prints where the libraries are
+    python scripts/setup/build_stock.py [DIRECTORY]    (default build/stock); prints where the libraries are
 
 Same source, compiler and options as the package (CMAKE_ARGS included), so the two must agree bit for bit. Takes three
 minutes on 2 cores the first time and nothing after that. Wants cmake and ninja, on the path or from pip.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ggml-patch"))
 
 from upstream import BuildError, Pin, fetch_sdist, unpack  # noqa: E402

@@ -1,6 +1,6 @@
 """Measures what `lt-gguf flag` costs over copying the file with `cp`.
 
-    python scripts/bench_flag.py [--size 4GiB] [--repeats 5] [--folder FOLDER] [--cold]
+    python scripts/bench/flag.py [--size 4GiB] [--repeats 5] [--folder FOLDER] [--cold]
 
 It makes a model file of that size and copies it with `cp` and with `flag` in turn, in processes of their own, several times;
 which of them begins alternates. The copies are removed before the next run, and `sync` waits until the disk has nothing left
@@ -80,7 +80,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     needed, free = 2 * options.size, shutil.disk_usage(options.folder).free
     if free < needed:
-        sys.exit(f"bench_flag: {options.folder} has {format_bytes(free)} free, {format_bytes(needed)} are needed")
+        sys.exit(f"bench/flag: {options.folder} has {format_bytes(free)} free, {format_bytes(needed)} are needed")
     with tempfile.TemporaryDirectory(prefix="flag-", dir=options.folder) as scratch:
         source, copy = Path(scratch) / "model.gguf", Path(scratch) / "copy.gguf"
         write_model(source, options.size)

@@ -1,12 +1,12 @@
 """Measures what prompts cost that are read with full attention (prefill = full), and what comes after them.
 
-    python scripts/bench_prompts.py [--depths 8192,32768] [--repeats 5] [--only memory,decode,prefill,auto,edit] [--model FILE.gguf]
+    python scripts/bench/prompts.py [--depths 8192,32768] [--repeats 5] [--only memory,decode,prefill,auto,edit] [--model FILE.gguf]
 
 For each depth a prompt of random tokens is really read by contexts that are alive at the same time: one with full attention, a
 hybrid one, and one that chooses its layers for the prompt (auto). They take each batch in turn, so that what else the
 machine does hits all of them; what comes after is repeated in turn as well. Prints Markdown tables: KV memory before, while and
 after the prompt is read, decoding speed, the time to read the prompt and what its end costs, and the time to the first token
-after the last message of a long conversation was edited. Without --model it takes bench.py's model with random weights
+after the last message of a long conversation was edited. Without --model it takes decode.py's model with random weights
 (16 layers of 8 KV heads of 64, half of them streaming). At 32768 tokens it needs 6 GiB of memory.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from bench import DEFAULT_MODEL, bytes_read, write_random_model  # beside this file
+from decode import DEFAULT_MODEL, bytes_read, write_random_model  # beside this file
 from prompt_reader import N_BATCH, N_ROOM, BenchError, End, Reader, TimedLog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -294,7 +294,7 @@ def parse_arguments() -> argparse.Namespace:
         return [int(item) for item in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a GGUF file (default: bench.py's, with random weights)")
+    parser.add_argument("--model", type=Path, help="a GGUF file (default: decode.py's, with random weights)")
     parser.add_argument("--streaming", help="spec of the hybrid (default: the file's, else every other layer, sink 4, window 1020), always with prefill = full")
     parser.add_argument("--depths", type=numbers, default=[8192, 32768], help="lengths of the prompts, in tokens; auto has 4096 and the largest")
     parser.add_argument("--edit-depth", type=int, default=16384, help="length of the conversation that is edited, in tokens")
@@ -337,7 +337,7 @@ def main() -> None:
             if "edit" in options.only:
                 measure_edit(path, spec, options, progress)
     except (BenchError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"bench_prompts: error: {error}")
+        sys.exit(f"bench/prompts: error: {error}")
 
 
 if __name__ == "__main__":

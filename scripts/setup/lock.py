@@ -22,7 +22,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ggml-patch"))
 
 from pinned_source import BuildError, Pin, fetch_sdist  # noqa: E402
@@ -38,7 +38,7 @@ requires-dist = [
     "filelock", "fsspec>=0.8.5", "jinja2", "networkx>=2.5.1", "setuptools>=77.0.3", "sympy>=1.13.3", "typing-extensions>=4.10.0",
 ]
 """
-HEADER = "# Made by `make lock` from pyproject.toml, which has the ranges and the reasons. torch is missing on purpose: see scripts/lock.py\n"
+HEADER = "# Made by `make lock` from pyproject.toml, which has the ranges and the reasons. torch is missing on purpose: see scripts/setup/lock.py\n"
 
 
 def main() -> None:

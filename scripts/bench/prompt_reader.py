@@ -1,4 +1,4 @@
-"""A context that reads prompts and is timed while it does: what `bench_prompts.py` measures with."""
+"""A context that reads prompts and is timed while it does: what `prompts.py` measures with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support.native import FULL, PROMPT, STREAMING, C, Context, Model, log  # noqa: E402
 

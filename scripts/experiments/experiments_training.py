@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import testbed_data as data
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts" / "testbed"))
+
+import testbed_data as data  # noqa: E402
 
 from lt_gguf.evaluation.results import write_text
 from lt_gguf.spec import StreamingSpec
@@ -39,7 +43,7 @@ def train(checkpoint: Path, work: Path, select: str, length: int, sink: int, win
     file = work / "conversations.jsonl"
     if not file.exists():
         write_text(file, "".join(json.dumps({"messages": each}) + "\n" for each in conversations(STEPS * BATCH + 100, length)))
-    script = Path(__file__).with_name("train_lt.py")
+    script = ROOT / "scripts" / "train_lt.py"
     numbers = {
         "--sink": sink, "--window": window, "--max-length": length, "--steps": STEPS, "--batch-size": 1, "--accumulate": BATCH,
         "--learning-rate": LEARNING_RATE, "--samples": 100, "--eval-share": 0.1, "--save-every": 25,

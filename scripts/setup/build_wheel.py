@@ -1,6 +1,6 @@
 """Builds the wheel for other machines and tries it in an empty root: what `make wheel` runs.
 
-    python scripts/build_wheel.py    makes dist/lt_gguf-VERSION-py3-none-PLATFORM.whl, for the platform it runs on
+    python scripts/setup/build_wheel.py    makes dist/lt_gguf-VERSION-py3-none-PLATFORM.whl, for the platform it runs on
 
 Linux: auditwheel says with which systems the libraries get along (manylinux) and carries along what those may lack; macOS:
 delocate does. What the build needs comes into build/wheel-venv. The wheel appears in dist/ once it has been tried
@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "wheel"
 VENV = ROOT / "build" / "wheel-venv"
 DIST = ROOT / "dist"

@@ -1,6 +1,6 @@
 """Decodes a million tokens on a tiny hybrid model and watches that memory stays flat.
 
-    python scripts/soak.py [--tokens N] [--layers half|all] [--sequences N] [--unified] [--kv f16]
+    python scripts/checks/soak.py [--tokens N] [--layers half|all] [--sequences N] [--unified] [--kv f16]
 
 Sequences are decoded together, a token each at a time. One half of them shifts its context when it is full, as
 llama.cpp's tools do; the other half goes back to a checkpoint of its prompt, as llama-server does for an edited message,
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support.native import FULL, PARTIAL, STREAMING, Context, Model, Token  # noqa: E402
 from tiny_model import N_VOCAB, write_tiny_model  # noqa: E402

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The patch's tests with everything on a GPU: the weights, the KV cache and its copies, the lazy ratios.
 #
-#     scripts/backend_tests.sh cuda|metal|vulkan [PYTEST ARGUMENTS]
+#     scripts/checks/backend_tests.sh cuda|metal|vulkan [PYTEST ARGUMENTS]
 #
 # A GPU's float32 is coarser than a CPU's, so the full models' own difference to transformers is measured first, and a hybrid's
 # may be 2.5 times as large (LT_TEST_EXACT=NUMBER: take this bound, measure nothing).
@@ -10,16 +10,16 @@
 #
 # No GPU? Mesa's llvmpipe runs Vulkan on a CPU, in one to fifteen seconds a test (Debian 13: apt install libvulkan-dev glslc spirv-headers
 # mesa-vulkan-drivers; Debian 12's headers are too old, and its Mesa damages its own heap).
-#     GGML_VK_VISIBLE_DEVICES=0 GGML_VK_DISABLE_F16=1 scripts/backend_tests.sh vulkan tests/oracle/test_states.py
+#     GGML_VK_VISIBLE_DEVICES=0 GGML_VK_DISABLE_F16=1 scripts/checks/backend_tests.sh vulkan tests/oracle/test_states.py
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 name=${1:-}
 case $name in
     cuda) option=GGML_CUDA ;;
     metal) option=GGML_METAL ;;
     vulkan) option=GGML_VULKAN ;;
-    *) echo "backend_tests: '$name' is none: use scripts/backend_tests.sh cuda, metal or vulkan" >&2; exit 2 ;;
+    *) echo "backend_tests: '$name' is none: use scripts/checks/backend_tests.sh cuda, metal or vulkan" >&2; exit 2 ;;
 esac
 shift
 python=${PYTHON:-$PWD/.venv/bin/python}

@@ -1,6 +1,6 @@
 """Draw the curves of a training run of the testbed model from its log.
 
-    python scripts/draw_training.py build/testbed/log.jsonl models/demo/training.png
+    python scripts/testbed/draw_training.py build/testbed/log.jsonl models/demo/training.png
 
 `train_testbed.py` does so too, at every checkpoint.
 """

@@ -1,6 +1,6 @@
 """Has a conversation of a thousand turns with a tiny hybrid model and watches that memory stays flat and answers right.
 
-    python scripts/soak_chat.py [--turns N] [--streaming SPEC] [--seed N]
+    python scripts/checks/soak_chat.py [--turns N] [--streaming SPEC] [--seed N]
 
 Each turn is a new message, an edit of an earlier one, the same question once more, a branch in the middle of an answer, a return to
 a saved state, or a new conversation. Ends with an error if KV bytes change from turn to turn, if snapshots take more than their
@@ -26,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support.native import C, Model, log  # noqa: E402
 from tiny_model import N_VOCAB, write_tiny_model  # noqa: E402

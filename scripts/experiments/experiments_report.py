@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from experiments_settings import CACHE_TYPES, PER_PROMPT, SINKS, TRAINED, WEIGHT_TYPES, WINDOW, WINDOWS
+from experiments_layers import Choice
+from experiments_settings import CACHE_TYPES, PER_PROMPT, SINK, SINKS, TRAINED, WEIGHT_TYPES, WINDOW, WINDOWS
 from experiments_training import trained_checkpoint, trained_spec
 
 from lt_gguf.evaluation.pictures import bars
@@ -24,12 +25,24 @@ from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec
 from lt_gguf.statistics import Estimate, mean_score, relative_loss
 
-if TYPE_CHECKING:
-    from experiments import Experiments
-
 Scores = Mapping[Question, float]
 
 _TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: of which model, with which layers, and the folder with its journals."""
+
+    checkpoint: Path
+    work: Path
+    length: int
+    n_layer: int
+    choice: Choice
+
+    def spec(self, layers: tuple[int, ...], prefill: str = "full", sink: int = SINK, window: int = WINDOW) -> str:
+        """The text of a spec."""
+        return str(StreamingSpec(layers, self.n_layer, sink, window, prefill))
 
 
 class Records:
@@ -52,9 +65,9 @@ class Records:
         return self._found.get(journal, {}).get(spec)
 
 
-def write_report(experiments: Experiments, out: Path) -> None:
+def write_report(measured: Measured, out: Path) -> None:
     """Replaces the tables of `out`/results.md, and the pictures beside it."""
-    report = _Report(experiments)
+    report = _Report(measured)
     path = out / "results.md"
     unknown: list[str] = []
 
@@ -73,9 +86,9 @@ def write_report(experiments: Experiments, out: Path) -> None:
 
 
 class _Report:
-    def __init__(self, experiments: Experiments) -> None:
-        self.e, self.layers = experiments, experiments.choice.layers
-        self.records = Records(experiments.work)
+    def __init__(self, measured: Measured) -> None:
+        self.measured, self.layers = measured, measured.choice.layers
+        self.records = Records(measured.work)
         self.full = self.records.scores("layers", FULL)
 
     # -- tables, by the names that stand in results.md
@@ -94,7 +107,7 @@ class _Report:
 
     def ratios(self) -> str:
         """The lazy ratio of each layer."""
-        ratios = self.e.choice.ratios[32]
+        ratios = self.measured.choice.ratios[32]
         header = "| layer | " + " | ".join(map(str, range(len(ratios)))) + " |"
         line = "| --- " * (len(ratios) + 1) + "|"
         return "\n".join([header, line, "| lazy ratio | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |"])
@@ -106,7 +119,7 @@ class _Report:
             for strategy in ("auto", "lazy-ratio"):
                 layers = self.layers[f"{strategy} {percent} %"]
                 rows.append((f"{percent} %, {strategy}", "Test", self._test_mode(layers)))
-                rows.append((f"{percent} %, {strategy}", "stream", self.records.scores("stream", self.e.spec(layers, "stream"))))
+                rows.append((f"{percent} %, {strategy}", "stream", self.records.scores("stream", self.measured.spec(layers, "stream"))))
         return self._table(("layers that stream", "mode"), rows)
 
     def sinks(self) -> str:
@@ -129,7 +142,7 @@ class _Report:
 
     def types(self) -> str:
         """Types of cache and weights, full beside hybrid."""
-        hybrid = self.e.spec(self.layers["auto 50 %"])
+        hybrid = self.measured.spec(self.layers["auto 50 %"])
         runs = {"f16": "layers"} | {f"KV {t}": f"cache-{t}" for t in CACHE_TYPES} | {f"weights {t}": f"weights-{t}" for t in WEIGHT_TYPES}
         rows = []
         for name, journal in runs.items():
@@ -141,7 +154,7 @@ class _Report:
         """Stream mode before and after LightTransfer-Train."""
         rows = [("full", "", "", self._test_mode(None))]
         for select in TRAINED:
-            trained, n_layer = trained_checkpoint(self.e.checkpoint, self.e.work, select), self.e.scorer.n_layer
+            trained, n_layer = trained_checkpoint(self.measured.checkpoint, self.measured.work, select), self.measured.n_layer
             spec = trained_spec(trained, n_layer)
             layers = _listed(StreamingSpec.parse(spec, n_layer).layers) if spec else ""
             rows += [
@@ -155,7 +168,7 @@ class _Report:
         """How often torch and the runtime score a prompt alike."""
         rows = ["| hybrid | prompts | scored alike |", "| --- | --: | --: |"]
         for name in (None, "auto 50 %", "lazy-ratio 50 %", "reverse of lazy-ratio", "interleave-odd"):
-            spec = FULL if name is None else self.e.spec(self.layers[name])
+            spec = FULL if name is None else self.measured.spec(self.layers[name])
             torch, runtime = self.records.scores("layers", spec), self.records.scores("agreement", spec)
             if torch and runtime:
                 both = [(torch[q], runtime[q]) for q in runtime if q in torch]
@@ -176,13 +189,13 @@ class _Report:
                 estimates[name] = {task: mean_score(of_task) for task, of_task in _by_task(scores).items()}
         if estimates:
             n = len(self.full or ()) // len(TASKS)
-            subtitle = f"half of the layers stream, sink 4, window {WINDOW}, {self.e.length} tokens, about {n} prompts a task, 95 % intervals"
+            subtitle = f"half of the layers stream, sink 4, window {WINDOW}, {self.measured.length} tokens, about {n} prompts a task, 95 % intervals"
             plots.save(bars(estimates, "Which layers stream", subtitle), out / "results-strategies")
 
     # -- parts of tables
 
     def _test_mode(self, layers: Sequence[int] | None, **changed: int) -> Scores | None:
-        return self.records.scores("layers", FULL if layers is None else self.e.spec(tuple(layers), **changed))
+        return self.records.scores("layers", FULL if layers is None else self.measured.spec(tuple(layers), **changed))
 
     def _table(self, left: Sequence[str], rows: Iterable[tuple]) -> str:
         """Rows: texts, scores, and what they are compared with if not the full model."""

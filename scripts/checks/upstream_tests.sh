@@ -2,12 +2,12 @@
 # llama.cpp's own C++ tests that need no download, on the patched tree; then the ones about memory once more with all
 # layers streaming, and tests/architectures on the model that upstream generates for each architecture.
 #
-#     scripts/upstream_tests.sh [MODEL.gguf]     a small model for the tests that want one (default: the demo's, see `make demo`)
+#     scripts/checks/upstream_tests.sh [MODEL.gguf]     a small model for the tests that want one (default: the demo's, see `make demo`)
 #
 # Left out: what needs a download, and test-backend-sampler, which asserts on the words of one certain model.
 # Takes about half an hour on 2 cores the first time. Builds in build/upstream-tests. Ends with "N passed, N failed".
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 python=${PYTHON:-.venv/bin/python}
 model=$(realpath "${1:-build/demo/demo-f16.gguf}")

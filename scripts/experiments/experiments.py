@@ -1,7 +1,7 @@
 """What a hybrid loses and what it doesn't, on the testbed model: all tables and pictures of docs/results.md.
 
-    python scripts/experiments.py                            # all, some hours on 2 cores
-    python scripts/experiments.py --only layers --samples 50 # a part of it, quickly
+    python scripts/experiments/experiments.py                            # all, some hours on 2 cores
+    python scripts/experiments/experiments.py --only layers --samples 50 # a part of it, quickly
 
 Each part keeps what it has measured in WORK_DIR and goes on there when it is started again. Hybrids that read the prompt with
 full attention are asked in torch, where a prompt is read once for all of them; everything else on the patched runtime, and of
@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from experiments_layers import Choice, choose
-from experiments_report import write_report
+from experiments_report import Measured, write_report
 from experiments_run import Progress, all_questions, ask_runtime, ask_shared, turn_of
 from experiments_settings import AGREEMENT_SAMPLES, CACHE_TYPES, PER_PROMPT, SINK, SINKS, TRAINED, WEIGHT_TYPES, WINDOW, WINDOWS
 from experiments_training import train, trained_spec
@@ -32,9 +32,8 @@ from lt_gguf.evaluation.results import Journal, model_hash
 from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.hf.shared_prefill import CheckpointScorer
-from lt_gguf.spec import StreamingSpec
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("layers", "types", "stream", "train", "prompt", "agreement")
 
 console = Console(highlight=False)
@@ -59,10 +58,8 @@ class Experiments:
         self.choice: Choice = choose(
             self.work / "layers.json", self.checkpoint, self.file, self.scorer, self.length, SINK, WINDOW, self.threads, self.progress,
         )
-
-    def spec(self, layers: tuple[int, ...], prefill: str = "full", sink: int = SINK, window: int = WINDOW) -> str:
-        """The text of a spec."""
-        return str(StreamingSpec(layers, self.scorer.n_layer, sink, window, prefill))
+        self.measured = Measured(self.checkpoint, self.work, self.length, self.scorer.n_layer, self.choice)
+        self.spec = self.measured.spec
 
     def gguf(self, checkpoint: Path, weights: str) -> Path:
         """The checkpoint as a GGUF file, converted when it is first needed."""
@@ -157,7 +154,7 @@ def main(
         for part in () if report_only else only or PARTS:
             console.print(f"{part}: {getattr(Experiments, part).__doc__}")
             getattr(experiments, part)()
-    write_report(experiments, out)
+    write_report(experiments.measured, out)
     console.print(f"wrote {out / 'results.md'}")
 
 
