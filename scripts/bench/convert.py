@@ -32,8 +32,8 @@ LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * N_FF)  # bfloat16, without
 
 def write_checkpoint(folder: Path, n_bytes: int) -> int:
     """Writes the checkpoint; returns the bytes of its weights."""
-    import tiny_checkpoint
     import torch
+    from support import tiny_checkpoint
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # llama.cpp's own C++ tests that need no download, on the patched tree; then the ones about memory once more with all
-# layers streaming, and tests/architectures on the model that upstream generates for each architecture.
+# layers streaming, and tests/gguf/test_every_architecture.py on the model that upstream generates for each architecture.
 #
 #     scripts/checks/upstream_tests.sh [MODEL.gguf]     a small model for the tests that want one (default: the demo's, see `make demo`)
 #
@@ -73,7 +73,7 @@ done
 unset LT_STREAMING
 
 work=$PWD
-check "tests/architectures" env LT_TEST_MODELS="$generated" "$python" -m pytest -q tests/architectures
+check "tests/gguf/test_every_architecture.py" env LT_TEST_MODELS="$generated" "$python" -m pytest -q tests/gguf/test_every_architecture.py
 check "test-backend-ops, CPU" "$bin/test-backend-ops" test -b CPU
 
 echo "$passed passed, $failed failed"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoint import N_LAYER, hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import N_LAYER, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf
 from lt_gguf.calibration import Calibration

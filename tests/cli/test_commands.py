@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 from lt_gguf.cli import chat
 from lt_gguf.cli import model as model_options

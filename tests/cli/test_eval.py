@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 from lt_gguf.evaluation.results import Journal
 from lt_gguf.evaluation.scorer import Scorer

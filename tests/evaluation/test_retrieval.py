@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
+from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 from support.words_tokenizer import TEMPLATE, WordsTokenizer
-from tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 
 from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.retrieval import ROOM_FOR_WORDS, Answer, Question, hash_of, prompt_of, questions, run

@@ -7,7 +7,7 @@ import pytest
 from support.native import Context
 from support.oracle import Subject, random_tokens
 from support.small_gguf import write_small
-from tiny_checkpoint import hybrid_file  # noqa: F401
+from support.tiny_checkpoint import hybrid_file  # noqa: F401
 
 from lt_gguf.evaluation import scorer as scorer_module
 from lt_gguf.evaluation.scorer import Scorer, ScorerOptions

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
-from tiny_checkpoint import write_checkpoint
+from support.tiny_checkpoint import write_checkpoint
 from transformers import LlamaConfig
 
 from lt_gguf.hf import analysis, analysis_state

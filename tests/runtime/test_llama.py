@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from tiny_checkpoint import N_LAYER, N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import N_LAYER, N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # before llama_cpp, to which it shows the libraries
 from lt_gguf.gguf.file import read_model

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from support.llama import all_modes, answer, assert_like, interrupt, load, text
-from tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 
 
 class Walk:

@@ -7,7 +7,7 @@ import pickle
 import llama_cpp
 import pytest
 from support.llama import all_modes, answer, assert_like, load, n_read, text
-from tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # noqa: F401 - before llama_cpp, to which it shows the libraries
 

@@ -113,7 +113,7 @@ def test_the_suite_ends_with_a_line(break_child, tmp_path):
     """As a newcomer sees it whose CPU crashes: no test is run."""
     child = break_child(SEGV)
     (tmp_path / "breaking.py").write_text(f"from lt_gguf.runtime import self_check\nself_check._CHILD = {child!r}\n")
-    command = [sys.executable, "-m", "pytest", "-p", "breaking", "-q", "tests/test_spec.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "breaking", "-q", "tests/spec/test_spec.py"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert (result.returncode, result.stdout.strip()) == (pytest.ExitCode.USAGE_ERROR, "")

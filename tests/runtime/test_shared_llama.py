@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from support.llama import all_modes, answer, load, text
-from tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # noqa: F401 - before llama_cpp, to which it shows the libraries
 

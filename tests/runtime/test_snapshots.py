@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from support.llama import all_modes, answer, assert_like, fed, load, logits, n_read, text
-from tiny_checkpoint import N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import N_VOCAB, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # noqa: F401 - before llama_cpp, to which it shows the libraries
 from lt_gguf.runtime.prompts import Piece, Prompts

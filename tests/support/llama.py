@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from tiny_checkpoint import N_VOCAB
+from support.tiny_checkpoint import N_VOCAB
 
 import lt_gguf
 

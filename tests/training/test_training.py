@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import write_checkpoint
+from support.tiny_checkpoint import write_checkpoint
 
 from lt_gguf.conversion import convert
 from lt_gguf.gguf.file import read_model

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import write_checkpoint
+from support.tiny_checkpoint import write_checkpoint
 
 from lt_gguf.checkpoint import resolver
 from lt_gguf.gguf.file import read_model

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.compare_gguf import assert_same_but_for_the_streaming_keys
-from tiny_checkpoint import N_LAYER, write_checkpoint
+from support.tiny_checkpoint import N_LAYER, write_checkpoint
 
 from lt_gguf.conversion import convert, supervised
 from lt_gguf.conversion import worker as conversion_worker

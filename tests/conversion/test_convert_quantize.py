@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_checkpoint import write_checkpoint
+from support.tiny_checkpoint import write_checkpoint
 
 from lt_gguf.conversion import convert, quantization
 from lt_gguf.gguf.file import read_model

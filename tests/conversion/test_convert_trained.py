@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import N_LAYER, write_checkpoint
+from support.tiny_checkpoint import N_LAYER, write_checkpoint
 
 from lt_gguf.conversion import convert
 from lt_gguf.conversion.options import Options

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoint import N_LAYER, write_checkpoint
+from support.tiny_checkpoint import N_LAYER, write_checkpoint
 
 from lt_gguf.conversion import ConversionError, convert
 from lt_gguf.gguf.file import read_model
