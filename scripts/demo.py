@@ -22,8 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from testbed.testbed_data import ASSISTANT, END, USER
 
-from lt_gguf.cli.common import print_candidates
-from lt_gguf.cli.inspect import print_tables
 from lt_gguf.conversion import convert
 from lt_gguf.evaluation.haystack import Haystack, take
 from lt_gguf.evaluation.puzzle import hide
@@ -31,6 +29,8 @@ from lt_gguf.evaluation.tasks import find_task
 from lt_gguf.evaluation.words import WordSource
 from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.report.inspection import print_tables
+from lt_gguf.report.tables import print_candidates
 from lt_gguf.runtime import crash
 from lt_gguf.runtime.cpu import set_up_openmp
 from lt_gguf.runtime.library import tool_path

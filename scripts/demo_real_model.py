@@ -21,12 +21,12 @@ from rich.table import Table
 
 from lt_gguf import models
 from lt_gguf.calibration import read_texts
-from lt_gguf.cli.common import print_candidates
 from lt_gguf.evaluation.haystack import haystack_of, take
 from lt_gguf.gguf.file import read_model
 from lt_gguf.gguf.flagging import flag
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report.report import Report
+from lt_gguf.report.tables import print_candidates
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import format_layers
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from lt_gguf.runtime import crash
 from lt_gguf.runtime.cpu import set_up_openmp
-from lt_gguf.spec import StreamingSpec, format_layers
-
-if TYPE_CHECKING:
-    from lt_gguf.selection import Selection
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -46,27 +42,6 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     except Exception as error:
         sys.exit(_report(error, name))
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def print_candidates(selection: Selection, spec: StreamingSpec) -> None:
-    """Prints what was measured on the hybrid itself when its layers were chosen, if anything was; `spec` is what streams."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if not selection.candidates:
-        return
-    console = Console(highlight=False)
-    table = Table("candidate", "streaming layers", "KL, texts", "KL, answers", "found", box=None)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for candidate in selection.candidates:
-        evidence = candidate.evidence
-        numbers = f"{evidence.kl_text:.4f}", f"{evidence.kl_answer:.4f}", f"{evidence.accuracy:.1%}"
-        streams = bool(candidate.layers) and set(candidate.layers) <= set(spec.layers)
-        table.add_row(candidate.name, format_layers(candidate.layers) or "none", *numbers, style="green" if streams else None)
-    console.print(table)
-    if selection.measurement is not None:
-        console.print(f"measured on {selection.measurement}", soft_wrap=True, markup=False)
 
 
 def _report(error: Exception, name: str) -> int:

@@ -14,12 +14,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lt_gguf import models
-from lt_gguf.cli.common import print_candidates
-from lt_gguf.cli.model import ModelFile, find
+from lt_gguf.cli.model import LoadOptions, ModelFile, find, scorer_options
+from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.gguf.flagging import Progress, flag_in_place
 from lt_gguf.gguf.flagging import flag as write_flagged
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.report.report import Report
+from lt_gguf.report.tables import print_candidates
+from lt_gguf.selection import Request, asked_strategy
 from lt_gguf.spec import Provenance, StreamingSpec, format_layers, parse_layers
 
 _INHERITED = "by default as the report or the file says, else"
@@ -124,9 +127,13 @@ def _choose(
 
 def _measure(model: GGUFModel, select: str, spec: StreamingSpec) -> tuple[StreamingSpec, Provenance]:
     """What a strategy chooses, where streaming layers see what `spec` says."""
-    from lt_gguf.cli.analyze import analyze_file
+    from lt_gguf.analysis import GGUFFile, Settings, analyze
 
-    report = analyze_file(str(model.path), select, spec)
+    chosen = asked_strategy(select, None, None)
+    subject = GGUFFile(str(model.path), scorer_options(LoadOptions()))
+    request = Request(subject.model, sink=spec.sink, window=spec.window)
+    with ProgressBar("Measuring") as bar:
+        report = analyze(subject, chosen, request, Settings(prefill=spec.prefill, all_ratios=False), bar)
     print(f"{report.selection.strategy}: {report.selection.reason}")
     print_candidates(report.selection, report.spec)
     print(f'--streaming "{report.spec}"')  # note: so that it isn't lost if the file can't be written
@@ -134,8 +141,6 @@ def _measure(model: GGUFModel, select: str, spec: StreamingSpec) -> tuple[Stream
 
 
 def _from_report(model: GGUFModel, path: Path) -> tuple[StreamingSpec, Provenance]:
-    from lt_gguf.report.report import Report
-
     report = Report.read(path)
     n_layer = report.spec.n_layer
     # note: a checkpoint may have been measured without the layers that only predict ahead

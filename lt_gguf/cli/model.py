@@ -137,8 +137,7 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
 
     if options.ctx < 0:
         raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size = {options.batch_size}: must be at least 1")
+    _check_batch_size(options)
     n_ctx_train = read_model(file).n_ctx_train
     ggml_type = cache_type_of(options.cache_type).ggml_type
     settings: dict[str, Any] = {"n_threads": options.n_threads, "n_threads_batch": options.n_threads}
@@ -165,6 +164,7 @@ def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
     """The same for `evaluation.scorer.Scorer`; `more` are fields of its own. Raises ValueError: an option is out of range."""
     from lt_gguf.evaluation.scorer import ScorerOptions
 
+    _check_batch_size(options)
     return ScorerOptions(
         n_batch=options.batch_size,
         n_threads=options.n_threads,
@@ -178,6 +178,11 @@ def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
 
 def describe_threads(n: int) -> str:
     return f"{n} CPU thread{'' if n == 1 else 's'}"
+
+
+def _check_batch_size(options: LoadOptions) -> None:
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size = {options.batch_size}: must be at least 1")
 
 
 def _parse_size(option: str, text: str) -> int:

@@ -18,13 +18,13 @@ class ProgressBar:
         self._task = self._bar.add_task(description, total=None)
 
     def __enter__(self) -> Self:
-        self._bar.start()
-        return self
+        return self  # note: it appears with the first step, where there is none it never does
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        self._bar.start()
         self._bar.update(self._task, completed=done, total=total, description=what)
 
     def announce(self, line: str) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lt_gguf import calibration
-from lt_gguf.cli import analyze as analyze_module
+from lt_gguf import analysis, calibration
 from lt_gguf.gguf.file import read_model
 from lt_gguf.report.report import Report
 
@@ -56,8 +55,8 @@ def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file
 
 
 def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
-    small = partial(analyze_module._Settings, samples=1, puzzles=2, length=420, calibration=stories_file)
-    monkeypatch.setattr(analyze_module, "_Settings", small)
+    small = partial(analysis.Settings, samples=1, puzzles=2, length=420, calibration=stories_file)
+    monkeypatch.setattr(analysis, "Settings", small)
     new = tmp_path / "new.gguf"
     status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl", "--sink", 2)
     assert status == 0 and err.startswith("candidates: up to")
@@ -67,7 +66,7 @@ def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
     assert (model.provenance.selection, model.provenance.lazy_ratio) == ("kl", None)
     assert f'--streaming "{model.spec}"' in out
     # before anything is measured
-    monkeypatch.setattr(analyze_module, "analyze_file", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(analysis, "analyze", lambda *_: pytest.fail("measured"))
     status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl")
     assert (status, out, err) == (1, "", f"error: {new}: exists, remove it or use --overwrite\n")
 

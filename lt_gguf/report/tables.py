@@ -1,0 +1,52 @@
+"""What a terminal shows of a selection: a bar for each layer's lazy ratio, and the candidates that were run."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from lt_gguf.report.report import Report
+from lt_gguf.selection import Selection
+from lt_gguf.spec import StreamingSpec, format_layers
+
+BAR_WIDTH = 40
+
+
+def print_bars(report: Report) -> None:
+    """Prints a bar for each layer of a report that has ratios; the streaming ones are marked."""
+    assert report.mean_ratios is not None
+    console = Console(highlight=False)
+    table = Table("layer", "lazy ratio", "", "", box=None)
+    table.columns[0].justify = table.columns[1].justify = "right"
+    for il, ratio in enumerate(report.mean_ratios):
+        streams = report.spec.is_streaming(il)
+        bar = "" if math.isnan(ratio) else f"{'█' * round(ratio * BAR_WIDTH):░<{BAR_WIDTH}}"
+        value = "-" if math.isnan(ratio) else f"{ratio:.4f}"
+        table.add_row(str(il), value, bar, "streams" if streams else "", style="green" if streams else None)
+    console.print(table)
+    for line in (
+        f"{report.selection.strategy}: {report.selection.reason}",
+        f"measured with {report.conditions}",
+        f'--streaming "{report.spec}"',
+    ):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def print_candidates(selection: Selection, spec: StreamingSpec) -> None:
+    """Prints what was measured on the hybrid itself when its layers were chosen, if anything was; `spec` is what streams."""
+    if not selection.candidates:
+        return
+    console = Console(highlight=False)
+    table = Table("candidate", "streaming layers", "KL, texts", "KL, answers", "found", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for candidate in selection.candidates:
+        evidence = candidate.evidence
+        numbers = f"{evidence.kl_text:.4f}", f"{evidence.kl_answer:.4f}", f"{evidence.accuracy:.1%}"
+        streams = bool(candidate.layers) and set(candidate.layers) <= set(spec.layers)
+        table.add_row(candidate.name, format_layers(candidate.layers) or "none", *numbers, style="green" if streams else None)
+    console.print(table)
+    if selection.measurement is not None:
+        console.print(f"measured on {selection.measurement}", soft_wrap=True, markup=False)
