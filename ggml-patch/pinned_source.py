@@ -154,7 +154,7 @@ def binding_wheel(pin: Pin) -> Path:
     say(f"building the wheel of {pin.requirement} without its libraries")
     with disk_errors(directory), tempfile.TemporaryDirectory(dir=cache_dir(), prefix="wheel-") as scratch:
         need_space(Path(tempfile.gettempdir()), UNPACKED_SDIST_BYTES)
-        output, ok = _pip(
+        _, ok = _pip(
             "wheel",
             "--no-cache-dir",
             "--no-deps",

@@ -40,7 +40,7 @@ def convert(
     """
     from lt_gguf import conversion
 
-    if models.is_named(checkpoint) or checkpoint.endswith(".gguf") and Path(checkpoint).is_file():
+    if models.is_named(checkpoint) or (checkpoint.endswith(".gguf") and Path(checkpoint).is_file()):
         raise ValueError(f"{checkpoint}: is a GGUF file, not a checkpoint: lt-gguf flag {checkpoint} OUT.gguf says which layers stream")
     with _progress() as progress:
         converted = conversion.convert(checkpoint, outfile, progress=progress, **asdict(options))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,10 +82,8 @@ class UpstreamConverter:
             process.kill()
         process.wait()
         process.stdout.close()
-        try:
+        with suppress(BrokenPipeError):  # what it didn't read any more
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # what it didn't read any more
 
     def plan(self) -> Plan:
         """Waits until upstream has read the checkpoint's metadata.

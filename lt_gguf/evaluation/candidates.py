@@ -122,7 +122,7 @@ class RuntimeBench:
     def _room(self) -> list[np.ndarray]:
         n_tokens = [int(sample.compared.sum()) for sample in self._samples]
         # note: 0.6 MB a token with a vocabulary of 150,000
-        everything = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(sum(n_tokens), self._scorer.n_vocab))
+        everything = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(sum(n_tokens), self._scorer.n_vocab))  # noqa: SIM115 (closed with the array)
         return np.split(everything, np.cumsum(n_tokens)[:-1])
 
 

@@ -44,7 +44,7 @@ class Journal:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")
+        self._file = open(path, "a+b")  # noqa: SIM115 (`close` does)
         try:
             self._lock(path)
             self._continue(path)

@@ -142,7 +142,7 @@ def model_files(path: Path, header: GGUFHeader) -> list[Path]:
     """All files of the model whose first one is `path`. Raises ValueError if it isn't the first, or others are missing."""
     count = _integer(header.metadata, "split.count", 1)
     files = split_files(path, count)
-    if _integer(header.metadata, "split.no", 0) != 0 and count > 1 or files[0].name != path.name:
+    if (_integer(header.metadata, "split.no", 0) != 0 and count > 1) or files[0].name != path.name:
         number = int(path.stem.rsplit("-of-", 1)[0][-5:])
         raise ValueError(f"is part {number} of {count}, name the first one: {files[0].name}")
     missing = [file.name for file in files[1:] if not file.is_file()]

@@ -155,7 +155,7 @@ def _measure_whole(
         module.register_forward_pre_hook(partial(before, layer))
         module.register_forward_hook(partial(after, layer))
     with torch.no_grad(), measuring(what):
-        for sample, tokens in enumerate(samples):
+        for sample, tokens in enumerate(samples):  # noqa: B007 (the hooks read it)
             decoder(input_ids=torch.tensor([tokens], device=device), use_cache=False)
     report(f"{len(layers)} layers", ratios.size, ratios.size)
     return ratios
@@ -191,7 +191,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r}: torch doesn't know it, use auto, cpu, cuda, cuda:1, mps, ...") from None
-    missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() or device.type == "mps" and not has_mps
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (device.type == "mps" and not has_mps)
     if missing:
         raise ValueError(f"device {name!r}: torch finds none on this machine, use auto or cpu")
     return device

@@ -176,7 +176,7 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise ValueError(f"layer {layer} ({type(module).__name__}) doesn't attend causally: must be a causal language model")
-    if attention_mask is not None or sliding_window is not None and sliding_window < key.shape[2]:
+    if attention_mask is not None or (sliding_window is not None and sliding_window < key.shape[2]):
         raise ValueError(f"layer {layer} ({type(module).__name__}) has a window or a mask of its own, must have full attention")
     if position_bias is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(f"layer {layer} ({type(module).__name__}) attends in a way of its own: its lazy ratio can't be measured")

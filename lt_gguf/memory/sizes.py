@@ -23,6 +23,6 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]iB|B|)\s*", text, re.IGNORECASE)
     powers = {unit.lower(): power for unit, power in _UNITS} | {"": 0}
-    if not found or "." in found[1] and found[2].lower() in ("", "b"):
+    if not found or ("." in found[1] and found[2].lower() in ("", "b")):
         raise ValueError(f'size = "{text}": must be a number of bytes, or of KiB, MiB, GiB or TiB, as in 512MiB')
     return round(float(found[1]) * 2 ** powers[found[2].lower()]) if "." in found[1] else int(found[1]) << powers[found[2].lower()]

@@ -199,7 +199,7 @@ def _is_integers(value: Any) -> bool:
 
 
 def _is_fraction(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1)
 
 
 def _is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ import time
 from asyncio import _get_running_loop
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from functools import partial, wraps
 from threading import get_ident
 from typing import Any
@@ -98,10 +99,8 @@ class _Line:
                     f"{place.what}: after {time.monotonic() - place.begun:.1f} s the model is still taken by {first}: let it end"
                     f"{close}, or wait longer (timeout=)"
                 )
-            try:
+            with suppress(queue.Empty):
                 place.woken.get(timeout=min(left, _LOOK_AGAIN))
-            except queue.Empty:
-                pass
 
     def leave(self, place: _Place) -> None:
         """Drops a place that is over, and tells the first one that it may be."""
@@ -110,10 +109,8 @@ class _Line:
             first.woken.put(None)
 
     def _drop(self, place: _Place) -> None:
-        try:
+        with suppress(ValueError):  # another thread has, or it never was there
             self._places.remove(place)
-        except ValueError:
-            pass  # another thread has, or it never was there
 
 
 class Turns:

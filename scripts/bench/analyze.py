@@ -158,7 +158,8 @@ def gigabytes(n_bytes: float) -> str:
 def main() -> None:
     options = parse_arguments()
     if options.child:
-        return write(options.folder, options.layers, options.hidden) if options.child == "write" else measure(options)
+        write(options.folder, options.layers, options.hidden) if options.child == "write" else measure(options)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-analysis-") as scratch:
         large = made(Path(scratch) / "large", options, options.layers)
         size = sum(file.stat().st_size for file in large.glob("*.safetensors"))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from support.native import FULL, PROMPT, STREAMING, C, Context, Model, log  # noqa: E402
+from support.native import FULL, PROMPT, STREAMING, C, Context, Model, log
 
 from lt_gguf.spec import (
-    StreamingSpec,  # noqa: E402
-    parse_running,  # noqa: E402
+    StreamingSpec,
+    parse_running,
 )
 
 N_BATCH = 512

@@ -9,14 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ggml-patch"))
 
-from upstream import BuildError, Pin, sync  # noqa: E402
+from upstream import BuildError, Pin, sync
 
 WORK = ROOT / "build" / "cpu-levels"
 SOURCE = WORK / "llama.cpp"

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.gguf_edit import TYPES, add_metadata, encode  # noqa: E402
-from tiny_model import write_tiny_model  # noqa: E402
+from support.gguf_edit import TYPES, add_metadata, encode
+from tiny_model import write_tiny_model
 
 N_LAYER = 3
 CASES_A_CHILD = 250

@@ -21,8 +21,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from support.native import FULL, PARTIAL, STREAMING, Context, Model, Token  # noqa: E402
-from tiny_model import N_VOCAB, write_tiny_model  # noqa: E402
+from support.native import FULL, PARTIAL, STREAMING, Context, Model, Token
+from tiny_model import N_VOCAB, write_tiny_model
 
 SINK, WINDOW = 4, 124
 N_CTX_SEQ, N_PROMPT, N_KEEP, N_DISCARD = 768, 200, 16, 500
@@ -117,16 +117,15 @@ def main() -> None:
     parser.add_argument("--kv", choices=LOGIT_TOLERANCE, default="f32")
     parser.add_argument("--tolerance", type=float, default=4.0, help="MiB by which the process may grow after a tenth")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        with Model(write_tiny_model(Path(directory) / "tiny.gguf")) as model:
-            model.set_streaming(f"layers={'1' if options.layers == 'half' else 'all'};sink={SINK};window={WINDOW};prefill=stream")
-            settings = dict(n_batch=512, n_ubatch=64, n_seq_max=options.sequences, kv_unified=options.unified)
-            settings |= dict(kv=options.kv, flash=options.kv != "f32")
-            with model.context(n_ctx=N_CTX_SEQ * options.sequences, **settings) as context:
-                try:
-                    soak(context, options.tokens, options.sequences, options.kv, options.tolerance)
-                except SoakError as error:
-                    sys.exit(f"soak: error: {error}")
+    with tempfile.TemporaryDirectory() as directory, Model(write_tiny_model(Path(directory) / "tiny.gguf")) as model:
+        model.set_streaming(f"layers={'1' if options.layers == 'half' else 'all'};sink={SINK};window={WINDOW};prefill=stream")
+        settings = dict(n_batch=512, n_ubatch=64, n_seq_max=options.sequences, kv_unified=options.unified)
+        settings |= dict(kv=options.kv, flash=options.kv != "f32")
+        with model.context(n_ctx=N_CTX_SEQ * options.sequences, **settings) as context:
+            try:
+                soak(context, options.tokens, options.sequences, options.kv, options.tolerance)
+            except SoakError as error:
+                sys.exit(f"soak: error: {error}")
 
 
 if __name__ == "__main__":

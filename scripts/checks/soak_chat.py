@@ -28,10 +28,10 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from support.native import C, Model, log  # noqa: E402
-from tiny_model import N_VOCAB, write_tiny_model  # noqa: E402
+from support.native import C, Model, log
+from tiny_model import N_VOCAB, write_tiny_model
 
-from lt_gguf import Llama  # noqa: E402
+from lt_gguf import Llama
 
 STREAMING = "layers=1,3;sink=4;window=124;prefill=full"
 N_CTX, N_BATCH, N_UBATCH = 4096, 256, 64

@@ -87,7 +87,7 @@ class EmptyRoot:
             "LC_ALL": "C.UTF-8",
             "COLUMNS": "120",
             # where pip finds packages isn't part of what is tried
-            **{"PIP_CONFIG_FILE": str(file) for file in map(Path.expanduser, map(Path, PIP_CONFIGURATIONS)) if file.is_file()},
+            **{"PIP_CONFIG_FILE": str(file) for file in map(Path.expanduser, map(Path, PIP_CONFIGURATIONS)) if file.is_file()},  # noqa: B035 (the last one there is)
             **{name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.lower().endswith("_proxy")},
         }
 

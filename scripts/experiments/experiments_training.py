@@ -13,7 +13,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "testbed"))
 
-import testbed_data as data  # noqa: E402
+import testbed_data as data
 
 from lt_gguf.evaluation.results import write_text
 from lt_gguf.spec import StreamingSpec

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ggml-patch"))
 
-from upstream import BuildError, Pin, fetch_sdist, unpack  # noqa: E402
+from upstream import BuildError, Pin, fetch_sdist, unpack
 
 DEFAULT_DIRECTORY = ROOT / "build" / "stock"
 

@@ -48,7 +48,7 @@ class WheelError(Exception):
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (run with whatever python3 is)
         raise WheelError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make wheel PYTHON=python3.12")
     if sys.platform not in ("linux", "darwin"):
         raise WheelError("a wheel can be built on Linux and macOS only: on Windows build inside WSL 2")

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ggml-patch"))
 
-from pinned_source import BuildError, Pin, fetch_sdist  # noqa: E402
+from pinned_source import BuildError, Pin, fetch_sdist
 
 FOLDER = ROOT / "requirements"
 EXTRAS = {"test": "test", "demo": "convert", "build": None}  # lock: extra of pyproject.toml. The largest is the first: others follow it

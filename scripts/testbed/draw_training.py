@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+import itertools
 
 SMOOTHED = 3  # log records that are averaged: each has few rows
 
@@ -45,7 +46,7 @@ def draw_training(
     figure.colorbar(image, ax=far, label="attention that goes far")
     for axes in (losses, hits, far):
         axes.set(xlabel="million tokens")
-        for before, record in zip(records, records[1:]):
+        for before, record in itertools.pairwise(records):
             if before["length"] != record["length"]:
                 axes.axvline(before["tokens"] / 1e6, color="0.75", linewidth=0.8, zorder=3 if axes is far else 0)
         axes.spines[["top", "right"]].set_visible(False)

@@ -52,7 +52,7 @@ def _far_share(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, sc
         query: (rows, n_head, length, head_dim).
         key: (rows, n_head_kv, length, head_dim).
     """
-    rows, n_head_kv, length, _ = key.shape
+    _, n_head_kv, length, _ = key.shape
     q = query[:, :, queries].unflatten(1, (n_head_kv, -1))  # (rows, n_head_kv, group, N_QUERIES, head_dim)
     logits = (q @ key[:, :, None].transpose(-1, -2)).float() * scale
     positions = torch.arange(length, device=key.device)

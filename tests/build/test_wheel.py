@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "ggml-patch"), str(ROOT / "scripts" / "setup"), str(ROOT / "scripts" / "checks")]
 
-import build_wheel  # noqa: E402
-import wheel_check  # noqa: E402
-from pinned_source import Pin, run_time_requirements, unpack_binding  # noqa: E402
+import build_wheel
+import wheel_check
+from pinned_source import Pin, run_time_requirements, unpack_binding
 
 METADATA = """\
 Metadata-Version: 2.1

@@ -92,7 +92,7 @@ def test_a_checkpoint_has_the_ratios_of_the_file_that_is_made_from_it(command, d
     reports = []
     for model, device in ((DEMO, ["--device", "cpu"]), (demo_file, ["--cache-type", "f32", "--no-flash-attn"])):
         folder = tmp_path / model.name
-        status, out, err = command(model, *device, "--calibration", text, *SMALL, "--out", folder)
+        status, _out, err = command(model, *device, "--calibration", text, *SMALL, "--out", folder)
         assert (status, err) == (0, "")
         reports.append(Report.read(folder / "report.json"))
     of_checkpoint, of_file = reports

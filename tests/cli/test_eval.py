@@ -25,7 +25,7 @@ SMALL = ["--tasks", "single,votes,kl,perplexity", "--lengths", "600", "--depths"
 
 
 @pytest.fixture
-def evaluate(lt_gguf_command, hybrid_file, text, monkeypatch):  # noqa: F811
+def evaluate(lt_gguf_command, hybrid_file, text, monkeypatch):
     monkeypatch.delenv("LT_STREAMING", raising=False)
     return lambda *arguments: lt_gguf_command("eval", hybrid_file, *QUICK, "--text", text, *arguments)
 
@@ -61,7 +61,7 @@ def result(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_an_evaluation(evaluate, hybrid_file, tmp_path, pictures):  # noqa: F811
+def test_an_evaluation(evaluate, hybrid_file, tmp_path, pictures):
     out = tmp_path / "out"
     status, shown, err = evaluate(*SMALL, "--out", out)
     assert (status, err) == (0, "")
@@ -103,7 +103,7 @@ def test_where_nothing_is_dropped_nothing_is_lost(evaluate, tmp_path):
     assert [s["difference"]["value"] for s in result(tmp_path / "out")["scores"] if s["spec"] == same] == [0, 0]
 
 
-def test_an_interrupted_evaluation_goes_on(evaluate, hybrid_file, text, tmp_path):  # noqa: F811
+def test_an_interrupted_evaluation_goes_on(evaluate, hybrid_file, text, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert evaluate(*SMALL, "--out", whole)[0] == 0
 

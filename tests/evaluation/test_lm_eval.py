@@ -184,7 +184,7 @@ def request(kind: str, *arguments) -> Instance:
 
 
 def test_a_text_may_have_no_context(subject, load):
-    (value, greedy), (empty, empty_greedy) = load().loglikelihood(
+    (value, _greedy), (empty, empty_greedy) = load().loglikelihood(
         [request("loglikelihood", "", "a fox"), request("loglikelihood", "a fox", "")], disable_tqdm=True
     )
     assert value == pytest.approx(expected_sum(subject, [BOS], tokens_of("a fox")), abs=EXACT)

@@ -107,9 +107,8 @@ def test_a_file_of_something_else(path, line, number):
 
 
 def test_one_at_a_time(path):
-    with Journal(path, SETTINGS):
-        with pytest.raises(ValueError, match="another evaluation is writing it"):
-            Journal(path, SETTINGS)
+    with Journal(path, SETTINGS), pytest.raises(ValueError, match="another evaluation is writing it"):
+        Journal(path, SETTINGS)
     Journal(path, SETTINGS).__exit__()
 
 

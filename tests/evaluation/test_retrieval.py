@@ -158,7 +158,7 @@ def test_needles_are_hidden_in_the_given_haystack():
     "streaming, n_parallel",
     [("off", 1), ("layers=all;sink=2;window=30;prefill=full", 3), ("layers=1,3;window=30;prefill=stream", 3)],
 )
-def test_a_real_model(hybrid_file, streaming, n_parallel):  # noqa: F811
+def test_a_real_model(hybrid_file, streaming, n_parallel):
     """A model with random weights, whose most likely tokens are taken for right: what it says by itself is what it is asked."""
     asked = questions(["single", "variable-tracking"], [450], [0.2], 2)
     options = ScorerOptions(n_parallel=n_parallel, n_threads=1, cache_type_k="f32", cache_type_v="f32", flash_attn=False)

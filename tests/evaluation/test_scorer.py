@@ -319,7 +319,7 @@ def test_layers_that_are_chosen_for_the_prompt(subject, load):
     assert scorer.spec is None
 
 
-def test_the_file_says_what_streams(hybrid_file):  # noqa: F811
+def test_the_file_says_what_streams(hybrid_file):
     with Scorer(hybrid_file, options=ScorerOptions(n_threads=1)) as scorer:
         assert scorer.spec == StreamingSpec((1, 3), 4, 2, 40, "stream")
         scorer.with_streaming("window=30")
@@ -331,7 +331,7 @@ def test_the_file_says_what_streams(hybrid_file):  # noqa: F811
 # -- text
 
 
-def test_text_and_tokens(hybrid_file):  # noqa: F811
+def test_text_and_tokens(hybrid_file):
     with Scorer(hybrid_file, options=ScorerOptions(n_threads=1)) as scorer:
         assert (scorer.bos, scorer.eos, scorer.chat_template) == ([1], {2}, None)
         for text in ("the lazy fox", " runs  away\n", "", "Grüße, 世界 🙂", "a" * 5000):

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import apply_streaming, streaming_attention, visible
 from lt_gguf.spec import StreamingSpec
+import itertools
 
 N_LAYER = 4
 N_TOKENS = 90
@@ -82,7 +83,7 @@ def test_matches_attention_written_out_in_numpy(llama, layers, sink, window, pro
     inputs = tokens(1, N_TOKENS)
     conversation = NumpyLlama(llama, streaming).conversation()
     rows, ends = [], sorted({0, N_TOKENS} | {min(end, N_TOKENS) for prompt in prompts for end in prompt})
-    for first, last in zip(ends, ends[1:]):
+    for first, last in itertools.pairwise(ends):
         behind = next((begin - window for begin, end in prompts if begin <= first < end), None)
         rows.append(conversation.decode(inputs[0, first:last].numpy(), range(first, last), behind))
     computed = logits(llama, inputs, streaming, prompts)[0].numpy()

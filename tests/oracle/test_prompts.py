@@ -130,7 +130,7 @@ def test_a_declared_prompt_is_one_whatever_logits_it_asks_for(subject, n, n_batc
     wanted = {"every": [True] * n, "last": [False] * (n - 1) + [True], "first": [True] + [False] * (n - 1)}[asked]
     with model.context(spec, n_ctx=1536, n_ubatch=N_UBATCH) as context:
         transcript = Transcript(model, spec, context)
-        for turn in range(3):
+        for _turn in range(3):
             transcript.declare(n)
             for first in range(0, n, n_batch):
                 part = wanted[first : first + n_batch]

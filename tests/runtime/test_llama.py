@@ -141,7 +141,7 @@ def test_lazy_ratios_are_those_of_auto(hybrid_file):
     expected = continuation(llm, PROMPT)
     ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW, 16)
     assert ratios.dtype == np.float32 and ratios.shape == (N_LAYER,)
-    assert np.all((0 < ratios) & (ratios < 1))
+    assert np.all((ratios > 0) & (ratios < 1))
     auto = load(hybrid_file, streaming="auto=0.5;w_last=16", n_ubatch=32)
     auto.eval(PROMPT)
     np.testing.assert_allclose(ratios, api.lazy_ratios(auto.ctx), atol=1e-5)

@@ -267,14 +267,14 @@ class TestLimit:
 
     def test_the_environment_sets_it_in_mib(self, model, monkeypatch):
         monkeypatch.setenv("LT_PROMPT_LIMIT", "1")
-        spec, context = context_of(model)
+        _spec, context = context_of(model)
         with context:
             context.prompt_begin(2**20 // F32_TOKEN_BYTES - 400)
             with pytest.raises(ValueError, match="1.*MiB"):
                 context.prompt_begin(2**20 // F32_TOKEN_BYTES + 600)
 
     def test_prompts_longer_than_the_context_are_refused(self, model):
-        spec, context = context_of(model, 1024)
+        _spec, context = context_of(model, 1024)
         with context, pytest.raises(ValueError, match="1024"):
             context.prompt_begin(1025)
 

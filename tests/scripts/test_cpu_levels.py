@@ -11,8 +11,8 @@ import pytest
 CHECKS = Path(__file__).parents[2] / "scripts" / "checks"
 sys.path.insert(0, str(CHECKS))
 
-import cpu_builds  # noqa: E402
-import cpu_levels  # noqa: E402
+import cpu_builds
+import cpu_levels
 
 
 @pytest.fixture

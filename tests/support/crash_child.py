@@ -17,8 +17,8 @@ SETTINGS = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False
 if STEP != "unasked":
     crash.enable("a child of the tests")
 
-import lt_gguf  # noqa: E402
-from lt_gguf.runtime.library import library_dir, load_llama_cpp  # noqa: E402
+import lt_gguf
+from lt_gguf.runtime.library import library_dir, load_llama_cpp
 
 C = load_llama_cpp().llama_cpp
 GGML = ctypes.CDLL(str(next(library_dir().glob("libggml-base.*"))))

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.native import Model, Token  # noqa: E402
+from support.native import Model, Token
 
 
 def main(path: str, out: str, settings: dict) -> None:

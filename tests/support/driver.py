@@ -13,8 +13,8 @@ import shlex
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 from support import native
@@ -31,7 +31,7 @@ class Driver:
     """The process, and one request at a time."""
 
     def __init__(self, command: list[str]) -> None:
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
         atexit.register(self.close)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.native import Model, log  # noqa: E402
+from support.native import Model, log
 
 
 def load(path: str, decode: list[int] | None) -> dict:

@@ -12,12 +12,13 @@ and where none is being read it may be the first of one, which sees one position
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Callable, Iterable
 
 from support.reference import Entry
 
 from lt_gguf.spec import StreamingSpec
+import itertools
 
 OPEN = 2**31 - 1  # the end of a prompt that is being read
 
@@ -103,7 +104,7 @@ class Sequence:
         """Whether entries at different positions stay so, in the same order: then prompts move with their tokens."""
         ordered = sorted((entry.pos, new_position(entry)) for entry in self.entries)
         remaining = [new for _, new in ordered if new >= 0]
-        return all(a < b for a, b in zip(remaining, remaining[1:]))
+        return all(a < b for a, b in itertools.pairwise(remaining))
 
 
 class MemoryModel:

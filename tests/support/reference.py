@@ -6,8 +6,8 @@ sequences that lost tokens in the middle, or whose positions were shifted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Iterable, Sequence
 
 import numpy as np
 

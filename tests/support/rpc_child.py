@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.native import FULL, STREAMING, Model, log  # noqa: E402
+from support.native import FULL, STREAMING, Model, log
 
 
 def add_devices(endpoints: list[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.llama import load, text  # noqa: E402
+from support.llama import load, text
 
 N_THREADS, N_ANSWER = 4, 10
 GREEDY = {"max_tokens": N_ANSWER, "temperature": 0}

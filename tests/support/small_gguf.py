@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 import gguf
 
@@ -14,7 +14,7 @@ from lt_gguf.spec import Typed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "checks"))
 
-from tiny_model import write_tiny_model  # noqa: E402
+from tiny_model import write_tiny_model
 
 N_LAYER = 4
 TYPES = {type_.name.lower(): type_ for type_ in gguf.GGUFValueType}

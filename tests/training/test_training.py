@@ -219,7 +219,7 @@ def test_layers_are_those_that_are_lazy_in_most_samples(model, data, tokenizer):
     for of_sample in ratios.tolist():
         for layer in sorted(times, key=lambda il: of_sample[il])[N_LAYER // 2 :]:
             times[layer] += 1
-    least, *others = sorted(set(times.values()))
+    _least, *others = sorted(set(times.values()))
     assert others  # that there is something to choose
     for n in range(1, N_LAYER):
         asked = {"select": None, "fraction": n / N_LAYER, "layers": None, "n_samples": 1000, "seed": 1}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lt_gguf.evaluation.puzzle import Piece, Puzzle
 from lt_gguf.evaluation.tasks.base import Task
 from lt_gguf.evaluation.words import WordSource
+import itertools
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class VariableTracking(Task):
 
     @staticmethod
     def _statements(value: str, variables: list[str]) -> list[str]:
-        copies = [f"The variable {a} is copied to {b}." for a, b in zip(variables, variables[1:])]
+        copies = [f"The variable {a} is copied to {b}." for a, b in itertools.pairwise(variables)]
         return [f"The value {value} is stored in {variables[0]}.", *copies]
 
 
