@@ -1,7 +1,9 @@
-"""The torch side of lt-gguf: what needs transformers. Nothing outside this folder imports it.
+"""The torch side of lt-gguf: what needs transformers.
 
     from lt_gguf.hf import apply_streaming
     apply_streaming(model, StreamingSpec.parse("layers=1,3;window=1020;prefill=stream", n_layer))
+
+Other rooms import it where they need it and not before: the package is used without torch, too.
 """
 
 from __future__ import annotations

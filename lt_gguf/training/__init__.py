@@ -2,6 +2,8 @@
 
     from lt_gguf.training import Settings, train
     train("MODEL", Path("conversations.jsonl"), Path("OUT"), Settings(lora=True))
+
+`settings` is what can be asked for; importing it, and this package, needs no torch.
 """
 
 from __future__ import annotations

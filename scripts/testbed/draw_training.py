@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-import itertools
 
 SMOOTHED = 3  # log records that are averaged: each has few rows
 

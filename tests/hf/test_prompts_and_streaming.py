@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from transformers import DynamicCache
 from lt_gguf.hf.decoder import cache_argument
 from lt_gguf.hf.streaming_attention import apply_streaming, streaming_attention, visible
 from lt_gguf.spec import StreamingSpec
-import itertools
 
 N_LAYER = 4
 N_TOKENS = 90

@@ -62,7 +62,7 @@ def hub(tmp_path) -> Iterator[Hub]:
         def do_GET(self):
             if model.gone:
                 self.close_connection = True
-                return
+                return None
             if self.path.startswith(f"/api/models/{REPO}"):
                 siblings = [{"rfilename": name} for name in model.files]
                 return self._send(json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode(), {})

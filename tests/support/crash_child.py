@@ -1,6 +1,8 @@
 """Crashes in native code, in a process of its own, while it does something with a model.
 
-    python crash_child.py STEP MODEL.gguf    STEP: one of those below
+    python crash_child.py STEP MODEL.gguf
+
+STEP is one of those below.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Decodes a text with the libllama that LLAMA_CPP_LIB_PATH names, in a process of its own, and saves all logits.
 
-    python decode_child.py MODEL.gguf OUT.npz SETTINGS    settings of the context, as JSON
+    python decode_child.py MODEL.gguf OUT.npz SETTINGS
+
+SETTINGS are those of the context, as JSON.
 """
 
 from __future__ import annotations

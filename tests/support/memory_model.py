@@ -11,6 +11,7 @@ and where none is being read it may be the first of one, which sees one position
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from support.reference import Entry
 
 from lt_gguf.spec import StreamingSpec
-import itertools
 
 OPEN = 2**31 - 1  # the end of a prompt that is being read
 

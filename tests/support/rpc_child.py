@@ -1,6 +1,8 @@
-"""Runs a hybrid model split over two RPC devices, in a process of its own: a device, once added, stays for good.
+"""Runs a hybrid model split over two RPC devices, in a process of its own.
 
     python rpc_child.py MODEL.gguf SPEC TOKENS.npy OUT.npz ENDPOINT ENDPOINT
+
+A device, once added, stays for good.
 """
 
 import ctypes

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from lt_gguf.evaluation.puzzle import Piece, Puzzle
 from lt_gguf.evaluation.tasks.base import Task
 from lt_gguf.evaluation.words import WordSource
-import itertools
 
 
 @dataclass(frozen=True)
