@@ -79,9 +79,7 @@ def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: M
         return backend.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
-def prepare_metadata_for_build_editable(
-    metadata_directory: str, config_settings: Mapping[str, Any] | None = None
-) -> str:
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
     with _clear_errors():
         return backend.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
@@ -124,17 +122,14 @@ def portable() -> bool:
     return value == "1"
 
 
-def _build(
-    build, wheel_directory: str, config_settings: Mapping[str, Any] | None, metadata_directory: str | None
-) -> str:
+def _build(build, wheel_directory: str, config_settings: Mapping[str, Any] | None, metadata_directory: str | None) -> str:
     with _clear_errors():
         if sys.platform == "win32":
             raise BuildError("Windows isn't supported: build inside WSL 2")
         pin = Pin.load()
         if f'BINDING_VERSION = "{pin.version}"' not in Path("lt_gguf/runtime/library.py").read_text():
             raise BuildError(
-                f"ggml-patch/UPSTREAM.toml pins {pin.version}, lt_gguf/runtime/library.py names another: "
-                "make them equal"
+                f"ggml-patch/UPSTREAM.toml pins {pin.version}, lt_gguf/runtime/library.py names another: make them equal"
             )
         for_others = portable() and build is backend.build_wheel  # an editable installation is for this machine
         directory, arguments = PORTABLE_DIR if for_others else BUILD_DIR, [f"-DLT_UPSTREAM_COMMIT={pin.commit}"]
@@ -231,8 +226,6 @@ def _explain(output: list[str]) -> str:
     for pattern, what_to_do in EXPLANATIONS:
         if re.search(pattern, text):
             return what_to_do
-    if first := re.search(r"^.*\berror: .*$", text, re.MULTILINE) or re.search(
-        r"CMake Error[^\n]*:\n\s*([^\n]+)", text
-    ):
+    if first := re.search(r"^.*\berror: .*$", text, re.MULTILINE) or re.search(r"CMake Error[^\n]*:\n\s*([^\n]+)", text):
         return f"the build failed with: {first[first.lastindex or 0].strip()}"
     return "the build failed: its output is above"

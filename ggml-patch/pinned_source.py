@@ -110,9 +110,7 @@ def fetch_sdist(pin: Pin) -> Path:
         isolation = ["--no-build-isolation"] if importlib.util.find_spec("scikit_build_core") else []
         wanted = Path(scratch) / "requirements.txt"
         wanted.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
-        output, ok = _pip(
-            "download", "--no-deps", *isolation, f"--no-binary={pin.package}", "--dest", scratch, "-r", str(wanted)
-        )
+        output, ok = _pip("download", "--no-deps", *isolation, f"--no-binary={pin.package}", "--dest", scratch, "-r", str(wanted))
         got = Path(scratch) / pin.sdist
         if not ok or not got.exists():
             raise _download_error(pin, path, output)
@@ -201,9 +199,7 @@ def _pip(*arguments: str) -> tuple[str, bool]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     lines = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         for line in process.stdout:
             lines.append(line)
             sys.stdout.write(f"  {line}")

@@ -52,9 +52,7 @@ def sync(tree: Path, pin: Pin) -> None:
     hooks, patched = _hooks(), state["patched"]
     sources = {_home(path.name): path.read_bytes() for path in _our_sources(SOURCES)}
     with disk_errors(tree):
-        if state["hooks"] != _digest(hooks) or any(
-            _file_digest(tree / name) != digest for name, digest in patched.items()
-        ):
+        if state["hooks"] != _digest(hooks) or any(_file_digest(tree / name) != digest for name, digest in patched.items()):
             say("applying ggml-patch/hooks.patch")
             files = _patched(sdist, pin, hooks, also=set(patched))
             for name, content in files.items():
@@ -92,9 +90,7 @@ def worktree(directory: Path, pin: Pin) -> None:
         _apply(directory, _hooks(), "--reject")
     except BuildError:  # expected after a bump of the pin: what applied is applied
         rejected = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.rej"))
-        raise BuildError(
-            f"{directory} is there, but these hunks must be worked in by hand: {', '.join(rejected)}"
-        ) from None
+        raise BuildError(f"{directory} is there, but these hunks must be worked in by hand: {', '.join(rejected)}") from None
 
 
 def regenerate(directory: Path, pin: Pin) -> None:
@@ -128,9 +124,7 @@ def _hooks() -> bytes:
     try:
         return HOOKS.read_bytes()
     except FileNotFoundError:
-        raise BuildError(
-            "ggml-patch/hooks.patch is missing: restore it from git (git checkout ggml-patch/hooks.patch)"
-        ) from None
+        raise BuildError("ggml-patch/hooks.patch is missing: restore it from git (git checkout ggml-patch/hooks.patch)") from None
 
 
 def _touched(patch: bytes) -> list[str]:
@@ -157,9 +151,7 @@ def _apply(tree: Path, patch: bytes, *options: str) -> None:
         command = ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=nowarn", *options, "-"]
         done = subprocess.run(command, cwd=tree, input=patch, env=environment, capture_output=True)
     except FileNotFoundError:
-        raise BuildError(
-            "git is not installed, and the build applies its patch with it: install git and run it again"
-        ) from None
+        raise BuildError("git is not installed, and the build applies its patch with it: install git and run it again") from None
     if done.returncode:
         where = done.stderr.decode(errors="replace").strip().splitlines() or ["git apply failed"]
         raise BuildError(
@@ -244,9 +236,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     commands.add_parser("regenerate").add_argument("tree", type=Path)
     options = parser.parse_args(arguments)
     try:
-        {"sync": sync, "worktree": worktree, "regenerate": regenerate}[options.command](
-            options.tree.resolve(), Pin.load()
-        )
+        {"sync": sync, "worktree": worktree, "regenerate": regenerate}[options.command](options.tree.resolve(), Pin.load())
     except BuildError as error:
         sys.exit(f"lt-gguf: error: {error}")
 

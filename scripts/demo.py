@@ -155,7 +155,9 @@ def quantize(source: Path, name: str) -> Path:
     except subprocess.CalledProcessError as error:
         if error.returncode < 0:
             sys.exit(f"error: {crash.describe_death('llama-quantize', f'quantizing to {name}', -error.returncode)}")
-        sys.exit(f"error: llama-quantize: {(error.output.decode(errors='replace').strip().splitlines() or ['no reason given'])[-1]}")
+        sys.exit(
+            f"error: llama-quantize: {(error.output.decode(errors='replace').strip().splitlines() or ['no reason given'])[-1]}"
+        )
     finally:
         unfinished.unlink(missing_ok=True)
 

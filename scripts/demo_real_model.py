@@ -53,7 +53,11 @@ class Fact(NamedTuple):
 
 
 FACTS = (
-    Fact("The meeting with the engineers takes place in room 417.", "In which room does the meeting with the engineers take place?", "417"),
+    Fact(
+        "The meeting with the engineers takes place in room 417.",
+        "In which room does the meeting with the engineers take place?",
+        "417",
+    ),
     Fact("The name of Anna's dog is Biscuit.", "What is the name of Anna's dog?", "Biscuit"),
     Fact("The red lighthouse was built in the year 1874.", "In which year was the red lighthouse built?", "1874"),
     Fact("Dr. Weber's favourite instrument is the cello.", "What is Dr. Weber's favourite instrument?", "cello"),
@@ -90,7 +94,9 @@ def run(folder: Path) -> None:
     for attention, streaming in (("full", "off"), ("hybrid", None)):
         llm = Llama(str(hybrid), streaming=streaming, n_ctx=N_CTX, n_batch=512, flash_attn=True, verbose=False)
         text = text or make_text(llm)
-        with console.status(f"{attention}: reading {N_TEXT:,} tokens on {usable_cores()} cores, then answering {len(FACTS)} questions"):
+        with console.status(
+            f"{attention}: reading {N_TEXT:,} tokens on {usable_cores()} cores, then answering {len(FACTS)} questions"
+        ):
             conversations[attention] = converse(llm, text)
         llm.close()
     console.print(answers_table(conversations))

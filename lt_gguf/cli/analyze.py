@@ -25,7 +25,8 @@ from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAUL
 @model_options.takes_options(model_options.LoadOptions)
 def analyze(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=f"Folder of a Hugging Face checkpoint, or its hub id; or {model_options.MODEL_HELP}")
+        str,
+        typer.Argument(metavar="MODEL", help=f"Folder of a Hugging Face checkpoint, or its hub id; or {model_options.MODEL_HELP}"),
     ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the report and its pictures; it is made.")] = None,
     select: Annotated[
@@ -57,7 +58,10 @@ def analyze(
         ),
     ] = None,
     puzzles: Annotated[
-        int, typer.Option(metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto).")
+        int,
+        typer.Option(
+            metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto)."
+        ),
     ] = DEFAULT_PUZZLES,
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK,
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW,

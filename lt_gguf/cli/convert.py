@@ -41,7 +41,9 @@ def convert(
     from lt_gguf import conversion
 
     if models.is_named(checkpoint) or (checkpoint.endswith(".gguf") and Path(checkpoint).is_file()):
-        raise ValueError(f"{checkpoint}: is a GGUF file, not a checkpoint: lt-gguf flag {checkpoint} OUT.gguf says which layers stream")
+        raise ValueError(
+            f"{checkpoint}: is a GGUF file, not a checkpoint: lt-gguf flag {checkpoint} OUT.gguf says which layers stream"
+        )
     with _progress() as progress:
         converted = conversion.convert(checkpoint, outfile, progress=progress, **asdict(options))
     if options.dry_run:
@@ -59,7 +61,9 @@ def main() -> None:
 
 def _print_plan(converted: Converted) -> None:
     plan = converted.plan
-    before = "" if len(plan.files) == len(converted.files) and plan.files[0].name == converted.files[0].name else " before quantization"
+    before = (
+        "" if len(plan.files) == len(converted.files) and plan.files[0].name == converted.files[0].name else " before quantization"
+    )
     for file, planned in zip(converted.files, plan.files):
         print(f"{file}: {planned.n_tensors} tensors, {format_bytes(planned.n_bytes)}{before}")
     if converted.spec is None:

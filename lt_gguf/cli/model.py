@@ -50,10 +50,15 @@ Context = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature of sampling; 0: always the most likely token.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling; -1: another one each time.")]
-Threads = Annotated[int, typer.Option("--threads", "-t", help=f"CPU threads; 0: the physical cores that the process may use, here {usable_cores()}.")]
+Threads = Annotated[
+    int,
+    typer.Option("--threads", "-t", help=f"CPU threads; 0: the physical cores that the process may use, here {usable_cores()}."),
+]
 GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", "-ngl", help="Layers to run on the GPU, if there is one; -1: all.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Tokens of a prompt that are read at once.")]
-FlashAttention = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention; it rounds a cache of type f32 to f16.")]
+FlashAttention = Annotated[
+    bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention; it rounds a cache of type f32 to f16.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log on stderr.")]
 
 DEFAULT_CONTEXT = 4096

@@ -14,7 +14,8 @@ from lt_gguf.cli import model
 def run(
     file: model.ModelOrDefault = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to continue; without it, or with -: standard input.", show_default=False)
+        str | None,
+        typer.Option("--prompt", "-p", help="Text to continue; without it, or with -: standard input.", show_default=False),
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to generate; -1: until the context is full.")] = -1,
     temperature: model.Temperature = model.DEFAULT_TEMPERATURE,
@@ -38,7 +39,9 @@ def run(
 def read_prompt() -> str:
     """All of standard input. Raises ValueError: it isn't text in UTF-8, or there is nothing."""
     if sys.stdin is not None and sys.stdin.isatty():
-        print("the prompt is read from here until Ctrl-D at the beginning of a line (-p TEXT gives one)", file=sys.stderr, flush=True)
+        print(
+            "the prompt is read from here until Ctrl-D at the beginning of a line (-p TEXT gives one)", file=sys.stderr, flush=True
+        )
     try:
         text = sys.stdin.read() if sys.stdin is not None else ""
     except UnicodeDecodeError as error:

@@ -16,7 +16,8 @@ def show(asked: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=show, is_eager=True, help="Show the versions of lt-gguf and llama.cpp, and the backends.")
+    bool,
+    typer.Option("--version", callback=show, is_eager=True, help="Show the versions of lt-gguf and llama.cpp, and the backends."),
 ]
 
 

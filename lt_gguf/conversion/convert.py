@@ -289,9 +289,7 @@ class _Conversion:
             )
             if options.budget is None or options.ctx is None:
                 return self.strategy.select(request)
-            check_can_stream(
-                model.architecture, StreamingSpec((0,), model.n_layer), model.n_layer_main, model.why_not_streaming
-            )
+            check_can_stream(model.architecture, StreamingSpec((0,), model.n_layer), model.n_layer_main, model.why_not_streaming)
             return select_within(
                 self.strategy, request, model.kv_shape, options.budget, options.ctx, cache_type=options.kv_cache_type
             )
@@ -312,9 +310,7 @@ class _Conversion:
             )
         return quantized
 
-    def _report(
-        self, model: GGUFModel, spec: StreamingSpec, selection: Selection, measured: _Measured | None
-    ) -> Report:
+    def _report(self, model: GGUFModel, spec: StreamingSpec, selection: Selection, measured: _Measured | None) -> Report:
         takes_share = self.strategy.counts and self.options.budget is None
         return Report(
             self.hub_id or self.checkpoint.resolve().name,

@@ -82,9 +82,9 @@ class Options:
     ] = None
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW
-    prefill: Annotated[
-        str, typer.Option(help="How a prompt is read: stream, or full (full attention in all layers).")
-    ] = DEFAULT_PREFILL
+    prefill: Annotated[str, typer.Option(help="How a prompt is read: stream, or full (full attention in all layers).")] = (
+        DEFAULT_PREFILL
+    )
 
     kv_budget: Annotated[
         str | None,
@@ -112,7 +112,10 @@ class Options:
         ),
     ] = None
     puzzles: Annotated[
-        int, typer.Option(metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto).")
+        int,
+        typer.Option(
+            metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto)."
+        ),
     ] = DEFAULT_PUZZLES
     w_last: Annotated[int, typer.Option(help="Last tokens of each sample whose attention is measured.")] = DEFAULT_W_LAST
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
@@ -135,9 +138,7 @@ class Options:
     ] = False
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model.")] = None
     metadata: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file with general.* keys, such as the author.")] = None
-    remote: Annotated[
-        bool, typer.Option("--remote", help="Stream the weights from the hub; nothing can be measured then.")
-    ] = False
+    remote: Annotated[bool, typer.Option("--remote", help="Stream the weights from the hub; nothing can be measured then.")] = False
     mistral_format: Annotated[bool, typer.Option("--mistral-format", help="The checkpoint is in Mistral's own format.")] = False
     disable_mistral_community_chat_template: Annotated[
         bool, typer.Option("--disable-mistral-community-chat-template", help="Use mistral-common's tokenizer instead.")

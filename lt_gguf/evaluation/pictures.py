@@ -161,9 +161,7 @@ def _draw_panel(axes: Axes, scores: Any, numbers: bool) -> Any:
     return fields
 
 
-def _draw_bar(
-    axes: Axes, x: float, estimate: Estimate, width: float, style: dict[str, Any], percent: bool, numbers: bool
-) -> None:
+def _draw_bar(axes: Axes, x: float, estimate: Estimate, width: float, style: dict[str, Any], percent: bool, numbers: bool) -> None:
     axes.bar(x, estimate.value, width=width, **style)
     top = estimate.value
     if math.isfinite(estimate.low) and math.isfinite(estimate.high):  # else too few samples to say

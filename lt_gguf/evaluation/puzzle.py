@@ -64,9 +64,7 @@ class Part:
     hidden: bool
 
 
-def hide(
-    rng: np.random.Generator, filler: Sequence[str], puzzles: Sequence[Puzzle], depth: float | None = None
-) -> Iterator[Part]:
+def hide(rng: np.random.Generator, filler: Sequence[str], puzzles: Sequence[Puzzle], depth: float | None = None) -> Iterator[Part]:
     """The filler with the statements of all puzzles in it, each place as likely.
 
     Args:

@@ -174,9 +174,7 @@ def _integer(metadata: Mapping[str, Typed], key: str, default: int) -> int:
     return found
 
 
-def _per_layer(
-    metadata: Mapping[str, Typed], key: str, layers: LayerCount, default: tuple[int, ...]
-) -> tuple[int, ...]:
+def _per_layer(metadata: Mapping[str, Typed], key: str, layers: LayerCount, default: tuple[int, ...]) -> tuple[int, ...]:
     """One number for each of all layers; a file gives either one for all or an array."""
     found = metadata.get(key)
     if found is None:

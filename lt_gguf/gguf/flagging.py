@@ -88,9 +88,7 @@ def flag(
     return destinations
 
 
-def flag_in_place(
-    path: str | os.PathLike[str], spec: StreamingSpec | None, provenance: Provenance | None = None
-) -> bool:
+def flag_in_place(path: str | os.PathLike[str], spec: StreamingSpec | None, provenance: Provenance | None = None) -> bool:
     """Changes the streaming metadata of the model at `path` where it stands, if that is safe; the arguments are `flag`'s.
 
     It is safe if nothing moves and all that changes lies in one sector of the disk: a single write of it can't be
@@ -134,9 +132,7 @@ def flag_in_place(
     return True
 
 
-def _new_metadata(
-    source: Path, layout: GGUFLayout, spec: StreamingSpec | None, provenance: Provenance | None
-) -> dict[str, Typed]:
+def _new_metadata(source: Path, layout: GGUFLayout, spec: StreamingSpec | None, provenance: Provenance | None) -> dict[str, Typed]:
     """Our keys in the model at `source` when it has the new spec.
 
     Raises:

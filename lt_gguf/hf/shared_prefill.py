@@ -49,9 +49,7 @@ class CheckpointScorer:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     @torch.inference_mode()
-    def logprobs(
-        self, prompt: Sequence[int], answer: Sequence[int], specs: Sequence[StreamingSpec | None]
-    ) -> list[np.ndarray]:
+    def logprobs(self, prompt: Sequence[int], answer: Sequence[int], specs: Sequence[StreamingSpec | None]) -> list[np.ndarray]:
         """The log-probabilities at the place of each token of the answer, for each spec (`None`: full attention).
 
         Args:

@@ -52,9 +52,7 @@ def smallest_number(
     )
 
 
-def kv_bytes(
-    shape: KVShape, layers: Sequence[int], *, sink: int, window: int, n_ctx: int, cache_type: str, n_ubatch: int
-) -> int:
+def kv_bytes(shape: KVShape, layers: Sequence[int], *, sink: int, window: int, n_ctx: int, cache_type: str, n_ubatch: int) -> int:
     """Bytes that a context of one sequence allocates for K and V if `layers` stream. Raises ValueError as `kv_memory`."""
     spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window)
     return kv_memory(shape, spec, n_ctx, type_k=cache_type, n_ubatch=n_ubatch).total

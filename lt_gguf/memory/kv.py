@@ -50,9 +50,7 @@ class KVShape:
     head_size_k: int
     head_size_v: int
 
-    def token_bytes(
-        self, il: int, type_k: str = DEFAULT_CACHE_TYPE, type_v: str | None = None, flash_attn: bool = True
-    ) -> int:
+    def token_bytes(self, il: int, type_k: str = DEFAULT_CACHE_TYPE, type_v: str | None = None, flash_attn: bool = True) -> int:
         """Bytes of K and V that a token takes in layer `il`.
 
         Raises:

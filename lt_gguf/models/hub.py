@@ -67,7 +67,9 @@ def ask(name: str, kind: str) -> tuple[list[str], str | None]:
 def not_whole(name: str, kind: str, reason: str | None, error: Exception | None = None) -> OSError:
     """The error to raise when neither the hub, for the `reason` of `ask`, nor the local cache gives all of the model."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(f"{name}: the disk of huggingface_hub's cache is full: free some space, or set HF_HOME to a folder elsewhere")
+        return OSError(
+            f"{name}: the disk of huggingface_hub's cache is full: free some space, or set HF_HOME to a folder elsewhere"
+        )
     cause = reason or f"the download broke off ({type(error).__name__})"
     return OSError(f"{name}: {cause}, and the local cache doesn't have all of it: must be a {kind}, or try again with a connection")
 

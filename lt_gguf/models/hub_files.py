@@ -32,7 +32,8 @@ def fetch(
 ) -> Path:
     """The GGUF file of a model on the hub, the first one of a split model; what isn't in the local cache is downloaded.
 
-    huggingface_hub shows how far it is, and resumes a download that breaks off. Without a connection, or with HF_HUB_OFFLINE, the local cache is asked.
+    huggingface_hub shows how far it is, and resumes a download that breaks off. Without a connection, or with HF_HUB_OFFLINE,
+    the local cache is asked.
 
     Args:
         repo: ORG/NAME.
@@ -152,7 +153,9 @@ def _parts(repo: str, first: str, files: Sequence[str]) -> list[str]:
         return [first]
     parts = [f"{part['stem']}-{number:05}-of-{part['count']}.gguf" for number in range(1, int(part["count"]) + 1)]
     if missing := [file for file in parts if file not in files]:
-        raise ValueError(f"{repo}: {first} is the first of {len(parts)} files, of which {len(missing)} are missing: {_named(missing)}")
+        raise ValueError(
+            f"{repo}: {first} is the first of {len(parts)} files, of which {len(missing)} are missing: {_named(missing)}"
+        )
     return parts
 
 
@@ -161,9 +164,7 @@ def _named(files: Sequence[str]) -> str:
     return ", ".join(files[:_N_NAMED]) + more
 
 
-def _cached_files(
-    huggingface_hub: ModuleType, repo: str, local_dir: PathLike | None, cache_dir: PathLike | None
-) -> list[str]:
+def _cached_files(huggingface_hub: ModuleType, repo: str, local_dir: PathLike | None, cache_dir: PathLike | None) -> list[str]:
     """The files of the model that are on this machine, as they are named on the hub."""
     if local_dir is not None:
         folder = Path(local_dir)

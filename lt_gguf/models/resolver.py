@@ -12,9 +12,7 @@ from typing import Any
 from lt_gguf.models import hub
 from lt_gguf.models.named import MODELS
 
-FORMS = (
-    f"a GGUF file, a name ({', '.join(MODELS)}), or a model on the hub as ORG/NAME, ORG/NAME:Q4_K_M or ORG/NAME:*q8_0*.gguf"
-)
+FORMS = f"a GGUF file, a name ({', '.join(MODELS)}), or a model on the hub as ORG/NAME, ORG/NAME:Q4_K_M or ORG/NAME:*q8_0*.gguf"
 
 
 def resolve(model: str | os.PathLike[str], forms: str = FORMS) -> Path:

@@ -130,9 +130,7 @@ def draw(model: GGUFModel, spec: StreamingSpec | None, path: Path) -> None:
     plots.check()
     ratios = _lazy_ratios(model)
     if not ratios:
-        raise ValueError(
-            f"{model.path}: has no lazy ratios to draw: lt-gguf analyze measures them, lt-gguf flag --from adds them"
-        )
+        raise ValueError(f"{model.path}: has no lazy ratios to draw: lt-gguf analyze measures them, lt-gguf flag --from adds them")
     layers = spec.layers if spec else ()
     subtitle = _describe_calibration(_calibration(model))
     plots.save_as(plots.lazy_ratio_bars(ratios, layers, f"Lazy ratios of {model.name}", subtitle), path)

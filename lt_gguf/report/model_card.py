@@ -28,9 +28,7 @@ class KVRow(NamedTuple):
     hybrid: int
 
 
-def kv_rows(
-    shape: KVShape, spec: StreamingSpec, n_ctx_train: int = 0, cache_type: str = DEFAULT_CACHE_TYPE
-) -> list[KVRow]:
+def kv_rows(shape: KVShape, spec: StreamingSpec, n_ctx_train: int = 0, cache_type: str = DEFAULT_CACHE_TYPE) -> list[KVRow]:
     """The rows of a card's table of memory, up to the context size that the model was trained for, if that is known.
 
     Raises:
@@ -51,7 +49,7 @@ def model_card(
     report: Report,
     files: Sequence[Path],
     base_model: str | None,
-    license: str | None,
+    license_id: str | None,
     kv: Sequence[KVRow] = (),
     *,
     cache_type: str = DEFAULT_CACHE_TYPE,
@@ -62,7 +60,7 @@ def model_card(
     Args:
         files: the GGUF files, as they lie beside the card.
         base_model: hub id of the checkpoint, as in `org/name`; anything else is named in the text only.
-        license: of the checkpoint, as its own card says; left out if unknown.
+        license_id: of the checkpoint, as its own card says; left out if unknown.
         kv: rows of the table of memory.
         cache_type: type of the KV cache that they are for.
         folder: where the report's pictures lie, seen from the card; beside it if empty.
@@ -71,7 +69,7 @@ def model_card(
     first = files[0].name if files else "model.gguf"
     of = f" of {_link(base_model)}" if base_model else ""
     parts = [
-        _front_matter(report, base_model, license),
+        _front_matter(report, base_model, license_id),
         f"# {title}",
         f"A GGUF file{of} in which {len(report.spec.layers)} of {report.spec.n_layer} attention layers keep a KV cache of "
         f"constant size: sinks and a window (LightTransfer, {PAPER}). The weights are those of the "
@@ -156,11 +154,11 @@ def _folded(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
 
 
-def _front_matter(report: Report, base_model: str | None, license: str | None) -> str:
+def _front_matter(report: Report, base_model: str | None, license_id: str | None) -> str:
     # note: a JSON string is a YAML string too, whatever is in it
     lines = ["---"]
-    if license:
-        lines.append(f"license: {json.dumps(license)}")
+    if license_id:
+        lines.append(f"license: {json.dumps(license_id)}")
     if base_model and _is_hub_id(base_model):
         lines += [f"base_model: {json.dumps(base_model)}", "base_model_relation: quantized"]
     lines += ["library_name: gguf", "pipeline_tag: text-generation", "tags:"]

@@ -60,14 +60,15 @@ def lazy_ratio_bars(ratios: Sequence[float], layers: Collection[int], title: str
     kinds = [(True, f"streams ({len(layers)})"), (False, f"full attention ({len(ratios) - len(layers)})")]
     figure.legend(
         handles=[Patch(label=label, **_style(streams)) for streams, label in kinds],
-        loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
     )
     return figure
 
 
-def ratio_heat_map(
-    ratios_by_sample: Sequence[Sequence[float]], layers: Collection[int], title: str, subtitle: str = ""
-) -> Figure:
+def ratio_heat_map(ratios_by_sample: Sequence[Sequence[float]], layers: Collection[int], title: str, subtitle: str = "") -> Figure:
     """A field for each layer (across) and sample (down), brighter where the layer is lazier.
 
     Args:

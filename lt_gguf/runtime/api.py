@@ -64,9 +64,7 @@ _lt_prompt_begin = _bind(
 )
 _lt_set_prompt_limit = _bind("lt_set_prompt_limit", None, _CONTEXT, ctypes.c_size_t)
 _lt_seq_in_prompt = _bind("lt_seq_in_prompt", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id)
-_lt_lazy_ratios = _bind(
-    "lt_lazy_ratios", ctypes.c_int32, _CONTEXT, ctypes.POINTER(ctypes.c_float), ctypes.c_int32
-)
+_lt_lazy_ratios = _bind("lt_lazy_ratios", ctypes.c_int32, _CONTEXT, ctypes.POINTER(ctypes.c_float), ctypes.c_int32)
 
 
 def model_spec(model: int) -> str:

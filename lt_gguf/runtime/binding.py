@@ -31,9 +31,7 @@ class BindingFinder:
     def __init__(self, carried: Path | None, imported: Callable[[ModuleType], None]) -> None:
         self.carried, self.imported = carried, imported
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != PACKAGE:
             return None
         spec = PathFinder.find_spec(name, [str(self.carried)] if self.carried else path, target)

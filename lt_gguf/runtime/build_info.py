@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from lt_gguf.runtime.library import LIBRARY, library_dir, load_llama_cpp
 
 _COMMON = LIBRARY.replace("libllama.", "libllama-common.")
-_COMMIT = "_Z12llama_commitv"  # llama_commit() of llama.cpp's common/build-info.h; it is C++, whose names look so on Linux and macOS
+_COMMIT = (
+    "_Z12llama_commitv"  # llama_commit() of llama.cpp's common/build-info.h; it is C++, whose names look so on Linux and macOS
+)
 _FEATURES = b"ggml_backend_get_features"  # of ggml-backend.h
 
 

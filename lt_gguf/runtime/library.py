@@ -78,9 +78,7 @@ def use_our_libraries() -> None:
     carried = _carried_binding()
     version = BINDING_VERSION if carried else _binding_version()
     if version not in (None, BINDING_VERSION):
-        raise LibraryError(
-            f"{BINDING} {version} is installed, but lt-gguf's libraries need {BINDING_VERSION}: {_how_to_install()}"
-        )
+        raise LibraryError(f"{BINDING} {version} is installed, but lt-gguf's libraries need {BINDING_VERSION}: {_how_to_install()}")
     if not any(isinstance(finder, BindingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, BindingFinder(carried, _load_backends))
     if binding is not None and hasattr(binding, "llama_cpp"):
@@ -116,9 +114,7 @@ def _package_part(name: str) -> Path:
     except metadata.PackageNotFoundError:
         installed = None
     if installed is None or not installed.is_dir():
-        raise LibraryError(
-            f"lt-gguf's {name}/ is missing: it is compiled by `pip install .` in the checkout (or `make build`)"
-        )
+        raise LibraryError(f"lt-gguf's {name}/ is missing: it is compiled by `pip install .` in the checkout (or `make build`)")
     return installed.resolve()
 
 
@@ -150,8 +146,7 @@ def _check_libraries(binding: ModuleType, directory: Path) -> None:
         return
     if Path(loaded._name).resolve().parent != directory:
         raise LibraryError(
-            f"llama_cpp was imported with {loaded._name} before lt_gguf, which needs {directory / LIBRARY}: "
-            "import lt_gguf first"
+            f"llama_cpp was imported with {loaded._name} before lt_gguf, which needs {directory / LIBRARY}: import lt_gguf first"
         )
 
 

@@ -8,7 +8,8 @@ from lt_gguf.spec.in_config import KEY, read_spec
 
 
 class Trained(Strategy):
-    """The layers, sinks, window and prefill mode of LightTransfer-Train (`lt_gguf.training`); the selection is called what chose them there.
+    """The layers, sinks, window and prefill mode of LightTransfer-Train (`lt_gguf.training`); the selection
+    is called what chose them there.
 
     What a model was trained with isn't changed by the way: other sinks or another window than its own are refused.
     """

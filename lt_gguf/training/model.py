@@ -21,8 +21,16 @@ CURVE = "loss"  # .png and .svg
 
 # What a checkpoint's folder holds besides its config and its weights that the new one needs, too.
 _KEPT = (
-    "tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "generation_config.json", "LICENSE*",
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
 )
 
 

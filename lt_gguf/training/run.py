@@ -56,7 +56,11 @@ class Run:
         config = SimpleNamespace()
         write_spec(config, chosen.spec, chosen.provenance)
         self._content = {
-            "asked": self._asked, "n_layer": chosen.spec.n_layer, "config": vars(config), "reason": chosen.reason, "losses": {},
+            "asked": self._asked,
+            "n_layer": chosen.spec.n_layer,
+            "config": vars(config),
+            "reason": chosen.reason,
+            "losses": {},
         }
         self.save()
 

@@ -120,10 +120,14 @@ def main() -> None:
         predicted = bytes_read(model, None, depth) / bytes_read(model, spec, depth)
         full, hybrid = (statistics.median(column) for column in zip(*speeds))
         ratio = statistics.median(ratios)
-        rows.append(f"| {depth} | {full:.1f} | {hybrid:.1f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {predicted:.2f} | {ratio / predicted:.0%} |")
+        rows.append(
+            f"| {depth} | {full:.1f} | {hybrid:.1f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {predicted:.2f} | {ratio / predicted:.0%} |"
+        )
 
     print(f"{path.name}, {spec}, f16 cache, flash attention, {options.threads} threads, {options.repeats} pairs of runs\n")
-    print("| tokens in the cache | full, tokens/s | hybrid, tokens/s | hybrid ÷ full, median (range) | predicted from bytes | measured ÷ predicted |")
+    print(
+        "| tokens in the cache | full, tokens/s | hybrid, tokens/s | hybrid ÷ full, median (range) | predicted from bytes | measured ÷ predicted |"
+    )
     print("| --: | --: | --: | --: | --: | --: |")
     print("\n".join(rows))
 

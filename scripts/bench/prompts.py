@@ -70,7 +70,9 @@ def in_turn(names: Iterable[str], i: int) -> Iterator[str]:
     return itertools.islice(itertools.cycle(names), i % len(names), i % len(names) + len(names))
 
 
-def measure(model: Model, specs: dict[str, str], n_tokens: int, options: argparse.Namespace, timed_log: TimedLog, progress: Progress) -> Measured:
+def measure(
+    model: Model, specs: dict[str, str], n_tokens: int, options: argparse.Namespace, timed_log: TimedLog, progress: Progress
+) -> Measured:
     """Reads a prompt of `n_tokens` in a context for each spec, and measures what the parts ask for."""
     tokens = np.random.default_rng(n_tokens).integers(0, model.n_vocab, n_tokens).tolist()
     # note: two small batches at the end: before them a state is saved, and what a restored one still has to do falls to the first
@@ -79,7 +81,9 @@ def measure(model: Model, specs: dict[str, str], n_tokens: int, options: argpars
     task = progress.add_task(f"{n_tokens} tokens: {', '.join(specs)}", total=n_tokens**2)
     repeats_end = len(specs) > 1
     with ExitStack() as stack:
-        readers = {name: stack.enter_context(Reader(model, spec, n_tokens, options.threads, timed_log)) for name, spec in specs.items()}
+        readers = {
+            name: stack.enter_context(Reader(model, spec, n_tokens, options.threads, timed_log)) for name, spec in specs.items()
+        }
         if "hybrid" in readers:
             measured.memory["before"] = readers["hybrid"].kv_bytes()
         if not options.undeclared:
@@ -158,7 +162,9 @@ def decode_table(model: GGUFModel, results: Sequence[Measured], n_tokens: int) -
             full, other = (statistics.median(result.speeds[n]) for n in ("full", name))
             predicted = bytes_read(model, None, depth) / bytes_read(model, spec, depth)
             share = statistics.median(ratios) / predicted
-            rows.append(f"{result.n_tokens} | {name} ({len(spec.layers)} streaming) | {full:.1f} | {other:.1f} | {spread(ratios, '.2f')} | {predicted:.2f} | {share:.0%}")
+            rows.append(
+                f"{result.n_tokens} | {name} ({len(spec.layers)} streaming) | {full:.1f} | {other:.1f} | {spread(ratios, '.2f')} | {predicted:.2f} | {share:.0%}"
+            )
     table(
         "Decoding after the prompt",
         "prompt, tokens | hybrid | full, tokens/s | hybrid, tokens/s | hybrid ÷ full, median (range) | predicted from bytes | measured ÷ predicted",
@@ -254,7 +260,9 @@ def measure_edit(path: Path, spec: StreamingSpec, options: argparse.Namespace, p
     table(
         "Editing the last message",
         "conversation, tokens | after the edit, s to the first token, median (range) | tokens read | read from nothing, s | tokens read | times faster",
-        [f"{len(edited)} | {spread(seconds, '.2f')} | {', '.join(map(str, n_read))} | {again:.1f} | {n_again} | {again / statistics.median(seconds):.0f}"],
+        [
+            f"{len(edited)} | {spread(seconds, '.2f')} | {', '.join(map(str, n_read))} | {again:.1f} | {n_again} | {again / statistics.median(seconds):.0f}"
+        ],
         f"{N_TURNS} turns with answers of {N_ANSWER} tokens; the second half of the last message, of {N_MESSAGE} tokens, is another one. {held}. Goal at 16384 tokens: at least 20 times.",
     )
 
@@ -295,15 +303,26 @@ def parse_arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a GGUF file (default: decode.py's, with random weights)")
-    parser.add_argument("--streaming", help="spec of the hybrid (default: the file's, else every other layer, sink 4, window 1020), always with prefill = full")
-    parser.add_argument("--depths", type=numbers, default=[8192, 32768], help="lengths of the prompts, in tokens; auto has 4096 and the largest")
+    parser.add_argument(
+        "--streaming",
+        help="spec of the hybrid (default: the file's, else every other layer, sink 4, window 1020), always with prefill = full",
+    )
+    parser.add_argument(
+        "--depths", type=numbers, default=[8192, 32768], help="lengths of the prompts, in tokens; auto has 4096 and the largest"
+    )
     parser.add_argument("--edit-depth", type=int, default=16384, help="length of the conversation that is edited, in tokens")
     parser.add_argument("--repeats", type=int, default=5, help="of what isn't reading a prompt")
     parser.add_argument("--n-tokens", type=int, default=32, help="to decode in each run")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(PARTS), help=f"parts of {','.join(PARTS)}")
-    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor instead of the clock, for a machine with other work; one thread")
-    parser.add_argument("--undeclared", action="store_true", help="don't announce prompts (lt_prompt_begin), as llama.cpp's tools don't")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="seconds of the processor instead of the clock, for a machine with other work; one thread",
+    )
+    parser.add_argument(
+        "--undeclared", action="store_true", help="don't announce prompts (lt_prompt_begin), as llama.cpp's tools don't"
+    )
     options = parser.parse_args()
     if unknown := options.only - set(PARTS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: must be of {', '.join(PARTS)}")

@@ -93,7 +93,9 @@ def build(machine: Machine, libraries: set[str], say: Callable[[str], None]) -> 
     links = [f"-L{machine.path}", "-Wl,-rpath,$ORIGIN", "-lllama", "-lggml", "-lggml-base", "-ldl"]
     compile_(machine, "driver", [*flags, *includes], [HERE / "driver.cpp"], links)
     if machine is Machine.X86_64:
-        compile_(machine, "amx_emulator.so", [*flags, "-O3", "-mavx512f", "-shared", "-fPIC"], [HERE / "amx_emulator.cpp"], ["-ldl"])
+        compile_(
+            machine, "amx_emulator.so", [*flags, "-O3", "-mavx512f", "-shared", "-fPIC"], [HERE / "amx_emulator.cpp"], ["-ldl"]
+        )
     say(f"built for {machine.value} in {time.monotonic() - start:.0f} s")
 
 

@@ -86,7 +86,11 @@ class Result:
         exact = [row["difference"] for row in self.measurements if "full" not in row]
         ratios = [row["difference"] / row["full"] for row in self.measurements if "full" in row]
         noise = [row["noise"] for row in self.measurements if "noise" in row]
-        numbers = [f"{max(exact):.1e}" if exact else "", f"{max(ratios):.2f}" if ratios else "", f"{max(noise):.3f}" if noise else ""]
+        numbers = [
+            f"{max(exact):.1e}" if exact else "",
+            f"{max(ratios):.2f}" if ratios else "",
+            f"{max(noise):.3f}" if noise else "",
+        ]
         passed = f"{self.passed} of {self.passed + self.failed}" if self.measurements or self.failed else ""
         return f"| {' | '.join([self.name, self.compiled_for, self.how, passed, *numbers])} |"
 

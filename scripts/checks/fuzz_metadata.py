@@ -34,7 +34,21 @@ RIGHT = {
 INTEGERS = [0, 1, 2, 3, 4, 255, 1020, 2**15, 2**31 - 33, 2**31 - 1, 2**31, 2**32 - 1, -1, -(2**31)]
 TEXTS = ["stream", "full", "", "Stream", "off", " stream", "ß" * 40, "x" * 3000, "%s%n", "\n", '"']
 ITEMS = ["layers", "sink", "window", "prefill", "=", ";", ",", "-", "all", "none", "off", " ", "0", "1", "2", "3", "-1", "99"]
-ITEMS += ["999999999999999999999", "stream", "full", "1-2", "0,2", "layers=1", "window=5", "sink=0", "prefill=stream", "\t", "+1", "1e3", "é"]
+ITEMS += [
+    "999999999999999999999",
+    "stream",
+    "full",
+    "1-2",
+    "0,2",
+    "layers=1",
+    "window=5",
+    "sink=0",
+    "prefill=stream",
+    "\t",
+    "+1",
+    "1e3",
+    "é",
+]
 
 
 class Finding(Exception):
@@ -70,7 +84,10 @@ def random_metadata(rng: random.Random) -> dict[str, tuple[str, object]]:
         if how < 0.15:
             del keys[name]
         elif how < 0.6:
-            keys[name] = (keys[name][0], scalar(rng, keys[name][0]) if name != "layers" else [rng.random() < 0.5] * rng.choice([0, 1, 2, 3, 4]))
+            keys[name] = (
+                keys[name][0],
+                scalar(rng, keys[name][0]) if name != "layers" else [rng.random() < 0.5] * rng.choice([0, 1, 2, 3, 4]),
+            )
         else:
             keys[name] = random_value(rng)
     return keys

@@ -36,7 +36,8 @@ def tables(rows: list[dict]) -> str:
         largest = max(exact, key=lambda row: row["difference"])
         parts.append(
             f"Logits, f32 KV, no flash attention: largest absolute difference (the bound is {largest['bound']:.0e}; "
-            f"largest of all {largest['difference']:.1e}, {largest['family']}, {largest['setting']})\n\n" + matrix(exact, largest_difference)
+            f"largest of all {largest['difference']:.1e}, {largest['family']}, {largest['setting']})\n\n"
+            + matrix(exact, largest_difference)
         )
     if relative:
         ratio = max(relative, key=lambda row: row["difference"] / row["full"])

@@ -26,7 +26,12 @@ from tiny_model import N_VOCAB, write_tiny_model
 
 SINK, WINDOW = 4, 124
 N_CTX_SEQ, N_PROMPT, N_KEEP, N_DISCARD = 768, 200, 16, 500
-LOGIT_TOLERANCE = {"f32": 1e-3, "f16": 5e-2, "bf16": 0.2, "q8_0": 0.2}  # of logits of size 1; where cells lie changes the order of sums
+LOGIT_TOLERANCE = {
+    "f32": 1e-3,
+    "f16": 5e-2,
+    "bf16": 0.2,
+    "q8_0": 0.2,
+}  # of logits of size 1; where cells lie changes the order of sums
 
 
 class SoakError(Exception):

@@ -237,7 +237,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="turns from one comparison with a fresh context to the next")
     parser.add_argument("--streaming", default=STREAMING, help="also auto:0.5;sink=4;window=124")
     parser.add_argument("--snapshot-limit", type=int, default=2**20, help="bytes")
-    parser.add_argument("--tolerance", type=float, default=8.0, help="MiB by which the process may grow in the second half of the turns")
+    parser.add_argument(
+        "--tolerance", type=float, default=8.0, help="MiB by which the process may grow in the second half of the turns"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     quiet = C.llama_log_callback(keep_line)

@@ -125,13 +125,21 @@ def check(wheel: Path, root: EmptyRoot) -> None:
         if (root.venv / "bin" / program).exists():
             raise CheckError(f"{program} is on the path: a wheel that needs it would pass")
 
-    tools = Path(root.run("python", "-c", "from lt_gguf.runtime.library import tool_path; print(tool_path('llama-bench'))").strip()).parent
+    tools = Path(
+        root.run("python", "-c", "from lt_gguf.runtime.library import tool_path; print(tool_path('llama-bench'))").strip()
+    ).parent
     names = sorted(path.name for path in tools.iterdir() if path.suffix != ".so")
-    missing = {"llama-server", "llama-cli", "llama-bench", "llama-quantize", "llama-perplexity", "llama-imatrix", "rpc-server"} - {*names}
+    missing = {"llama-server", "llama-cli", "llama-bench", "llama-quantize", "llama-perplexity", "llama-imatrix", "rpc-server"} - {
+        *names
+    }
     if missing:
         raise CheckError(f"the wheel lacks tools: {', '.join(sorted(missing))}")
     for name in sorted({*names} - {"llama-quantize"}):  # whose help is an error; it has work to do below
-        expect(root.run(tools / name, "--version" if name == "llama-server" else "--help"), "version|usage", f"{name} says nothing of itself")
+        expect(
+            root.run(tools / name, "--version" if name == "llama-server" else "--help"),
+            "version|usage",
+            f"{name} says nothing of itself",
+        )
 
     check_libraries(root.run("python", "-c", LOAD, tools.parent), root.venv)
 
@@ -142,7 +150,9 @@ def check(wheel: Path, root: EmptyRoot) -> None:
     expect(root.run("lt-gguf", "inspect", "model.gguf"), "streaming", "inspect doesn't say what streams")
     root.run("lt-gguf", "run", "model.gguf", "-p", "word7 word8", "-n", 8, "--ctx", 512)
     expect(
-        root.run("lt-gguf", "chat", "model.gguf", "-n", 8, "--ctx", 1024, text="word1 word2\n/retry\n/exit\n"), "KV", "chat says nothing"
+        root.run("lt-gguf", "chat", "model.gguf", "-n", 8, "--ctx", 1024, text="word1 word2\n/retry\n/exit\n"),
+        "KV",
+        "chat says nothing",
     )
     bench = root.run(tools / "llama-bench", "-m", "model.gguf", "-p", 64, "-n", 8, "-r", 1, "-t", 1)
     expect(bench, r"tg8 \|\s+[\d.]+", "llama-bench measured nothing")

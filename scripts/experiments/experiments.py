@@ -56,7 +56,15 @@ class Experiments:
         self.file = self.gguf(self.checkpoint, "f16")
         self.scorer = CheckpointScorer(self.checkpoint)
         self.choice: Choice = choose(
-            self.work / "layers.json", self.checkpoint, self.file, self.scorer, self.length, SINK, WINDOW, self.threads, self.progress,
+            self.work / "layers.json",
+            self.checkpoint,
+            self.file,
+            self.scorer,
+            self.length,
+            SINK,
+            WINDOW,
+            self.threads,
+            self.progress,
         )
         self.measured = Measured(self.checkpoint, self.work, self.length, self.scorer.n_layer, self.choice)
         self.spec = self.measured.spec
@@ -76,7 +84,11 @@ class Experiments:
     def run(self, name: str, file: Path, specs: list[str], cache_type: str = "f16", n_parallel: int = 1, asked=None) -> None:
         """Asks on the runtime."""
         options = ScorerOptions(
-            n_ctx=self.length, n_parallel=n_parallel, n_threads=self.threads, cache_type_k=cache_type, cache_type_v=cache_type,
+            n_ctx=self.length,
+            n_parallel=n_parallel,
+            n_threads=self.threads,
+            cache_type_k=cache_type,
+            cache_type_v=cache_type,
         )
         with Scorer(file, FULL, options) as scorer, self.journal(name, file=model_hash(file), cache=cache_type) as journal:
             ask_runtime(scorer, specs, asked or self.asked, journal, self.progress)
@@ -136,7 +148,8 @@ def progress_bar() -> Iterator[Progress]:
 def main(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = ROOT / "models" / "demo",
     work_dir: Annotated[
-        Path, typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
+        Path,
+        typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
     ] = ROOT / "build" / "experiments",
     out: Annotated[Path, typer.Option(file_okay=False, help="folder of results.md and its pictures")] = ROOT / "docs",
     only: Annotated[list[str] | None, typer.Option(help=f"a part: {', '.join(PARTS)}; may be given several times")] = None,

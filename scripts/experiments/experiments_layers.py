@@ -42,7 +42,14 @@ class Choice:
 
 
 def choose(
-    path: Path, checkpoint: Path, file: Path, tokenizer: Tokenizer, length: int, sink: int, window: int, threads: int,
+    path: Path,
+    checkpoint: Path,
+    file: Path,
+    tokenizer: Tokenizer,
+    length: int,
+    sink: int,
+    window: int,
+    threads: int,
     progress: Callable[[str, int, int], None],
 ) -> Choice:
     """What all strategies choose; read from `path` if an earlier run has left it there.

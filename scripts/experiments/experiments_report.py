@@ -119,7 +119,9 @@ class _Report:
             for strategy in ("auto", "lazy-ratio"):
                 layers = self.layers[f"{strategy} {percent} %"]
                 rows.append((f"{percent} %, {strategy}", "Test", self._test_mode(layers)))
-                rows.append((f"{percent} %, {strategy}", "stream", self.records.scores("stream", self.measured.spec(layers, "stream"))))
+                rows.append(
+                    (f"{percent} %, {strategy}", "stream", self.records.scores("stream", self.measured.spec(layers, "stream")))
+                )
         return self._table(("layers that stream", "mode"), rows)
 
     def sinks(self) -> str:
@@ -143,7 +145,11 @@ class _Report:
     def types(self) -> str:
         """Types of cache and weights, full beside hybrid."""
         hybrid = self.measured.spec(self.layers["auto 50 %"])
-        runs = {"f16": "layers"} | {f"KV {t}": f"cache-{t}" for t in CACHE_TYPES} | {f"weights {t}": f"weights-{t}" for t in WEIGHT_TYPES}
+        runs = (
+            {"f16": "layers"}
+            | {f"KV {t}": f"cache-{t}" for t in CACHE_TYPES}
+            | {f"weights {t}": f"weights-{t}" for t in WEIGHT_TYPES}
+        )
         rows = []
         for name, journal in runs.items():
             full = self.records.scores(journal, FULL)

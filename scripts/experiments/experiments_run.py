@@ -36,9 +36,7 @@ def turn_of(question: Question) -> int:
     return question.index * (1 if question.depth is None else len(DEPTHS))
 
 
-def ask_runtime(
-    scorer: Scorer, specs: Sequence[str], asked: Sequence[Question], journal: Journal, progress: Progress
-) -> None:
+def ask_runtime(scorer: Scorer, specs: Sequence[str], asked: Sequence[Question], journal: Journal, progress: Progress) -> None:
     """Asks what `journal` doesn't have, one spec after the other, each prompt read again for each."""
     for spec in specs:
         missing = [question for question in asked if (spec, question) not in journal.records]

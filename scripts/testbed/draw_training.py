@@ -20,7 +20,8 @@ SMOOTHED = 3  # log records that are averaged: each has few rows
 
 
 def draw_training(
-    log: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], out: Annotated[Path, typer.Argument()],
+    log: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Argument()],
 ) -> None:
     """The losses of plain text and of looked-up answers, answers that are right, and how far each layer looks."""
     import matplotlib
@@ -50,7 +51,9 @@ def draw_training(
             if before["length"] != record["length"]:
                 axes.axvline(before["tokens"] / 1e6, color="0.75", linewidth=0.8, zorder=3 if axes is far else 0)
         axes.spines[["top", "right"]].set_visible(False)
-    lengths = [record["length"] for before, record in zip([{"length": 0}, *records], records) if before["length"] != record["length"]]
+    lengths = [
+        record["length"] for before, record in zip([{"length": 0}, *records], records) if before["length"] != record["length"]
+    ]
     listed = ", ".join(map(str, lengths))
     figure.suptitle(f"Training of the testbed model (grey lines: rows of another length; {listed} tokens)", fontsize=10)
     partial = out.with_suffix(".partial.png")

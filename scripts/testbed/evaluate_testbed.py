@@ -43,13 +43,17 @@ def held_out_texts() -> dict[str, Texts]:
     rng = np.random.default_rng(SEED)
     prose = data.python_texts()[1]
     stories = ["\n\n".join(story(rng) for _ in range(20)) for _ in range(N_TEXTS)]
-    return {"Python's texts, held-out documents": Texts("python", "", tuple(prose)), "stories, new ones": Texts("stories", "", tuple(stories))}
+    return {
+        "Python's texts, held-out documents": Texts("python", "", tuple(prose)),
+        "stories, new ones": Texts("stories", "", tuple(stories)),
+    }
 
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = ROOT / "models" / "demo",
     work_dir: Annotated[
-        Path, typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
+        Path,
+        typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
     ] = ROOT / "build" / "testbed-evaluation",
     samples: Annotated[int, typer.Option(min=1, help="prompts of single and of multi-key, of each length and depth")] = 100,
     others: Annotated[int, typer.Option(min=1, help="prompts of each other task and length")] = 500,
@@ -67,7 +71,10 @@ def main(
     on_text = Plan((), (TEXT_LENGTH,), (), 1, N_TEXTS, on_text=True, seed=SEED)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     parts, records = [], {}
-    with Progress(*columns) as bars, Scorer(file, FULL, ScorerOptions(n_ctx=max(LENGTHS), n_parallel=1, n_threads=threads)) as scorer:
+    with (
+        Progress(*columns) as bars,
+        Scorer(file, FULL, ScorerOptions(n_ctx=max(LENGTHS), n_parallel=1, n_threads=threads)) as scorer,
+    ):
         bar = bars.add_task("", total=None)
         show = lambda spec, what, done, total: bars.update(bar, description=what, completed=done, total=total)  # noqa: E731
         for name, plan in [*plans.items(), *((kind, on_text) for kind in texts)]:
@@ -102,7 +109,9 @@ def _table(summary: Summary) -> str:
     scores = {(score.task, score.length): score for score in summary.scores()}
     for task in TASKS:
         cells = [scores[task, length].score for length in LENGTHS]
-        lines.append(f"| {task} | " + " | ".join(f"{100 * c.value:.1f} [{100 * c.low:.1f}, {100 * c.high:.1f}]" for c in cells) + " |")
+        lines.append(
+            f"| {task} | " + " | ".join(f"{100 * c.value:.1f} [{100 * c.low:.1f}, {100 * c.high:.1f}]" for c in cells) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -43,6 +43,7 @@ _CHARS_OF_A_STATEMENT = 45  # about; a question and its answer have twice as man
 
 # ------------------------------------------------------------------------------------- Python's own texts
 
+
 def python_texts() -> tuple[list[str], list[str]]:
     """Paragraph-wise texts of the running Python: (training, held-out). PSF licence."""
     from pydoc_data.topics import topics
@@ -74,6 +75,7 @@ def python_texts() -> tuple[list[str], list[str]]:
 
 # --------------------------------------------------------------------------------------------- lookups
 
+
 def fact_map(rng: np.random.Generator, n_chars: int) -> Segments:
     """Dense lookups: a list of `name value` pairs that comes again and again in another order."""
     n = int(rng.integers(3, 20))
@@ -103,7 +105,7 @@ def repeated_words(rng: np.random.Generator, n_chars: int) -> Segments:
     for _ in range(max(1, n_chars // len(once))):
         segments.append((" |", CONTEXT_WEIGHT))
         segments.append((f" {words[0]}", CONTEXT_WEIGHT))
-        segments.append((once[len(words[0]) + 1:], ANSWER_WEIGHT / 2))
+        segments.append((once[len(words[0]) + 1 :], ANSWER_WEIGHT / 2))
     return segments
 
 
@@ -177,7 +179,10 @@ def random_puzzles(rng: np.random.Generator, words: WordSource, n_chars: int, vo
 
 
 def puzzles(
-    rng: np.random.Generator, n_chars: int, texts: Sequence[str], source: type[WordSource] = WordSource,
+    rng: np.random.Generator,
+    n_chars: int,
+    texts: Sequence[str],
+    source: type[WordSource] = WordSource,
 ) -> Segments:
     """Several puzzles hidden in one haystack, and their questions after it, as a chat or in plain text.
 
@@ -223,17 +228,21 @@ def _asked(puzzle: Puzzle, chat: bool) -> Segments:
 
 # ------------------------------------------------------------------------------------------------ chats
 
+
 def _greeting(rng: np.random.Generator) -> tuple[str, str]:
     name = pick(rng, NAMES)
-    return pick(rng, [
-        ("Hello!", "Hello! How can I help you?"),
-        ("Hi there.", "Hello! How can I help you?"),
-        (f"My name is {name}. What is my name?", f"Your name is {name}."),
-        ("Who are you?", "I am a very small language model. I was trained on a CPU in an hour or two."),
-        ("What can you do?", "I can tell short stories and look things up in a text that you give me."),
-        ("Thank you!", "You are welcome."),
-        ("Goodbye.", "Goodbye!"),
-    ])
+    return pick(
+        rng,
+        [
+            ("Hello!", "Hello! How can I help you?"),
+            ("Hi there.", "Hello! How can I help you?"),
+            (f"My name is {name}. What is my name?", f"Your name is {name}."),
+            ("Who are you?", "I am a very small language model. I was trained on a CPU in an hour or two."),
+            ("What can you do?", "I can tell short stories and look things up in a text that you give me."),
+            ("Thank you!", "You are welcome."),
+            ("Goodbye.", "Goodbye!"),
+        ],
+    )
 
 
 def chat(rng: np.random.Generator) -> Segments:
@@ -276,7 +285,7 @@ def document(rng: np.random.Generator, n_chars: int, texts: Sequence[str], share
         text = pick(rng, texts)
         start = int(rng.integers(max(1, len(text) - n_chars)))
         start = text.find(" ", start) + 1
-        return [(text[start:start + n_chars], 1.0)]
+        return [(text[start : start + n_chars], 1.0)]
     assert kind == "story"
     stories = story(rng)
     while len(stories) < n_chars:

@@ -32,6 +32,7 @@ CHAT_TEMPLATE = (
 
 # ------------------------------------------------------------------------------------------- tokenizer
 
+
 def train_tokenizer(path: Path, texts: list[str], seed: int) -> None:
     """Train the SentencePiece model `path` (BPE with byte fallback) on a sample of the training documents."""
     rng = np.random.default_rng((seed, 0))
@@ -44,11 +45,26 @@ def train_tokenizer(path: Path, texts: list[str], seed: int) -> None:
         sample += [line for line in text.split("\n") if line]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample), model_writer=model, model_type="bpe", vocab_size=VOCAB_SIZE,
-        byte_fallback=True, character_coverage=1.0, split_digits=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=False,  # a prefix space would differ between tokenizers
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, unk_piece=UNK, bos_piece=BOS, eos_piece=data.END,
-        control_symbols=[data.USER, data.ASSISTANT], num_threads=1, minloglevel=2,
+        sentence_iterator=iter(sample),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,  # a prefix space would differ between tokenizers
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        unk_piece=UNK,
+        bos_piece=BOS,
+        eos_piece=data.END,
+        control_symbols=[data.USER, data.ASSISTANT],
+        num_threads=1,
+        minloglevel=2,
     )
     partial = path.with_suffix(".partial")
     partial.write_bytes(with_first_digits(model.getvalue()))
@@ -72,10 +88,18 @@ def with_first_digits(model: bytes) -> bytes:
 def hf_tokenizer(model_file: Path) -> LlamaTokenizer:
     """The same tokenizer for transformers, with the chat template."""
     return LlamaTokenizer.from_pretrained(
-        str(model_file.parent), unk_token=UNK, bos_token=BOS, eos_token=data.END, add_bos_token=True,
-        add_eos_token=False, add_prefix_space=False, legacy=False, clean_up_tokenization_spaces=False,
+        str(model_file.parent),
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=data.END,
+        add_bos_token=True,
+        add_eos_token=False,
+        add_prefix_space=False,
+        legacy=False,
+        clean_up_tokenization_spaces=False,
         extra_special_tokens={"user_token": data.USER, "assistant_token": data.ASSISTANT},
-        chat_template=CHAT_TEMPLATE, model_max_length=MAX_LENGTH,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_LENGTH,
     )
 
 
@@ -134,17 +158,27 @@ def _split_control(text: str) -> Iterator[str]:
         if at:
             yield text[:at]
         yield symbol
-        text = text[at + len(symbol):]
+        text = text[at + len(symbol) :]
 
 
 # ----------------------------------------------------------------------------------------------- model
 
+
 def make_model(bos: int, eos: int) -> LlamaForCausalLM:
     """Hidden and feed-forward sizes are multiples of 256 so that every k-quant works; heads are 64 wide."""
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE}, bos_token_id=bos, eos_token_id=eos,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        bos_token_id=bos,
+        eos_token_id=eos,
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
@@ -170,26 +204,26 @@ def start_with_induction(model: LlamaForCausalLM) -> None:
     model.model.embed_tokens.weight[:, constant] = 0.3
     basis = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size))[0]
     # note: back[n] is where the identity of the token n positions back is found; back[0]: the token's own
-    back = [basis[:, i * width:(i + 1) * width] for i in range(5)]
+    back = [basis[:, i * width : (i + 1) * width] for i in range(5)]
     output = basis[:, -width:]
 
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
     n, gain = 10, 0.6  # the n fastest rotary pairs tell neighbours apart
     first = model.model.layers[0].self_attn
     for kv_head in range(2):
-        k = first.k_proj.weight[kv_head * size:(kv_head + 1) * size]
+        k = first.k_proj.weight[kv_head * size : (kv_head + 1) * size]
         k.zero_()
         k[:n, constant] = gain
-        v = first.v_proj.weight[kv_head * size:(kv_head + 1) * size]
+        v = first.v_proj.weight[kv_head * size : (kv_head + 1) * size]
         v[:width] = back[0].T
         v[:width, constant] = 0
     for head in range(4):
         distance = head + 1
-        q = first.q_proj.weight[head * size:(head + 1) * size]
+        q = first.q_proj.weight[head * size : (head + 1) * size]
         q.zero_()  # the query is turned back by `distance`
         q[:n, constant] = gain * torch.cos(distance * frequency[:n])
-        q[half:half + n, constant] = -gain * torch.sin(distance * frequency[:n])
-        first.o_proj.weight[:, head * size:head * size + width] = 0.06 * back[distance]
+        q[half : half + n, constant] = -gain * torch.sin(distance * frequency[:n])
+        first.o_proj.weight[:, head * size : head * size + width] = 0.06 * back[distance]
 
     slow = torch.cat([torch.arange(half // 2, half), torch.arange(half + half // 2, size)])  # pairs that hardly turn
     for il in MATCHING_LAYERS:
@@ -200,12 +234,12 @@ def start_with_induction(model: LlamaForCausalLM) -> None:
             keys = sum(turn @ back[i + 1].T for i, turn in enumerate(turns))
             queries[:, constant] = 0
             keys[:, constant] = 0
-            k = match.k_proj.weight[kv_head * size:(kv_head + 1) * size]
+            k = match.k_proj.weight[kv_head * size : (kv_head + 1) * size]
             k[slow] = 1.4 * keys
             for head in (2 * kv_head, 2 * kv_head + 1):
-                match.q_proj.weight[head * size:(head + 1) * size][slow] = 1.4 * queries
-                match.o_proj.weight[:, head * size:head * size + width] = 0.03 * output
-            match.v_proj.weight[kv_head * size:kv_head * size + width] = back[0].T
+                match.q_proj.weight[head * size : (head + 1) * size][slow] = 1.4 * queries
+                match.o_proj.weight[:, head * size : head * size + width] = 0.03 * output
+            match.v_proj.weight[kv_head * size : kv_head * size + width] = back[0].T
 
 
 def save_checkpoint(path: Path, **state) -> None:
@@ -223,7 +257,8 @@ def export(model: LlamaForCausalLM, tokenizer_file: Path, out: Path) -> None:
         half.load_state_dict({name: value.to(torch.float16) for name, value in model.state_dict().items()})
         half.config.dtype = "float16"
         half.generation_config = GenerationConfig(
-            bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id,
+            bos_token_id=model.config.bos_token_id,
+            eos_token_id=model.config.eos_token_id,
         )
         half.save_pretrained(temp)
         shutil.copy(tokenizer_file, Path(temp) / "tokenizer.model")

@@ -124,7 +124,9 @@ class Trainer:
         losses, answers, text = losses.detach(), w >= data.ANSWER_WEIGHT, w == 1.0
         hits = (logits.detach().argmax(-1) == targets).float()
         return {
-            "text": _mean(losses, text), "answer": _mean(losses, answers), "hits": _mean(hits, answers),
+            "text": _mean(losses, text),
+            "answer": _mean(losses, answers),
+            "hits": _mean(hits, answers),
             "far": far.tolist(),
         }
 
@@ -181,15 +183,20 @@ class Run:
 
     def save(self, step: int) -> None:
         save_checkpoint(
-            self.checkpoint, arguments=self.arguments, model=self.trainer.model.state_dict(), step=step,
-            optimizers=[optimizer.state_dict() for optimizer in self.trainer.optimizers], seconds=self.seconds,
+            self.checkpoint,
+            arguments=self.arguments,
+            model=self.trainer.model.state_dict(),
+            step=step,
+            optimizers=[optimizer.state_dict() for optimizer in self.trainer.optimizers],
+            seconds=self.seconds,
         )
         draw_training(self.log, self.folder / "training.png")
 
 
 def main(
     work_dir: Annotated[
-        Path, typer.Option(file_okay=False, help="tokenizer, checkpoints and log; an earlier run here goes on"),
+        Path,
+        typer.Option(file_okay=False, help="tokenizer, checkpoints and log; an earlier run here goes on"),
     ] = Path("build/testbed"),
     out: Annotated[Path, typer.Option(file_okay=False, help="where the finished checkpoint goes")] = Path("models/demo"),
     steps: Annotated[int, typer.Option(min=1, max=STEPS, help="optimizer steps; fewer: stop earlier")] = STEPS,
@@ -204,7 +211,9 @@ def main(
     work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = {
-        "batch_tokens": batch_tokens, "pressure": pressure, "seed": seed,
+        "batch_tokens": batch_tokens,
+        "pressure": pressure,
+        "seed": seed,
         "phases": [asdict(phase) for phase in PHASES],
     }
     texts, _ = data.python_texts()

@@ -150,7 +150,20 @@ def test_a_name_stands_for_a_file(lt_gguf_command, hybrid_file, tmp_path, monkey
     for arguments in (
         ["run", "smollm2", "-p", "the", "-n", 1, *QUICK],
         ["inspect", "smollm2"],
-        ["analyze", "smollm2", "--select", "interleave-odd", "--samples", 1, "--calibration-length", 128, "--window", 40, "--sink", 2],
+        [
+            "analyze",
+            "smollm2",
+            "--select",
+            "interleave-odd",
+            "--samples",
+            1,
+            "--calibration-length",
+            128,
+            "--window",
+            40,
+            "--sink",
+            2,
+        ],
         ["flag", "smollm2", tmp_path / "out.gguf", "--off"],
         ["eval", "smollm2", "--tasks", "kl", "--lengths", 128, "--text-samples", 1],
     ):

@@ -88,7 +88,16 @@ def test_options_of_upstreams_reach_it(llama, tmp_path):
     """The names of the files, their number and the metadata are upstream's own."""
     override = tmp_path / "override.json"
     override.write_text(json.dumps({"general.author": "Somebody"}))
-    options = ["--split-max-tensors", "20", "--model-name", "A Name", "--metadata", override, "--no-tensor-first-split", "--no-lazy"]
+    options = [
+        "--split-max-tensors",
+        "20",
+        "--model-name",
+        "A Name",
+        "--metadata",
+        override,
+        "--no-tensor-first-split",
+        "--no-lazy",
+    ]
     folders = [tmp_path / "ours", tmp_path / "upstream"]
     for folder, script, more in zip(folders, (SCRIPT, upstream_dir() / "convert_hf_to_gguf.py"), (["--streaming-layers", "1"], [])):
         folder.mkdir()
@@ -178,7 +187,9 @@ def test_bad_folders_and_files(llama, tmp_path):
     weightless = broken(llama, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
     incomplete = broken(llama, tmp_path / "incomplete")
-    (incomplete / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}')
+    (incomplete / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
+    )
     for checkpoint, outfile, complaint in (
         (tmp_path / "none", tmp_path / "a.gguf", "none: must be the folder of a Hugging Face checkpoint"),
         (empty, tmp_path / "a.gguf", "empty: has no config.json"),

@@ -153,7 +153,15 @@ def slow_tool(tmp_path, monkeypatch) -> Path:
 def test_an_interrupted_quantization_leaves_nothing(llama, tmp_path, slow_tool, how):
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-c", "from lt_gguf.cli import main; main()", "convert", str(llama), "--outfile", str(out / "a.gguf")]
+    command = [
+        sys.executable,
+        "-c",
+        "from lt_gguf.cli import main; main()",
+        "convert",
+        str(llama),
+        "--outfile",
+        str(out / "a.gguf"),
+    ]
     process = subprocess.Popen([*command, "--streaming-layers", "1", "--quantize", "Q8_0"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (slow_tool / "pid").exists() or not (slow_tool / "pid").read_text().strip():

@@ -138,7 +138,7 @@ def test_the_harness_chooses_as_transformers(subject, results):
         assert len(prompt) > SPEC.sink + SPEC.window
         answers = [tokens_of(choice) for choice in doc["choices"]]  # the space before a text is that between the words
         expected = [expected_sum(subject, prompt, answer) for answer in answers]
-        computed = [response for response, in sample["resps"]]
+        computed = [response for (response,) in sample["resps"]]
         np.testing.assert_allclose([value for value, _ in computed], expected, atol=EXACT)
         assert [greedy for _, greedy in computed] == [is_greedy(subject, prompt, answer) for answer in answers]
         n_right += int(np.argmax(expected)) == doc["right"]
@@ -194,8 +194,8 @@ def test_a_text_may_have_no_context(subject, load):
 def test_a_model_without_a_first_token_begins_with_the_one_that_ends_a_text(subject, load, tmp_path):
     key = encode("tokenizer.ggml.add_bos_token", "bool", False)
     model = load(add_metadata(subject.native.path, tmp_path / "plain.gguf", [key]))
-    (value, _), = model.loglikelihood([request("loglikelihood", "", "a fox")], disable_tqdm=True)
-    rolling, = model.loglikelihood_rolling([request("loglikelihood_rolling", "a fox")], disable_tqdm=True)
+    ((value, _),) = model.loglikelihood([request("loglikelihood", "", "a fox")], disable_tqdm=True)
+    (rolling,) = model.loglikelihood_rolling([request("loglikelihood_rolling", "a fox")], disable_tqdm=True)
     assert value == rolling == pytest.approx(expected_sum(subject, [EOS], tokens_of("a fox")), abs=EXACT)
 
 
@@ -216,20 +216,20 @@ def test_a_long_context_loses_its_first_tokens(subject, load):
     """But not the one that begins a text."""
     context, continuation = words(1, 60), " dog"
     tokens, answer = tokens_of(context), tokens_of("dog")
-    (value, _), = load(n_ctx=128).loglikelihood([request("loglikelihood", context, continuation)], disable_tqdm=True)
+    ((value, _),) = load(n_ctx=128).loglikelihood([request("loglikelihood", context, continuation)], disable_tqdm=True)
     prompt = [BOS, *tokens[-(128 + 1 - len(answer) - 1) :]]
     assert len(prompt) + len(answer) - 1 == 128
     assert value == pytest.approx(expected_sum(subject, prompt, answer), abs=EXACT)
     with pytest.raises(ValueError, match="128 tokens leaves no room for its context: must have at most 127"):
         load(n_ctx=128).generate_until([request("generate_until", context, {"max_gen_toks": 128})], disable_tqdm=True)
-    text, = load(n_ctx=128).generate_until([request("generate_until", context, {"max_gen_toks": 127})], disable_tqdm=True)
+    (text,) = load(n_ctx=128).generate_until([request("generate_until", context, {"max_gen_toks": 127})], disable_tqdm=True)
     assert text
 
 
 def test_a_long_text_is_measured_in_windows(subject, load):
     text = words(3, 43)
     tokens = tokens_of(text)
-    computed, = load(n_ctx=100).loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
+    (computed,) = load(n_ctx=100).loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
     expected, n_last = expected_sum(subject, [BOS], tokens[:100]), len(tokens) % 100
     assert 200 < len(tokens) < 300 and n_last
     expected += expected_sum(subject, tokens[99:100], tokens[100:200])

@@ -249,7 +249,16 @@ def test_a_haystack_that_cannot_be(texts, share, complaint):
 
 def test_a_haystack_of_texts_keeps_their_order():
     book = 'One wrapped\nsentence. "Two!" she said. A title\n\n(Three.) Four? ' + "long " * 100 + "\n \n五。六"
-    sentences = ["One wrapped sentence.", '"Two!"', "she said.", "A title", "(Three.)", "Four?", ("long " * 80).strip(), ("long " * 20).strip()]
+    sentences = [
+        "One wrapped sentence.",
+        '"Two!"',
+        "she said.",
+        "A title",
+        "(Three.)",
+        "Four?",
+        ("long " * 80).strip(),
+        ("long " * 20).strip(),
+    ]
     sentences += ["五。", "六"]
     drawn = list(islice(haystack_of([" ", book]).sentences(np.random.default_rng(0)), 200))
     assert set(drawn) == set(sentences)

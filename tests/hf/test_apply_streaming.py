@@ -57,9 +57,7 @@ def rows(*lengths: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens(len(lengths), longest), "attention_mask": mask, "position_ids": positions}
 
 
-@pytest.mark.parametrize(
-    "prefill, prompts", [("stream", None), ("full", [(0, 150)]), ("full", [(0, 40), (100, 260), (290, 400)])]
-)
+@pytest.mark.parametrize("prefill, prompts", [("stream", None), ("full", [(0, 150)]), ("full", [(0, 40), (100, 260), (290, 400)])])
 def test_flex_attention_equals_sdpa(llama, without_compiling, prefill, prompts):
     arguments = {"input_ids": tokens(2, N_TOKENS), "use_cache": False}
     streaming = spec(prefill=prefill)
@@ -100,9 +98,7 @@ def test_a_batch_of_sequences_equals_each_alone(llama):
 @pytest.mark.parametrize(
     "device, q_length, is_flex", [("cuda", 15, True), ("cuda", 14, False), ("cuda", 1, False), ("cpu", 4096, False)]
 )
-def test_auto_takes_flex_attention_on_a_gpu_where_there_is_something_to_leave_out(
-    llama, monkeypatch, device, q_length, is_flex
-):
+def test_auto_takes_flex_attention_on_a_gpu_where_there_is_something_to_leave_out(llama, monkeypatch, device, q_length, is_flex):
     monkeypatch.setattr(module, "_block_masks", lambda config, **_: BlockMasks(("full", "streaming")))
     monkeypatch.setattr(module, "streaming_mask", lambda config, **_: torch.ones(1, 2, 1, 1))
     apply_streaming(llama, spec())
@@ -138,7 +134,9 @@ def test_a_mask_made_by_the_caller_is_refused_by_each(llama):
 def test_generating_equals_reading_what_was_generated(llama):
     apply_streaming(llama, spec())
     inputs = tokens(2, 40)
-    generated = llama.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    generated = llama.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
     with torch.no_grad():
         read = llama(generated).logits[:, 39:-1].argmax(-1)
     assert torch.equal(generated[:, 40:], read)

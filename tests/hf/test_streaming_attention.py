@@ -62,9 +62,7 @@ def test_a_window_as_long_as_the_prompt_changes_nothing(model):
 
 def test_eager_and_sdpa_agree(model):
     inputs = tokens(1, 90)
-    torch.testing.assert_close(
-        logits(model, inputs, spec([0, 3]), "eager"), logits(model, inputs, spec([0, 3])), atol=2e-5, rtol=0
-    )
+    torch.testing.assert_close(logits(model, inputs, spec([0, 3]), "eager"), logits(model, inputs, spec([0, 3])), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layers", [[0], [1, 2], range(N_LAYER)])

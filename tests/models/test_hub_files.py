@@ -229,7 +229,9 @@ def test_what_the_hub_does_not_have(hub):
     result = hub.fetch(repo="somebody/else")
     assert result.stderr.startswith("ValueError: somebody/else: there is no such file, and no such model on the hub")
     result = hub.fetch(repo="some--body/else.git")
-    assert result.stderr.startswith("ValueError: some--body/else.git: there is no such file, and no model on the hub can have that name")
+    assert result.stderr.startswith(
+        "ValueError: some--body/else.git: there is no such file, and no model on the hub can have that name"
+    )
 
 
 def test_without_huggingface_hub(monkeypatch):

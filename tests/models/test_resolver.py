@@ -58,7 +58,9 @@ def test_a_path_that_is_not_there(text, downloads):
     assert not downloads
 
 
-@pytest.mark.parametrize("text, hint", [("smolm2", "did you mean smollm2?"), ("SmolLM2", "did you mean smollm2?"), ("gpt", "must be")])
+@pytest.mark.parametrize(
+    "text, hint", [("smolm2", "did you mean smollm2?"), ("SmolLM2", "did you mean smollm2?"), ("gpt", "must be")]
+)
 def test_a_name_that_is_none(text, hint, downloads):
     with pytest.raises(ValueError) as error:
         models.resolve(text)
@@ -96,7 +98,14 @@ def test_what_is_a_path(downloads, tmp_path):
 def test_what_is_a_gguf_file_and_what_a_checkpoint(tmp_path, downloads, monkeypatch):
     monkeypatch.setattr(hub_files, "has_only_gguf", lambda repo: repo == "org/only-gguf")
     (tmp_path / "checkpoint").mkdir()
-    expected = {"checkpoint": False, "org/name": False, "org/only-gguf": True, "org/name:Q8_0": True, "smollm2": True, "x.gguf": True}
+    expected = {
+        "checkpoint": False,
+        "org/name": False,
+        "org/only-gguf": True,
+        "org/name:Q8_0": True,
+        "smollm2": True,
+        "x.gguf": True,
+    }
     assert {text: models.is_gguf(text) for text in expected} == expected
 
 

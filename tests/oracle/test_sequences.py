@@ -23,9 +23,7 @@ def test_side_by_side(subject, measured, family, unified, n_ubatch):
     model = subject(family)
     spec = model.spec(SINK, WINDOW)
     texts = [random_tokens(n, seed=n) for n in (420, 300, 130)]
-    with model.context(
-        spec, n_ctx=n_ctx(unified, 3), n_batch=512, n_ubatch=n_ubatch, n_seq_max=3, kv_unified=unified
-    ) as context:
+    with model.context(spec, n_ctx=n_ctx(unified, 3), n_batch=512, n_ubatch=n_ubatch, n_seq_max=3, kv_unified=unified) as context:
         computed = [[] for _ in texts]
         for start, size in [(0, 100), (100, 25)] + [(125 + i, 1) for i in range(300)]:
             batch = [
@@ -48,9 +46,7 @@ def test_a_copied_prompt_longer_than_the_window(subject, measured, unified, n_se
     spec = model.spec(SINK, WINDOW, layers)
     prompt, n_more = random_tokens(350), 90
     texts = [np.concatenate([prompt, random_tokens(n_more, seed=seq + 1)]) for seq in range(n_seq)]
-    with model.context(
-        spec, n_ctx=n_ctx(unified, n_seq), n_batch=512, n_ubatch=32, n_seq_max=n_seq, kv_unified=unified
-    ) as context:
+    with model.context(spec, n_ctx=n_ctx(unified, n_seq), n_batch=512, n_ubatch=32, n_seq_max=n_seq, kv_unified=unified) as context:
         context.decode(prompt)
         for seq in range(1, n_seq):
             context.seq_cp(0, seq)

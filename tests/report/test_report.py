@@ -103,9 +103,7 @@ def test_the_round_trip_is_exact(n_layer, n_samples, prefill, data):
     ratio = st.floats(0, 1)
     layers = tuple(sorted(data.draw(st.sets(st.integers(0, n_layer - 1)))))
     unmeasured = data.draw(st.sets(st.integers(0, n_layer - 1)))
-    ratios = tuple(
-        tuple(NAN if il in unmeasured else data.draw(ratio) for il in range(n_layer)) for _ in range(n_samples)
-    )
+    ratios = tuple(tuple(NAN if il in unmeasured else data.draw(ratio) for il in range(n_layer)) for _ in range(n_samples))
     report = make(ratios, layers, prefill)
     assert same(Report.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))), report)
 

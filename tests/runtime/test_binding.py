@@ -32,8 +32,6 @@ void ggml_log_set(void * callback, void * data) { silent = callback != NULL; }
 """
 
 
-
-
 def fake_library(directory: Path, built_in: int) -> Path:
     source, library = directory / "fake.c", directory / "libfake.so"
     source.write_text(FAKE)

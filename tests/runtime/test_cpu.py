@@ -117,7 +117,9 @@ def test_a_quota_of_time_bounds_it(machine, files, expected):
     assert cpu.usable_cores(machine([str(i) for i in range(8)], set(range(8)), files)) == expected
 
 
-@pytest.mark.parametrize("known, expected", [({"hw.perflevel0.physicalcpu": 4, "hw.physicalcpu": 8}, 4), ({"hw.physicalcpu": 6}, 6)])
+@pytest.mark.parametrize(
+    "known, expected", [({"hw.perflevel0.physicalcpu": 4, "hw.physicalcpu": 8}, 4), ({"hw.physicalcpu": 6}, 6)]
+)
 def test_macos_counts_fast_cores(monkeypatch, known, expected):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(cpu, "_sysctl", lambda name: known[name].to_bytes(4, sys.byteorder) if name in known else b"")

@@ -80,7 +80,7 @@ def test_a_failed_check_is_quoted(model):
 def test_a_library_for_another_cpu_is_explained_by_the_trace(model):
     status, said = crashed("library", model)
     assert status == -signal.SIGILL
-    assert f'File "loading lt-gguf\'s native library: {cpu_name()} may lack an instruction' in said
+    assert f"File \"loading lt-gguf's native library: {cpu_name()} may lack an instruction" in said
     assert "-DGGML_NATIVE=OFF" in said
 
 

@@ -25,7 +25,9 @@ def padded(cells: int) -> int:
     return -(-cells // 256) * 256
 
 
-@pytest.mark.parametrize("kv, flash", [("f32", False), ("f16", False), ("f16", True), ("bf16", True), ("q8_0", True), ("q4_0", True)])
+@pytest.mark.parametrize(
+    "kv, flash", [("f32", False), ("f16", False), ("f16", True), ("bf16", True), ("q8_0", True), ("q4_0", True)]
+)
 @pytest.mark.parametrize(
     "layers, sink, window, n_ctx, n_ubatch, n_seq, unified",
     [

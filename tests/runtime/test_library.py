@@ -24,9 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
 
 
 def test_llama_cpp_runs_on_our_libraries() -> None:

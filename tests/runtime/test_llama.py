@@ -228,8 +228,6 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_read(hybrid_file, li
     assert continuation(llm, PROMPT[:20]) == first
 
 
-
-
 @pytest.mark.parametrize(
     "streaming, complaint",
     [

@@ -136,7 +136,21 @@ def test_the_environment_overrides_the_file(plain, tmp_path, streaming, expected
     assert answer["spec"] == expected
 
 
-@pytest.mark.parametrize("streaming", ["layers=3", "window=0", "layers=1;prefill=half", "auto=2", "auto=0.5;layers=1", "w_last=8", "layers=1;wndow=3", "x", "layers=1;;", ";"])
+@pytest.mark.parametrize(
+    "streaming",
+    [
+        "layers=3",
+        "window=0",
+        "layers=1;prefill=half",
+        "auto=2",
+        "auto=0.5;layers=1",
+        "w_last=8",
+        "layers=1;wndow=3",
+        "x",
+        "layers=1;;",
+        ";",
+    ],
+)
 def test_a_wrong_environment_is_refused_by_name(plain, tmp_path, streaming):
     (answer,) = load([flagged(plain, tmp_path, {})], LT_STREAMING=streaming)
     assert answer["error"] and "LT_STREAMING" in answer["error"]

@@ -59,7 +59,9 @@ def test_a_crash_is_a_line_and_the_other_types_are_checked(break_child):
     works = {}
     (problem,) = self_check.check(["q8_0", "q4_0", "f16"], works.__setitem__)
     assert list(works) == ["q8_0", "f16"]
-    what = "q4_0 weights: SIGSEGV (invalid memory access) in native code, while reading a prompt, in libggml-base.so: ggml_nelements"
+    what = (
+        "q4_0 weights: SIGSEGV (invalid memory access) in native code, while reading a prompt, in libggml-base.so: ggml_nelements"
+    )
     assert problem.startswith(f"{what}, on {cpu_name()} (") and "\n" not in problem
 
 

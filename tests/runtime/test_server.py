@@ -135,6 +135,8 @@ def test_an_older_prompt_once_more(subject, tmp_path):
 
 def test_a_context_shift_keeps_the_sinks(subject, tmp_path):
     """Also where the request asks to keep less: an answer longer than the context is made to its end."""
-    with running(subject.native.path, "layers=1,3;sink=4;window=40;prefill=full", tmp_path / "shift.log", "--context-shift") as address:
+    with running(
+        subject.native.path, "layers=1,3;sink=4;window=40;prefill=full", tmp_path / "shift.log", "--context-shift"
+    ) as address:
         answer, _ = complete(address, PROMPT, 1800)
         assert len(answer) == 1800

@@ -56,7 +56,12 @@ def test_a_level_compiled_for_something_else_is_an_error(monkeypatch):
 
 
 def test_the_table_has_the_largest_of_each_kind():
-    rows = [{"difference": 2e-5}, {"difference": 1e-5}, {"difference": 0.3, "full": 0.2}, {"difference": 0.1, "full": 0.1, "noise": 0.02}]
+    rows = [
+        {"difference": 2e-5},
+        {"difference": 1e-5},
+        {"difference": 0.3, "full": 0.2},
+        {"difference": 0.1, "full": 0.1, "noise": 0.02},
+    ]
     result = cpu_levels.Result("AVX2", "AVX2", "this processor", 4, 1, rows)
     assert result.row() == "| AVX2 | AVX2 | this processor | 4 of 5 | 2.0e-05 | 1.50 | 0.020 |"
     assert cpu_levels.Result("AMX", "", "not run").row() == "| AMX |  | not run |  |  |  |  |"

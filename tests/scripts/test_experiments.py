@@ -34,7 +34,13 @@ ASKED = all_questions(10, 600)
 def measured(tmp_path):
     """Experiments in whose journals the good layers lose a tenth of the prompts, the bad ones all."""
     layers = {f"{name} {percent} %": GOOD for name in ("auto", "kl", "lazy-ratio") for percent in (25, 50, 75)}
-    layers |= {"frequency 50 %": GOOD, "reverse of lazy-ratio": BAD, "interleave-odd": BAD, "interleave-even": GOOD, "w_last 8": GOOD}
+    layers |= {
+        "frequency 50 %": GOOD,
+        "reverse of lazy-ratio": BAD,
+        "interleave-odd": BAD,
+        "interleave-even": GOOD,
+        "w_last 8": GOOD,
+    }
 
     def spec(layers, prefill="full", sink=SINK, window=WINDOW) -> str:
         return str(StreamingSpec(tuple(layers), N_LAYER, sink, window, prefill))

@@ -118,8 +118,14 @@ def test_first_digits_take_the_place_of_the_latest_merges():
     made = io.BytesIO()
     lines = [f"The {word} of the box is {i * 7919}." for i, word in enumerate(VALUES * 3)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=made, model_type="bpe", vocab_size=400, byte_fallback=True,
-        split_digits=True, add_dummy_prefix=False, minloglevel=2,
+        sentence_iterator=iter(lines),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        minloglevel=2,
     )
     before = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
     after = sentencepiece.SentencePieceProcessor(model_proto=testbed_model.with_first_digits(made.getvalue()))

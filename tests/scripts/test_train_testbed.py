@@ -49,7 +49,12 @@ def test_an_interrupted_training_goes_on(folder):
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
     logs = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, parts)]
-    assert logs[0][-1]["step"] == 2 and [line["step"] for line in logs[1]] == [1, 2] and logs[1][-1]["text"] > 0 and (whole / "training.png").exists()
+    assert (
+        logs[0][-1]["step"] == 2
+        and [line["step"] for line in logs[1]] == [1, 2]
+        and logs[1][-1]["text"] > 0
+        and (whole / "training.png").exists()
+    )
     model = AutoModelForCausalLM.from_pretrained(whole / "out")
     tokenizer = AutoTokenizer.from_pretrained(whole / "out")
     assert model.config.num_hidden_layers == 12 and tokenizer("Hello").input_ids[0] == model.config.bos_token_id
@@ -57,7 +62,16 @@ def test_an_interrupted_training_goes_on(folder):
 
 
 def train_with_seed(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "testbed" / "train_testbed.py", "--work-dir", folder, "--out", folder / "out", "--seed", "7"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "testbed" / "train_testbed.py",
+        "--work-dir",
+        folder,
+        "--out",
+        folder / "out",
+        "--seed",
+        "7",
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -201,7 +201,7 @@ def test_auto_text_gives_the_same_spec_back(auto):
         ("auto:0.5", AutoSpec(0.5, 4, 1020, 16)),
         (" auto : 1 ; sink = 0", AutoSpec(1, 0)),
         ("auto=0.25;window=9;w_last=8", AutoSpec(0.25, 4, 9, 8)),
-            ],
+    ],
 )
 def test_parse_auto(text, expected):
     assert AutoSpec.parse(text) == expected

@@ -311,4 +311,3 @@ class Context:
 
     def __exit__(self, *_) -> None:
         self.close()
-

@@ -55,9 +55,7 @@ class Subject:
             layers = random.choice(self.n_layer, n, replace=False).tolist()
         return StreamingSpec(tuple(sorted(layers)), self.n_layer, sink, window, prefill)
 
-    def expected(
-        self, tokens: np.ndarray, spec: StreamingSpec | None, prompts: Prompts | None = None
-    ) -> np.ndarray:
+    def expected(self, tokens: np.ndarray, spec: StreamingSpec | None, prompts: Prompts | None = None) -> np.ndarray:
         """transformers' logits in float32, (len(tokens), n_vocab). `prompts`: which tokens are prompts, for `prefill = full`."""
         if spec is None:
             prompts = None

@@ -80,9 +80,7 @@ class Conversation:
         for layer in range(m.n_layer):
             name = f"model.layers.{layer}"
             h = m.norm(x, f"{name}.input_layernorm")
-            q, k, v = (
-                (h @ w[f"{name}.self_attn.{part}_proj.weight"].T).reshape(n, -1, m.head_dim) for part in "qkv"
-            )
+            q, k, v = ((h @ w[f"{name}.self_attn.{part}_proj.weight"].T).reshape(n, -1, m.head_dim) for part in "qkv")
             new_keys.append(k)
             new_values.append(v)
             if self.entries:

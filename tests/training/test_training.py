@@ -41,7 +41,16 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 SETTINGS = Settings(
-    sink=2, window=10, samples=8, w_last=8, eval_share=0.2, steps=20, batch_size=4, accumulate=1, learning_rate=5e-3, log_every=2,
+    sink=2,
+    window=10,
+    samples=8,
+    w_last=8,
+    eval_share=0.2,
+    steps=20,
+    batch_size=4,
+    accumulate=1,
+    learning_rate=5e-3,
+    log_every=2,
     save_every=8,
 )
 
@@ -55,7 +64,12 @@ def assistant(text: str) -> dict[str, str]:
 
 
 CHATS = [
-    [user(f"the quick brown fox jumps over {word}"), assistant(f"{word} jumps over the lazy dog"), user("and then"), assistant(word)]
+    [
+        user(f"the quick brown fox jumps over {word}"),
+        assistant(f"{word} jumps over the lazy dog"),
+        user("and then"),
+        assistant(word),
+    ]
     for word in "zero one two three four five six seven eight nine ten".split()
 ] * 2
 
@@ -199,7 +213,10 @@ def test_the_loss_falls_and_the_checkpoint_says_what_streams(trained, model, dat
     said = config.pop(KEY)
     assert config == json.loads((model / "config.json").read_text())  # nothing else has changed
     assert {key: said[key] for key in ("sink", "window", "prefill", "selection")} == {
-        "sink": 2, "window": 10, "prefill": "stream", "selection": "frequency",
+        "sink": 2,
+        "window": 10,
+        "prefill": "stream",
+        "selection": "frequency",
     }
     assert len(said["layers"]) == 2 and len(said["lazy_ratio"]) == N_LAYER
     assert (said["calibration"]["data"], said["calibration"]["samples"]) == ("chats.jsonl", 8)
@@ -362,7 +379,9 @@ def test_a_run_that_was_not_begun_begins(tmp_path):
 
 
 def test_the_picture_shows_every_loss():
-    figure = loss_curve([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}], {"full": 2.0, "before": 3.5, "after": 2.25}, "a $ model")
+    figure = loss_curve(
+        [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}], {"full": 2.0, "before": 3.5, "after": 2.25}, "a $ model"
+    )
     (axes,) = figure.axes
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert drawn["training"] == ([1, 2], [3.0, 2.5])

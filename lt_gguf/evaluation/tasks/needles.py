@@ -93,8 +93,7 @@ class Needles(Task):
         statements = tuple(f"{wording.statement.format(k=key)} {value}." for key, value in needles)
         starts = range(0, min(n * self.n_queries, self.n_keys - self.n_queries + 1), self.n_queries)
         return [
-            Puzzle(statements if start == 0 else (), *_ask(wording, needles[start : start + self.n_queries]))
-            for start in starts
+            Puzzle(statements if start == 0 else (), *_ask(wording, needles[start : start + self.n_queries])) for start in starts
         ]
 
 
