@@ -15,6 +15,7 @@ from lt_gguf import models
 from lt_gguf.cli import common, model
 from lt_gguf.conversion.options import Options
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.report.tables import print_candidates
 from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _print_layers(converted: Converted) -> None:
         f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
     )
     print(f"{selection.strategy}: {selection.reason}")
-    common.print_candidates(selection, spec)
+    print_candidates(selection, spec)
 
 
 @contextmanager
