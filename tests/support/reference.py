@@ -88,10 +88,10 @@ class Conversation:
                 v = np.concatenate([np.stack([entry.values[layer] for entry in self.entries]), v])
             k = np.repeat(m.rope(k, k_pos), m.n_head // m.n_kv, axis=1)
             v = np.repeat(v, m.n_head // m.n_kv, axis=1)
-            scores = np.einsum("qhd,khd->hqk", m.rope(q, q_pos), k) / np.sqrt(m.head_dim)
-            scores[:, ~m.visible(layer, q_pos[:, None], k_pos[None], first)] = -np.inf
+            scores = m.rope(q, q_pos).transpose(1, 0, 2) @ k.transpose(1, 2, 0) / np.sqrt(m.head_dim)  # (heads, queries, keys)
+            scores += np.where(m.visible(layer, q_pos[:, None], k_pos[None], first), 0.0, -np.inf)
             scores = np.exp(scores - scores.max(-1, keepdims=True))
-            mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
+            mixed = (scores @ v.transpose(1, 0, 2) / scores.sum(-1, keepdims=True)).transpose(1, 0, 2)
             x = x + mixed.reshape(n, -1) @ w[f"{name}.self_attn.o_proj.weight"].T
             h = m.norm(x, f"{name}.post_attention_layernorm")
             gate = h @ w[f"{name}.mlp.gate_proj.weight"].T
