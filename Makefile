@@ -6,6 +6,8 @@ PYTHON ?= python3
 # PIP_EXTRA_INDEX_URL), that one satisfies the pin and wins; on Linux the package index's own build brings 3 GB of CUDA along.
 # Any torch from 2.6 on works: make demo TORCH=torch
 TORCH ?= torch==2.13.0
+# A test process for each core (tests/conftest.py counts them), each with one thread; 0: none beside make's own, to debug in.
+WORKERS ?= auto
 PYTEST_ARGS ?=
 TREE ?=
 NEWEST ?=
@@ -14,14 +16,17 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 DEMO   := $(VENV)/.installed-demo
 STAMP  := $(VENV)/.installed
+DEVELOP := $(VENV)/.installed-develop
+# The tests of a file stay in one process: the models that they share are made once.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 NEWEST_VENV := build/newest-venv
 # What decides what is compiled and installed. Our Python files aren't among it: the package is installed editable, so they are used in place.
-INPUTS := CMakeLists.txt pyproject.toml $(wildcard requirements/*.txt cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)
+INPUTS := CMakeLists.txt pyproject.toml $(filter-out %/develop.txt,$(wildcard requirements/*.txt)) $(wildcard cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)
 
-.PHONY: help demo test build lock wheel worktree patch clean FORCE
+.PHONY: help demo test test-fast test-all build lint format docs lock wheel worktree patch clean FORCE
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(DEMO)  ## a checkpoint becomes a hybrid model, and a real model answers about a long text: full beside hybrid
 	@$(PY) scripts/demo.py
@@ -32,11 +37,32 @@ test: build/make-options.txt | $(PY)
 	@$(PYTHON) -m venv --clear $(NEWEST_VENV)
 	@echo "Installing the newest packages that pyproject.toml's ranges allow into $(NEWEST_VENV)"
 	@$(NEWEST_VENV)/bin/python -m pip install --disable-pip-version-check -q -e '.[test]' '$(TORCH)'
-	@$(NEWEST_VENV)/bin/python -m pytest -W error::FutureWarning $(PYTEST_ARGS)
+	@$(NEWEST_VENV)/bin/python $(PYTEST) -W error::FutureWarning $(PYTEST_ARGS)
 else
 test: $(STAMP)  ## run the tests; PYTEST_ARGS="-k window" passes options to pytest, NEWEST=1 takes the newest packages instead of the locked ones
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) $(PYTEST) $(PYTEST_ARGS)
 endif
+
+test-fast: $(STAMP)  ## the tests that take no more than seconds, and no real model: a developer's loop, a minute or so
+	@$(PY) $(PYTEST) -m "not slow and not real_model" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## every test: the whole matrix of the oracle, and what needs models and builds that take long to make; hours
+	@PYTHON=$(PY) scripts/checks/all_tests.sh $(PYTEST_ARGS)
+
+lint: $(DEVELOP)  ## ruff, clang-format, mypy, and the order of the rooms
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(wildcard ggml-patch/src/*)
+	@$(PY) scripts/checks/rooms.py
+	@$(PY) -m mypy
+
+format: $(DEVELOP)  ## what make lint would say of the form of Python files, done
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+docs: $(DEVELOP)  ## the site in build/site; a broken link is an error
+	@$(PY) -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 build: $(STAMP)  ## compile what changed and install it into .venv; CMAKE_ARGS="-DGGML_CUDA=ON" chooses a backend
 
@@ -48,6 +74,12 @@ $(DEMO): $(INPUTS) build/make-options.txt | $(PY)
 $(STAMP): $(INPUTS) build/make-options.txt | $(PY)
 	@$(PY) scripts/setup/install.py test --torch '$(TORCH)'
 	@touch $(DEMO) $(STAMP)
+
+# Linters, types and the site: what a change is looked at with, beside what the tests run on.
+$(DEVELOP): $(STAMP) requirements/develop.txt
+	@echo "Installing into $(VENV) what lints and what makes the site"
+	@$(PY) -m pip install --disable-pip-version-check -q --require-hashes --no-deps -r requirements/develop.txt
+	@touch $(DEVELOP)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"lt-gguf: error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")'

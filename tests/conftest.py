@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+
+from lt_gguf.runtime.cpu import usable_cores
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 
 # before torch and the libraries read it: the tests measure small models, where threads only cost
+CORES = usable_cores()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORKER_BYTES = 2 << 30  # most that a process of pytest-xdist takes, with room to spare
 
 # a shell starts what runs in the background with Ctrl-C ignored, and the processes that the tests interrupt would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,7 +34,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: runs SmolLM2-135M-Instruct; leave them out with -m 'not real_model'")
+    config.addinivalue_line("markers", "slow: takes more than seconds; make test-fast leaves them out")
     config.addinivalue_line("markers", "full: only with --full, in a run of the whole matrix")
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is installed
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What -n auto means: a process for each core that we may use, as far as the memory goes."""
+    return max(1, min(CORES, psutil.virtual_memory().available // WORKER_BYTES))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

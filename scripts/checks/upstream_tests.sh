@@ -24,12 +24,8 @@ model_tests="$memory_tests test-model-load-cancel test-autorelease"
 plain_tests="test-batch-alloc test-sampling test-opt test-alloc test-barrier test-quantize-fns test-rope test-gguf test-c"
 targets="test-llama-archs test-recurrent-state-rollback test-backend-ops $model_tests $plain_tests"
 
-"$python" ggml-patch/upstream.py sync "$dir/llama.cpp" || exit 1
-cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=ON -DLLAMA_BUILD_UI=OFF \
-    -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF >"$dir/cmake.log" 2>&1 ||
-    { echo "upstream_tests: cmake failed, see $dir/cmake.log" >&2; exit 1; }
 # shellcheck disable=SC2086 # the lists are words
-ninja -C "$dir" $targets || { echo "upstream_tests: the build failed, its output is above" >&2; exit 1; }
+PYTHON=$python scripts/checks/upstream_build.sh $targets || exit 1
 
 passed=0 failed=0
 work=$dir # some tests leave files where they run

@@ -4,6 +4,7 @@
     build.txt   what compiles and packs lt-gguf
     demo.txt    what `make demo` runs on
     test.txt    what `make test` runs on, all of the above among it
+    develop.txt what `make lint` and `make docs` run on, beside that
 
 Each names every package with its version and the hashes of its files, for all platforms and Pythons that lt-gguf supports: the
 resolver is uv, which makes one such lock where pip-tools would have to run on each of them. torch isn't in them, nor what of CUDA it
@@ -28,11 +29,13 @@ sys.path.insert(0, str(ROOT / "ggml-patch"))
 from pinned_source import BuildError, Pin, fetch_sdist
 
 FOLDER = ROOT / "requirements"
-EXTRAS = {
-    "test": "test",
-    "demo": "convert",
-    "build": None,
-}  # lock: extra of pyproject.toml. The largest is the first: others follow it
+# lock: extra of pyproject.toml, and dependency groups. The first is the largest, the others take what they share with it from it.
+LOCKS = {
+    "test": ("test", ["build"]),
+    "demo": ("convert", ["build"]),
+    "build": (None, ["build"]),
+    "develop": (None, ["lint", "docs"]),
+}
 
 # What torch needs beside CUDA. With its own metadata uv would lock the CUDA libraries of the package index's build.
 TORCH = """\
@@ -51,7 +54,7 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".lock-") as scratch:
         locks: list[Path] = []
-        for name in EXTRAS:
+        for name in LOCKS:
             locks.append(compile_lock(Path(scratch) / f"{name}.txt", wanted(name, project), project, locks[:1]))
         for lock in locks:
             n_packages = lock.read_text().count("==")
@@ -61,8 +64,11 @@ def main() -> None:
 
 def wanted(name: str, project: dict) -> list[str]:
     """The requirements that a lock has to meet, as pyproject.toml has them."""
-    requirements = [*project["build-system"]["requires"], *project["dependency-groups"]["build"]]
-    if (extra := EXTRAS[name]) is not None:
+    extra, groups = LOCKS[name]
+    requirements = [requirement for group in groups for requirement in project["dependency-groups"][group]]
+    if "build" in groups:
+        requirements += project["build-system"]["requires"]
+    if extra is not None:
         requirements += [*project["project"]["dependencies"], *binding_requirements(), *of_extra(extra, project)]
     return requirements
 

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Every test there is, none left out for want of something that takes long to make: what `make test-all` runs.
+#
+#     scripts/checks/all_tests.sh [PYTEST ARGUMENTS]
+#
+# Beside the whole matrix of the oracle (--full) that is what `make test` skips for want of
+#   a model of each architecture that llama.cpp knows, which its test-llama-archs makes (ten minutes of one core), and
+#   a build with a module for each kind of CPU, as a wheel has it (twenty-five minutes of one core).
+# Both stay in build/, so a second run begins with the tests.
+set -eu
+cd "$(dirname "$0")/../.."
+
+python=${PYTHON:-.venv/bin/python}
+models=$PWD/build/upstream-tests/models
+
+scripts/checks/upstream_build.sh test-llama-archs
+if [ ! -d "$models" ]; then
+    rm -rf "$models.unfinished" && mkdir -p "$models.unfinished"
+    build/upstream-tests/bin/test-llama-archs -s 1 -o "$models.unfinished" >build/upstream-tests/models.log 2>&1 ||
+        { echo "all_tests: test-llama-archs failed, see build/upstream-tests/models.log" >&2; exit 1; }
+    mv "$models.unfinished" "$models"
+fi
+ls build/wheel/py3-*/bin/libllama.* >/dev/null 2>&1 || python3 scripts/setup/build_wheel.py
+LT_TEST_MODELS=$models exec "$python" -m pytest -n auto --dist loadfile --full "$@"
