@@ -5,7 +5,7 @@
 Needs matplotlib. The picture is a drawing, not a measurement; its numbers are those of the small cache that it shows.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +13,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
+
+OUT = Path(__file__).parents[2] / "docs" / "cache.svg"
 
 N_LAYER, N_TOKENS, SINK, WINDOW = 8, 32, 2, 8
 STREAMING_LAYERS = {1, 3, 5, 7}
@@ -45,7 +47,9 @@ def draw(axes, title: str, streaming: set[int]) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs" / "cache.svg"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, default=OUT, metavar="OUT.svg", help="file to write (default: docs/cache.svg)")
+    out = parser.parse_args().out
     plt.rcParams["svg.hashsalt"] = "lt-gguf"  # the same drawing gives the same file
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.9))
     draw(left, "Full attention", set())
@@ -56,7 +60,10 @@ def main() -> None:
     figure.legend(handles, [name for name, _ in names], loc="lower center", ncol=4, frameon=False, fontsize=10)
     figure.patch.set_facecolor("white")
     figure.subplots_adjust(left=0.01, right=0.99, top=0.88, bottom=0.24, wspace=0.03)
-    figure.savefig(out, metadata={"Date": None})
+    try:
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    except OSError as error:
+        parser.error(f"{out}: can't be written ({error.strerror})")
 
 
 if __name__ == "__main__":
