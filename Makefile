@@ -49,10 +49,9 @@ test-fast: $(STAMP)  ## the tests that take no more than seconds, and no real mo
 test-all: $(STAMP)  ## every test: the whole matrix of the oracle, and what needs models and builds that take long to make; hours
 	@PYTHON=$(PY) scripts/checks/all_tests.sh $(PYTEST_ARGS)
 
-lint: $(DEVELOP)  ## ruff, clang-format, mypy, and the order of the rooms
+lint: $(DEVELOP)  ## ruff, mypy, and the order of the rooms
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/clang-format --dry-run -Werror $(wildcard ggml-patch/src/*)
 	@$(PY) scripts/checks/rooms.py
 	@$(PY) -m mypy
 
