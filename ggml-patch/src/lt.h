@@ -13,7 +13,7 @@
 // "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
 // "layers" takes numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4,
-// window=1020 and prefill=stream.
+// window=1020 and prefill=full.
 
 #pragma once
 

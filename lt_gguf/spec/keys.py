@@ -1,4 +1,4 @@
-"""The GGUF keys of the streaming spec, and the type of their values. (`ggml-patch/src/lt-spec.cpp` reads the same ones.)"""
+"""The GGUF keys of the streaming spec, and the type of their values. (`ggml-patch/src/lt-model-specs.cpp` reads the same ones.)"""
 
 from __future__ import annotations
 
