@@ -222,7 +222,7 @@ class _Conversion:
             link.symlink_to(self.checkpoint.resolve())
             checkpoint = str(link)
         arguments = [checkpoint, "--outfile", str(converted / self.file_name), *self.options.upstream_arguments()]
-        return UpstreamConverter(self.name, arguments, hidden, self.options.verbose)
+        return UpstreamConverter(self.name, arguments, hidden, self.options.verbose, self.options.trust_remote_code)
 
     def _check_plan(self, plan: Plan) -> list[str]:
         """The names of the files to write. Raises OSError or ValueError if something is in the way of a file or the report."""

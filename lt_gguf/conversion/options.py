@@ -139,6 +139,9 @@ class Options:
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model.")] = None
     metadata: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file with general.* keys, such as the author.")] = None
     remote: Annotated[bool, typer.Option("--remote", help="Stream the weights from the hub; nothing can be measured then.")] = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code in the checkpoint's folder, which some tokenizers need.")
+    ] = False
     mistral_format: Annotated[bool, typer.Option("--mistral-format", help="The checkpoint is in Mistral's own format.")] = False
     disable_mistral_community_chat_template: Annotated[
         bool, typer.Option("--disable-mistral-community-chat-template", help="Use mistral-common's tokenizer instead.")

@@ -56,9 +56,12 @@ class UpstreamConverter:
         arguments: of upstream's `convert_hf_to_gguf.py`.
         hidden: folder for its files.
         verbose: show upstream's log on stderr.
+        trust_remote_code: run Python code that the checkpoint brings along.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], hidden: Path, verbose: bool = False) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], hidden: Path, verbose: bool = False, trust_remote_code: bool = False
+    ) -> None:
         self.name = name
         self.hidden = hidden
         self._doing = "reading the checkpoint"
@@ -70,7 +73,15 @@ class UpstreamConverter:
             # note: a session of its own, so that Ctrl-C in a terminal reaches this process alone, which then ends the worker
             start_new_session=True,
         )
-        self._send({"upstream": str(upstream_dir()), "arguments": list(arguments), "hidden": str(hidden), "verbose": verbose})
+        self._send(
+            {
+                "upstream": str(upstream_dir()),
+                "arguments": list(arguments),
+                "hidden": str(hidden),
+                "verbose": verbose,
+                "trust_remote_code": trust_remote_code,
+            }
+        )
 
     def __enter__(self) -> UpstreamConverter:
         return self

@@ -1,8 +1,9 @@
 """The process that runs upstream's `convert_hf_to_gguf.py` for `upstream`.
 
-Upstream's code is used as it is, with three changes. Its `GGUFWriter` stops before it writes the header, when all of the
+Upstream's code is used as it is, with four changes. Its `GGUFWriter` stops before it writes the header, when all of the
 model's own metadata is known: it tells the parent what would be written, and waits for the streaming metadata to add. Its
-progress bar reports to the parent. And each tensor that it reads is looked through for NaN, by a thread beside it.
+progress bar reports to the parent. And each tensor that it reads is looked through for NaN, by a thread beside it. Code that the
+checkpoint brings along isn't run, unless it is asked for (`checkpoint_code`).
 
 stdin, lines of JSON: the request, then the metadata to add as {key: [type, value]}; the parent keeps it open as long as it
 lives. stdout, lines of JSON: {"files": [[name, tensors, bytes], ...]} when the metadata is known (it is in the file
@@ -26,6 +27,7 @@ from pathlib import Path
 from queue import Queue
 from typing import IO, Any
 
+from lt_gguf.conversion import checkpoint_code
 from lt_gguf.conversion.nan_check import NanCheck
 from lt_gguf.conversion.supervised import end_with_parent
 from lt_gguf.gguf.header import LONGEST_ARRAY_READ
@@ -80,6 +82,8 @@ def _convert(request: dict[str, Any], parent: _Parent) -> str:
     sys.path[:0] = [str(upstream), str(upstream / "gguf-py")]
     sys.argv = ["convert_hf_to_gguf.py", *request["arguments"]]
     try:
+        if not request["trust_remote_code"]:
+            checkpoint_code.forbid()
         _use_our_writer(parent)
         runpy.run_path(str(upstream / "convert_hf_to_gguf.py"), run_name="__main__")
     except SystemExit as error:
