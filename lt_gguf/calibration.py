@@ -87,7 +87,7 @@ def read_texts(path: Path | None, field: str = DEFAULT_FIELD) -> Texts:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8, see byte {error.start}") from None
-    documents = (text,)
+    documents: tuple[str, ...] = (text,)
     if path.suffix.lower() == ".jsonl":
         # note: not splitlines(), which also splits at characters that JSON strings may hold
         lines = enumerate(text.split("\n"), 1)

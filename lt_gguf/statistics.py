@@ -71,13 +71,13 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     Raises:
         ValueError: not as many of one as of the other, none, or one that isn't from 0 to 1.
     """
-    first, second = _paired_scores(first, second)
-    with_added, weights = _with_added(first, second)
+    a, b = _paired_scores(first, second)
+    with_added, weights = _with_added(a, b)
     differences = with_added[:, 0] - with_added[:, 1]
     centre = np.average(differences, weights=weights)
     variance = np.average((differences - centre) ** 2, weights=weights)
     half = _normal_quantile(confidence) * math.sqrt(variance / weights.sum())
-    return Estimate(float(np.mean(first - second)), max(-1.0, float(centre) - half), min(1.0, float(centre) + half))
+    return Estimate(float(np.mean(a - b)), max(-1.0, float(centre) - half), min(1.0, float(centre) + half))
 
 
 def relative_loss(
@@ -119,7 +119,7 @@ def relative_loss(
 
 
 def mean_interval(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     confidence: float = DEFAULT_CONFIDENCE,
     limits: tuple[float, float] = (-math.inf, math.inf),
     seed: int = 0,

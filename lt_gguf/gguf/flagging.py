@@ -71,7 +71,7 @@ def flag(
     sources = model_files(source, layout.header)
     destinations = _destinations(sources, Path(destination), overwrite)
     header = _new_header(layout, metadata)
-    parts: list[list[bytes | range]] = [[*header, layout.data], *([range(file.stat().st_size)] for file in sources[1:])]
+    parts: list[Sequence[bytes | range]] = [[*header, layout.data], *([range(file.stat().st_size)] for file in sources[1:])]
     count = _Count(sum(len(piece) for pieces in parts for piece in pieces), progress)
     folder = destinations[0].parent
     with tempfile.TemporaryDirectory(prefix=".flagging-", dir=folder, ignore_cleanup_errors=True) as hidden:

@@ -176,7 +176,8 @@ class _Cursor:
 
     def alignment(self, header: GGUFHeader) -> int:
         """The rule is llama.cpp's (`gguf_init_from_file_impl`)."""
-        type_, value = header.metadata.get(ALIGNMENT_KEY, Typed("uint32", DEFAULT_ALIGNMENT))
+        found = header.metadata.get(ALIGNMENT_KEY, Typed("uint32", DEFAULT_ALIGNMENT))
+        type_, value = found
         if type_ != "uint32" or value < 1 or value & (value - 1):
             raise ValueError(f"{self.path}: {ALIGNMENT_KEY} = {value} ({type_}): must be an uint32 and a power of two")
         return value

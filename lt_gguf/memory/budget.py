@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, DEFAULT_N_UBATCH, KVShape, kv_memory
 from lt_gguf.spec import StreamingSpec
@@ -40,7 +41,7 @@ def smallest_number(
     """
     if n_ctx < 1:
         raise ValueError(f"context = {n_ctx}: must be at least 1 token")
-    settings = {"sink": sink, "window": window, "n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    settings: dict[str, Any] = {"sink": sink, "window": window, "n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
     by_saving = sorted(range(n_layer_main), key=lambda il: (-shape.token_bytes(il, cache_type), il))
     for n in range(n_layer_main + 1):
         if kv_bytes(shape, by_saving[:n], **settings) <= budget:

@@ -69,6 +69,7 @@ def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
 def _write_into(report: Report, folder: Path) -> list[str]:
     if report.ratios is not None:
         mean, layers = report.mean_ratios, report.spec.layers
+        assert mean is not None  # their mean
         plots.save(plots.lazy_ratio_bars(mean, layers, f"Lazy ratios of {report.model}", report.conditions), folder / BARS)
         title = f"Lazy ratios of {report.model} by sample"
         plots.save(plots.ratio_heat_map(report.ratios, layers, title, report.conditions), folder / HEAT_MAP)

@@ -25,7 +25,7 @@ _DPI = 150
 _HEIGHT = 3.6  # inches
 _ALL_TICKS = 24  # layers up to which each has a number
 # Without a fixed salt and date an SVG would differ from run to run.
-_SVG_SETTINGS = {"svg.hashsalt": "lt-gguf"}
+_SVG_SALT = "lt-gguf"
 
 
 def check() -> None:
@@ -84,7 +84,7 @@ def ratio_heat_map(ratios_by_sample: Sequence[Sequence[float]], layers: Collecti
     n_samples, n_layer = ratios.shape
     figure, axes = _figure(n_layer, title, subtitle)
     axes.set_facecolor("white")
-    not_measured = {"facecolor": "none", "edgecolor": "#BBBBBB", "hatch": "xxx", "linewidth": 0}
+    not_measured: dict[str, Any] = {"facecolor": "none", "edgecolor": "#BBBBBB", "hatch": "xxx", "linewidth": 0}
     axes.fill_between([-0.5, n_layer - 0.5], -0.5, n_samples - 0.5, **not_measured)
     # note: the colours span what was measured; from 0 to 1 most models would be of one colour
     edges = np.arange(n_layer + 1) - 0.5, np.arange(n_samples + 1) - 0.5
@@ -96,7 +96,7 @@ def ratio_heat_map(ratios_by_sample: Sequence[Sequence[float]], layers: Collecti
     legend: list[Any] = []
     if layers:
         above = axes.get_xaxis_transform()  # x: layers, y: from 0 to 1 over the height of the field
-        mark = {"color": STREAMING_COLOUR, "markersize": 5, "transform": above, "clip_on": False}
+        mark: dict[str, Any] = {"color": STREAMING_COLOUR, "markersize": 5, "transform": above, "clip_on": False}
         legend += axes.plot(sorted(layers), [1.03] * len(layers), "v", label=f"streams ({len(layers)})", **mark)
     if np.ma.is_masked(ratios):
         legend.append(Patch(label="not measured", **not_measured))
@@ -125,7 +125,7 @@ def save_as(figure: Figure, path: Path) -> Path:
     settings: dict[str, Any] = {"metadata": {"Date": None}} if suffix == ".svg" else {"dpi": _DPI}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with matplotlib.rc_context(_SVG_SETTINGS):
+        with matplotlib.rc_context({"svg.hashsalt": _SVG_SALT}):
             figure.savefig(unfinished, format=suffix[1:], facecolor="white", **settings)
         return unfinished.replace(path)
     finally:

@@ -258,11 +258,11 @@ def _read_candidate(described: Mapping[str, Any], n_layer: int) -> Candidate:
     try:
         name = _get(described, "name", "a string", _is_string)
         layers = StreamingSpec(tuple(_get(described, "layers", "a list of layers", _is_integers)), n_layer).layers
-        kl = [_get(described, key, "a number", _is_number) for key in ("kl_text", "kl_answer")]
+        kl_text, kl_answer = (float(_get(described, key, "a number", _is_number)) for key in ("kl_text", "kl_answer"))
         scores = _get(described, "scores", "a list of numbers from 0 to 1", _is_scores)
     except ValueError as error:
         raise ValueError(f"candidates: {error}") from None
-    return Candidate(name, layers, Evidence(*map(float, kl), tuple(map(float, scores))))
+    return Candidate(name, layers, Evidence(kl_text, kl_answer, tuple(map(float, scores))))
 
 
 def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:

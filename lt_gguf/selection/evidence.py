@@ -84,8 +84,11 @@ class Candidates(Protocol):
     `judging` has other prompts than `choosing`: what was chosen because it did well on some prompts is judged on others.
     """
 
-    choosing: Bench
-    judging: Bench
+    @property
+    def choosing(self) -> Bench: ...
+
+    @property
+    def judging(self) -> Bench: ...
 
     def announce(self, runs: int) -> None:
         """Says what is about to be run at most, before it is."""

@@ -18,6 +18,7 @@ class Frequency(Strategy):
     needs_ratios = True
 
     def choose(self, request: Request) -> Selection:
+        assert request.ratios is not None
         measured, mean = request.measured_layers, request.mean_ratios
         n_main = request.model.n_layer_main
         times = dict.fromkeys(measured, 0)

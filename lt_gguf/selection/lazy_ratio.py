@@ -16,6 +16,7 @@ class LazyRatio(Strategy):
     needs_ratios = True
 
     def choose(self, request: Request) -> Selection:
+        assert request.ratios is not None
         measured, mean = request.measured_layers, request.mean_ratios
         layers = laziest(mean[: request.model.n_layer_main].tolist(), request.count(len(measured)))
         return self.selection(request, layers, _reason(layers, measured, mean.tolist(), len(request.ratios)))

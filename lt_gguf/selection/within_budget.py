@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from lt_gguf.memory.budget import format_mib, kv_bytes, smallest_number
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, DEFAULT_N_UBATCH, KVShape
@@ -27,7 +28,7 @@ def select_within(
     Raises:
         ValueError: nothing fits, or as `Strategy.select` and `smallest_number`.
     """
-    settings = {"n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    settings: dict[str, Any] = {"n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
 
     def size(selection: Selection) -> int:
         return kv_bytes(shape, selection.layers, sink=selection.sink, window=selection.window, **settings)
@@ -43,8 +44,7 @@ def select_within(
         )
 
     n_main = request.model.n_layer_main
-    seen = {"sink": request.sink, "window": request.window}
-    least = smallest_number(shape, budget, n_layer_main=n_main, **seen, **settings)
+    least = smallest_number(shape, budget, n_layer_main=n_main, sink=request.sink, window=request.window, **settings)
     for n in range(least, n_main + 1):
         selection = strategy.select(replace(request, n_streaming=n))
         if size(selection) <= budget:

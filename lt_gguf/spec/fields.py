@@ -60,7 +60,7 @@ def parse_fraction(text: str) -> float:
         bad_value("fraction", f'"{text}"', "a number from 0 to 1, the share of the layers that stream")
 
 
-def check_fraction(value: float) -> Fraction:
+def check_fraction(value: float | Fraction) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 <= value <= 1:
         bad_value("fraction", str(value), "a number from 0 to 1, the share of the layers that stream")
     return Fraction(value).limit_denominator(10_000)

@@ -63,8 +63,9 @@ def read_spec(config: Mapping[str, Any], n_layer: int) -> tuple[StreamingSpec, P
     selection = content.get("selection")
     if not isinstance(selection, str) or not selection:
         _bad(".selection", selection, "the name of what chose the layers, as in frequency")
+    prefill: Any = content.get("prefill")  # note: StreamingSpec says what is wrong with it
     try:
-        spec = StreamingSpec(tuple(layers), n_layer, content["sink"], content["window"], content.get("prefill"))
+        spec = StreamingSpec(tuple(layers), n_layer, content["sink"], content["window"], prefill)
     except ValueError as error:
         raise ValueError(f"config.json: {KEY}.{error}") from None
     calibration = content.get("calibration")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
@@ -70,7 +71,7 @@ class StreamingSpec:
     def interleaved(
         cls,
         n_layer: int,
-        fraction: float = 0.5,
+        fraction: float | Fraction = 0.5,
         sink: int = DEFAULT_SINK,
         window: int = DEFAULT_WINDOW,
         prefill: str = DEFAULT_PREFILL,
