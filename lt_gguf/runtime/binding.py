@@ -42,7 +42,7 @@ class BindingFinder:
                 execute(module)
                 self.imported(module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

@@ -23,7 +23,7 @@ def measure(
     parameters: Any,
     tokens: Sequence[int],
     spec: AutoSpec,
-    lora: int | None = None,
+    lora: ctypes.c_void_p | None = None,
     lora_scale: float = 1.0,
     verbose: bool = False,
 ) -> np.ndarray:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 _binding = load_llama_cpp()
 _llama_cpp = _binding.llama_cpp
+if TYPE_CHECKING:
+    from llama_cpp import Llama as _Llama
+else:
+    _Llama = _binding.Llama
 _GENERATE = inspect.signature(_binding.Llama.generate)
 
 # Tokens that were decoded one by one are read again so many at once: each needs room for its logits.
@@ -51,7 +55,7 @@ class _Role(Enum):
     DRAFT = 2  # of which a draft model guessed all but the first
 
 
-class RewindingLlama(_binding.Llama):
+class RewindingLlama(_Llama):
     """`llama_cpp.Llama` with snapshots.
 
     Args:
@@ -99,15 +103,15 @@ class RewindingLlama(_binding.Llama):
             ValueError: a prompt doesn't fit the context or the prompt limit; none of the tokens has been read.
             RuntimeError: llama_decode failed.
         """
-        tokens = np.asarray(tokens, dtype=np.intc)
-        if not len(tokens):
+        new = np.asarray(tokens, dtype=np.intc)
+        if not len(new):
             return
         n_kept = self.n_tokens
         start = self._go_back(n_kept)
         self._prompts.truncate(n_kept)
-        text = np.concatenate([self.input_ids[start:n_kept], tokens])
-        is_prompt = self._role is _Role.PROMPT or (len(tokens) > 1 and self._role is not _Role.DRAFT)
-        for piece in self._pieces(start, n_kept, n_kept + len(tokens), is_prompt):
+        text = np.concatenate([self.input_ids[start:n_kept], new])
+        is_prompt = self._role is _Role.PROMPT or (len(new) > 1 and self._role is not _Role.DRAFT)
+        for piece in self._pieces(start, n_kept, n_kept + len(new), is_prompt):
             self._read(text[piece.begin - start : piece.end - start].tolist(), piece, is_new=piece.end > n_kept)
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -118,7 +122,8 @@ class RewindingLlama(_binding.Llama):
             call.arguments["tokens"] = self._reuse(list(call.arguments["tokens"]))
             call.arguments["reset"] = False
         generator = super().generate(*call.args[1:], **call.kwargs)
-        role, sent = _Role.PROMPT, None
+        role: _Role | None = _Role.PROMPT
+        sent = None
         while True:
             self._role = role
             try:
@@ -152,7 +157,8 @@ class RewindingLlama(_binding.Llama):
         state = super().save_state()
         prompts = self._prompts.copy()
         prompts.truncate(self.n_tokens)
-        state.lt_gguf = _Saved(prompts, self._snapshots.newest(self.n_tokens, _N_SAVED_SNAPSHOTS), self._broken_at)
+        saved = _Saved(prompts, self._snapshots.newest(self.n_tokens, _N_SAVED_SNAPSHOTS), self._broken_at)
+        state.lt_gguf = saved  # type: ignore[attr-defined]  # ours, beside what is llama_cpp's
         return state
 
     def load_state(self, state: Any) -> None:

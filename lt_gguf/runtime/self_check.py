@@ -133,7 +133,7 @@ def run_model(file: Path, streaming: str) -> np.ndarray:
     from lt_gguf.runtime.llama import Llama
 
     text = np.random.default_rng(1).integers(3, N_VOCAB, N_PROMPT + N_DECODED).tolist()
-    settings = {"n_ctx": 64, "n_batch": 64, "logits_all": True, "flash_attn": True, "verbose": False}
+    settings: dict[str, Any] = {"n_ctx": 64, "n_batch": 64, "logits_all": True, "flash_attn": True, "verbose": False}
     llm = Llama(str(file), streaming=streaming, n_threads=1, n_threads_batch=1, **settings)
     try:
         llm.eval(text[:N_PROMPT])

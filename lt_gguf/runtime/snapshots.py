@@ -111,5 +111,5 @@ class Snapshots:
         self._kept = []
 
 
-def _pointer(state: bytearray) -> ctypes.Array:
+def _pointer(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
     return (ctypes.c_uint8 * len(state)).from_buffer(state)

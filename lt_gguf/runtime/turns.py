@@ -91,6 +91,7 @@ class _Line:
             return
         place.woken = queue.SimpleQueue()  # note: before it looks who is the first one
         while (first := self.first()) is not place:
+            assert first is not None  # its own place is in the line
             _check_deadlock(place, first, self)
             left = deadline - time.monotonic()
             if left <= 0:
