@@ -116,8 +116,8 @@ class RuntimeBench:
             else:
                 of_texts.append(divergence)
             self._done(len(sample.prompt) + len(sample.continuation))
-        means = (float(np.concatenate(parts).mean()) for parts in (of_texts, of_answers))
-        return Evidence(*means, tuple(scores))
+        kl_text, kl_answer = (float(np.concatenate(parts).mean()) for parts in (of_texts, of_answers))
+        return Evidence(kl_text, kl_answer, tuple(scores))
 
     def _room(self) -> list[np.ndarray]:
         n_tokens = [int(sample.compared.sum()) for sample in self._samples]

@@ -122,13 +122,13 @@ def evaluate(
             report(spec, f"{answer.question.task}, {answer.question.length:,} tokens", 1)
     for length in plan.lengths if plan.on_text else ():
         of_length = plan.text_questions(length)
-        missing = {(spec, question) for spec in specs for question in of_length} - journal.records.keys()
+        to_predict = {(spec, question) for spec in specs for question in of_length} - journal.records.keys()
         what = f"text, {length:,} tokens"
-        report(None, what, len(specs) * len(of_length) - len(missing))
-        if missing:
-            for spec, question, means, prompt in _predict(scorer, specs, texts, of_length, missing):
+        report(None, what, len(specs) * len(of_length) - len(to_predict))
+        if to_predict:
+            for spec, question, means, prompt in _predict(scorer, specs, texts, of_length, to_predict):
                 journal.add(spec, question, **means._asdict(), prompt=prompt)
-                report(None, what, (spec, question) in missing)
+                report(None, what, (spec, question) in to_predict)
 
 
 def _predict(

@@ -34,7 +34,7 @@ DEFAULT_MAX_GEN_TOKS = 256  # the harness's own models have the same
 
 
 @register_model("lt-gguf")
-class HybridLM(LM):
+class HybridLM(LM):  # type: ignore[misc]  # the harness brings no types
     """A GGUF file whose flagged layers stream.
 
     What a task calls the context is read as a prompt, and the continuation is decoded. So with `prefill = full` streaming
@@ -183,16 +183,18 @@ class HybridLM(LM):
     def _first_token(self) -> int:
         """What a text without context follows."""
         scorer = self._scorer
-        if not scorer.bos and scorer.end_token is None:
+        if scorer.bos:
+            return scorer.bos[0]
+        if scorer.end_token is None:
             raise ValueError(f"{scorer.file}: has no token that begins or ends a text: its first token has no probability")
-        return scorer.bos[0] if scorer.bos else scorer.end_token
+        return scorer.end_token
 
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text, names of special tokens included; what begins a text is there once."""
         tokens, bos = self._scorer.tokenize(text, special=True), self._scorer.bos
         return tokens if tokens[: len(bos)] == bos else bos + tokens
 
-    def _encode_pair(self, context: str, continuation: str) -> Request:
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As in the harness's own models, spaces between them belong to the continuation."""
         stripped = context.rstrip()
         prompt = self._encode(stripped)

@@ -24,7 +24,7 @@ _COLOUR_MAP = "cividis"  # made to look the same to colour-blind readers
 # Of Okabe and Ito's palette, then hatchings: 5 and 7, so that 35 bars of a group differ.
 _COLOURS = (STREAMING_COLOUR, "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _HATCHES = ("///", "", "...", "xxx", "\\\\\\", "---", "ooo")
-_NOT_MEASURED = {"facecolor": "none", "edgecolor": "#BBBBBB", "hatch": "xxx", "linewidth": 0}
+_NOT_MEASURED: dict[str, Any] = {"facecolor": "none", "edgecolor": "#BBBBBB", "hatch": "xxx", "linewidth": 0}
 _GREY = "#444444"
 _MAX_WIDTH = 16.0  # inches, as all sizes here
 _MIN_WIDTH = 5.0
@@ -169,7 +169,7 @@ def _draw_bar(axes: Axes, x: float, estimate: Estimate, width: float, style: dic
         axes.errorbar(x, estimate.value, yerr=ends, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
         top = estimate.high
     if numbers:
-        place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        place: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
         axes.annotate(_number(estimate.value, percent), (x, max(0.0, top)), fontsize=7, color=_GREY, **place)
 
 

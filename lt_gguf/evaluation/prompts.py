@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.puzzle import Puzzle, hide
 from lt_gguf.evaluation.tasks.base import Task
 from lt_gguf.evaluation.words import WordSource
+
+if TYPE_CHECKING:
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 
 class Tokenizer(Protocol):
@@ -175,7 +178,7 @@ def _render(template: str, message: str) -> str:
 
 
 @cache
-def _formatter(template: str):
+def _formatter(template: str) -> Jinja2ChatFormatter:
     from lt_gguf.runtime.library import load_llama_cpp
 
     # note: it ends texts with eos_token where a template writes a past answer, which our prompts don't have

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lt_gguf.evaluation.retrieval import Question
 from lt_gguf.gguf.file import model_files
@@ -40,14 +40,14 @@ class Journal:
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self.settings = {"version": FORMAT_VERSION, **settings}
         self.records: Records = {}
-        self._file = None
+        self._file: BinaryIO | None = None
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b")  # noqa: SIM115 (`close` does)
         try:
-            self._lock(path)
-            self._continue(path)
+            self._lock(self._file, path)
+            self._continue(self._file, path)
         except BaseException:
             self._file.close()
             raise
@@ -66,19 +66,19 @@ class Journal:
             self._write({"spec": spec, **question._asdict(), **values})
             self.records[key] = values
 
-    def _lock(self, path: Path) -> None:
+    def _lock(self, file: BinaryIO, path: Path) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path}: another evaluation is writing it, wait for its end or name another folder") from None
 
-    def _continue(self, path: Path) -> None:
+    def _continue(self, file: BinaryIO, path: Path) -> None:
         """Reads what is there; of a line that was cut off when it was written nothing is left."""
-        self._file.seek(0)
-        data = self._file.read()
+        file.seek(0)
+        data = file.read()
         complete = data.rfind(b"\n") + 1
         if complete < len(data):
-            self._file.truncate(complete)
+            file.truncate(complete)
         lines = data[:complete].split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:

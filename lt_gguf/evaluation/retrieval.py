@@ -13,7 +13,8 @@ import numpy as np
 
 from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.prompts import Prompt, Tokenizer, make_prompt
-from lt_gguf.evaluation.tasks import Needles, find_task
+from lt_gguf.evaluation.tasks import find_task
+from lt_gguf.evaluation.tasks.needles import Needles
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.scorer import Scorer
@@ -36,7 +37,7 @@ class Question(NamedTuple):
     task: str
     length: int
     depth: float | None
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody asks a question
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,18 @@ def run(
             waiting.append((question, prompt_of(scorer, question, seed, haystack)))
             yield waiting[-1][1]
 
+    outputs: Iterator[list[int]]
     if fast:
-        requests = ((prompt.prompt, (*prompt.given, *prompt.answer)) for prompt in prompts())
-        outputs = scorer.logprobs(requests, keep=lambda logprobs, _: logprobs.argmax(axis=1))
+        answered = ((prompt.prompt, (*prompt.given, *prompt.answer)) for prompt in prompts())
+        likeliest = scorer.logprobs(answered, keep=lambda logprobs, _: logprobs.argmax(axis=1))
+        outputs = (tokens.tolist() for tokens in likeliest)
     else:
         requests = ((prompt.prompt, len(prompt.answer) + ROOM_FOR_WORDS, prompt.given) for prompt in prompts())
         outputs = scorer.generate(requests, scorer.eos)
     for output in outputs:
         question, prompt = waiting.popleft()
         if fast:
-            score = prompt.score_tokens(output[prompt.n_given :].tolist())
+            score = prompt.score_tokens(output[prompt.n_given :])
         else:
             score = prompt.puzzle.score(scorer.detokenize(output))
         yield Answer(question, score, hash_of(prompt.tokens))

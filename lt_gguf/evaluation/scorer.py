@@ -215,7 +215,8 @@ class Scorer(TextModel):
         rows = self._read(prompts, [len(begun) + n for begun, n in zip(given, n_max, strict=True)])
         answers: list[list[int]] = [[] for _ in group]
         running = [seq for seq, n in enumerate(n_max) if n > 0]
-        to_decode, n_past = given, [len(prompt) for prompt in prompts]
+        to_decode: list[Sequence[int]] = list(given)
+        n_past = [len(prompt) for prompt in prompts]
         while running:
             for seq, new_rows in enumerate(self._continue(to_decode, n_past)):
                 n_past[seq] += len(new_rows)
@@ -276,6 +277,7 @@ class Scorer(TextModel):
         Returns:
             what is kept, by default float32 (those that are wanted, n_vocab): log-probabilities.
         """
+        assert self._context is not None  # `_read` has made it
         n_at_once = self._batch.size if len(n_prompt) else self._n_answer_at_once
         kept = [keep(np.empty((0, self.n_vocab), np.float32), _NO_TOKENS)]
         for begin in range(0, tokens.shape[1], n_at_once):

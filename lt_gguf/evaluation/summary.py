@@ -63,7 +63,7 @@ class Table(NamedTuple):
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     n_left: int
 
 
@@ -143,7 +143,10 @@ class Summary:
         return {
             "settings": dict(self.settings),
             "models": [{"name": name, "spec": spec} for spec, name in self.names.items()],
-            "scores": [{**s._asdict(), "score": _numbers(s.score), "difference": _numbers(s.difference)} for s in self.scores()],
+            "scores": [
+                {**s._asdict(), "score": _numbers(s.score), "difference": s.difference and _numbers(s.difference)}
+                for s in self.scores()
+            ],
             "cells": [
                 {"spec": spec, "task": task, "length": length, "depth": depth, "n": len(scores), "score": float(np.mean(scores))}
                 for (task, spec, length, depth), scores in self._cells().items()
@@ -176,9 +179,13 @@ class Summary:
                 for spec, name in self.names.items()
             }
             yield BARS, pictures.bars(estimates, f"Scores of {self._model}", f"means over all prompts, {_INTERVALS}")
-        cells = {key: np.mean(scores) for key, scores in self._cells().items() if key[-1] is not None}
+        cells = {
+            (task, spec, length, depth): float(np.mean(scores))
+            for (task, spec, length, depth), scores in self._cells().items()
+            if depth is not None
+        }
         if cells:
-            lengths, depths = (sorted({key[i] for key in cells}) for i in (2, 3))
+            lengths, depths = sorted({key[2] for key in cells}), sorted({key[3] for key in cells})
             panels = {
                 f"{task}, {self.names[spec]}": [
                     [cells.get((task, spec, length, depth), np.nan) for length in lengths] for depth in depths
@@ -252,9 +259,7 @@ def _difference(own: Mapping[Question, float], full: Mapping[Question, float]) -
     return paired_difference([score for _, score in pairs], [score for score, _ in pairs]) if pairs else None
 
 
-def _numbers(estimate: Estimate | None) -> dict[str, float | None] | None:
-    if estimate is None:
-        return None
+def _numbers(estimate: Estimate) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in estimate._asdict().items()}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
@@ -89,7 +89,7 @@ class WordSource:
         """`n` different animals."""
         return [str(animal) for animal in self.rng.choice(ANIMALS, n, replace=False)]
 
-    def _new(self, draw) -> str:
+    def _new(self, draw: Callable[[], str]) -> str:
         for _ in range(10_000):
             if (text := draw()) not in self.used:
                 self.used.add(text)
