@@ -97,7 +97,7 @@ def _check_layers(path: Path, config: PretrainedConfig) -> None:
 
 
 def _class_of(config: PretrainedConfig) -> type[Any]:
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found[0] if isinstance(found, (tuple, list)) else found
 
 

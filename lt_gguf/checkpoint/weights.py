@@ -58,7 +58,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
         ValueError: as `weight_files`, or a file is damaged.
         OSError: a file can't be read.
     """
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in weight_files(checkpoint):
         try:
             if path.suffix == ".safetensors":

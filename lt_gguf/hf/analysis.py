@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lt_gguf.checkpoint.checks import check, read_config
 from lt_gguf.checkpoint.weights import has_bad_values, weight_files
@@ -67,21 +67,21 @@ def measure(
     """
     checkpoint = Path(checkpoint)
     config = read_config(checkpoint)
-    samples = [[int(token) for token in sample] for sample in samples]
-    _check_settings(config, samples, sink, window, w_last)
+    prompts = [[int(token) for token in sample] for sample in samples]
+    _check_settings(config, prompts, sink, window, w_last)
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, config, torch_device)
     report = progress or (lambda *_: None)
     run = partial(Measure, sink, window, w_last)
     if not layer_by_layer:
-        return _measure_whole(checkpoint, samples, run(), torch_device, torch_dtype, report)
-    fingerprint = _fingerprint(checkpoint, samples, [sink, window, w_last, torch_device.type, str(torch_dtype)])
+        return _measure_whole(checkpoint, prompts, run(), torch_device, torch_dtype, report)
+    fingerprint = _fingerprint(checkpoint, prompts, [sink, window, w_last, torch_device.type, str(torch_dtype)])
     folder = Path(work_dir) if work_dir is not None else cache_folder() / "analysis" / fingerprint[:16]
     with locked(folder):
         n_layer = config.get_text_config(decoder=True).num_hidden_layers
-        state = AnalysisState(folder, fingerprint, len(samples), n_layer)
+        state = AnalysisState(folder, fingerprint, len(prompts), n_layer)
         if not state.is_finished:
-            _measure_layers(checkpoint, config, samples, run(), state, torch_device, torch_dtype, report)
+            _measure_layers(checkpoint, config, prompts, run(), state, torch_device, torch_dtype, report)
     return state.ratios
 
 
@@ -134,13 +134,17 @@ def _measure_whole(
     report("weights", 0, 1)
     settings = {"dtype": dtype, "attn_implementation": IMPLEMENTATION, "local_files_only": True, "trust_remote_code": False}
     with without_progress_bar():
-        model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **settings)
+        # note: a pair, as its info is asked for; transformers' types know of the model alone
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            checkpoint, output_loading_info=True, **settings
+        )
+    model, info = loaded
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"{checkpoint}: {name} is missing in the checkpoint's files")
     for name, parameter in model.named_parameters():
         if has_bad_values(parameter):
             raise ValueError(f"{checkpoint}: {name} has NaN or infinite values, must be finite: the checkpoint is damaged")
-    decoder, layers = find_layers(model.to(device).eval())
+    decoder, layers = find_layers(model.to(device).eval())  # type: ignore[arg-type]  # a wrapper whose types take no self
     ratios = np.full((len(samples), len(layers)), np.nan)
     sample = 0
 
@@ -212,7 +216,7 @@ def choose_dtype(name: str, config: PretrainedConfig, device: torch.device) -> t
         return DTYPES[name]
     own = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     slow = [] if device.type != "cpu" else [torch.float16] if _has_bfloat16() else [torch.float16, torch.bfloat16]
-    return torch.float32 if own not in DTYPES.values() or own in slow else own
+    return own if own is not None and own in DTYPES.values() and own not in slow else torch.float32
 
 
 def _has_bfloat16() -> bool:

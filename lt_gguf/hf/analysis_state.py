@@ -61,6 +61,7 @@ class AnalysisState:
         kept = self._hidden[sample]
         if kept is not None:
             return kept
+        assert self._dtype is not None  # of what is in the file
         values = np.fromfile(self._file(self._saved, sample), dtype=np.uint8)
         return torch.from_numpy(values).view(self._dtype).reshape(1, -1, self._width)
 
@@ -91,6 +92,7 @@ class AnalysisState:
             self._hidden = [None] * self.n_sample
         elif self._in_memory:
             for sample, hidden in enumerate(self._hidden):
+                assert hidden is not None  # a layer is done when all samples are
                 self._write(self.n_done, sample, hidden)
         state = {
             "fingerprint": self.fingerprint,

@@ -71,7 +71,7 @@ class LayerByLayer:
         # note: only the rows of tokens that occur are read, as the whole of it is bigger than a layer in many models
         used = torch.tensor(sorted({token for tokens in samples for token in tokens}))
         embedding.weight = nn.Parameter(self._read_embedding(embedding, used), requires_grad=False)
-        embedding.padding_idx = None  # which may be beyond these rows; it matters to gradients only
+        embedding.padding_idx = None  # type: ignore[assignment]  # which may be beyond these rows; it matters to gradients only
         used = used.to(self.device)
         embedding.forward = lambda tokens: type(embedding).forward(embedding, torch.searchsorted(used, tokens))
         try:
@@ -143,7 +143,7 @@ class LayerByLayer:
             self._passed_on = None
         raise ValueError(f"{type(self._decoder).__name__} doesn't run its layer {layer}: use the whole model")
 
-    def _skip(self, *arguments: Any, **named: Any) -> torch.Tensor:
+    def _skip(self, *arguments: Any, **named: Any) -> torch.Tensor | None:
         """Stands in for the layers before the one that runs. What it returns is never looked at; its first element may be
         taken, where layers return tuples."""
         return self._passed_on
@@ -182,7 +182,10 @@ class LayerByLayer:
         modules = list(modules)
         dtype_plan = self._model._get_dtype_plan(self.dtype)
         settings = LoadStateDictConfig(
-            device_map={"": self.device}, dtype=self.dtype, dtype_plan=dtype_plan, weight_mapping=self._weight_mapping
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=dtype_plan,
+            weight_mapping=self._weight_mapping,  # type: ignore[arg-type]  # transformers makes it of a wider type than it takes
         )
         tensors = {name: self._stored[name] for name in self._by_part[part]}
         with without_progress_bar():

@@ -121,9 +121,9 @@ def causal_attention(
     if softcap is None and sink_logits is None and query.device.type != "mps":
         # note: with head sizes that differ (multi-head latent attention) it falls back to the n×n matrix
         size = max(query.shape[-1], value.shape[-1])
-        padded = [functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (queries, keys, values)]
-        expanded = [x.expand(-1, n_group, -1, -1) for x in padded[1:]]
-        output = functional.scaled_dot_product_attention(padded[0], *expanded, is_causal=True, scale=scale)
+        q, k, v = (functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (queries, keys, values))
+        k, v = (x.expand(-1, n_group, -1, -1) for x in (k, v))
+        output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         output = output[..., : value.shape[-1]]
     else:
         extra = None if sink_logits is None else sink_logits.unflatten(0, (n_head_kv, n_group))
@@ -131,7 +131,14 @@ def causal_attention(
     return output.flatten(0, 1).transpose(0, 1)[None].contiguous()
 
 
-def _attention_in_blocks(queries, keys, values, scale, softcap, sink_logits) -> torch.Tensor:
+def _attention_in_blocks(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
     """(n_head_kv, n_group, T, value_dim) from queries of (n_head_kv, n_group, T, head_dim): a few rows of logits at a time."""
     n_head_kv, n_group, length, _ = queries.shape
     output = queries.new_empty(n_head_kv, n_group, length, values.shape[-1])

@@ -73,6 +73,7 @@ class CheckpointScorer:
                     cache = DynamicCache(config=self.model.config)
                     with streaming_attention(self.model, None):
                         first = self.model(tokens[:, :n_prompt], **cache_argument(self.model, cache), logits_to_keep=1).logits[0]
+                assert first is not None  # made with the cache
                 logits = torch.cat([first, self._decode(tokens[:, n_prompt:], cache, spec, n_prompt)])
             found.append(logits.float().log_softmax(-1).numpy())
         return found

@@ -26,6 +26,7 @@ from lt_gguf.spec import StreamingSpec
 from lt_gguf.spec.in_config import read_spec
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PretrainedConfig, PreTrainedModel
 
 CAUSAL, STREAMING = 0, 1  # the slots of the mask; of a dense one, in the place where other masks have their heads
@@ -44,7 +45,7 @@ SPEC_ATTRIBUTE = "streaming_attention"  # on the model's config; a plain dict, s
 Prompts = Sequence[tuple[int, int]]  # half-open ranges of positions, ascending
 
 
-class BlockMasks(tuple):
+class BlockMasks(tuple["BlockMask", "BlockMask"]):
     """flex_attention's masks of the two slots; it computes only blocks of 128 by 128 that have something visible in them."""
 
 
@@ -140,7 +141,7 @@ def _check_prompts(spec: StreamingSpec, prompts: Prompts | None) -> None:
         raise ValueError("prefill 'stream' takes no prompts: every token streams, leave them out or use prefill 'full'")
     ends = [end for prompt in prompts or () for end in prompt]
     if ends != sorted(ends) or any(begin < 0 or begin == end for begin, end in prompts or ()):
-        raise ValueError(f"prompts {list(prompts)}: must be ascending (begin, end) with 0 <= begin < end that don't overlap")
+        raise ValueError(f"prompts {list(prompts or ())}: must be ascending (begin, end) with 0 <= begin < end that don't overlap")
 
 
 # ---------------------------------------------------------------------------------------------------------- masks
@@ -175,7 +176,7 @@ def _streaming_function(
     batch_size: int,
     kv_length: int,
     kv_offset: int = 0,
-    mask_function: MaskFunction = causal_mask_function,
+    mask_function: MaskFunction = causal_mask_function,  # type: ignore[assignment]  # typed for numbers, called with tensors
     attention_mask: torch.Tensor | None = None,
     device: torch.device,
     **_: Any,
@@ -194,7 +195,9 @@ def streaming_mask(config: PretrainedConfig, **arguments: Any) -> torch.Tensor:
     """Mask function for transformers: bool (batch_size, 2, q_length, kv_length), True where a key is visible."""
     arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     in_streaming = arguments | {"mask_function": _streaming_function(config, **arguments)}
-    return torch.cat([sdpa_mask(**arguments), sdpa_mask(**in_streaming)], dim=1)
+    full, streaming = sdpa_mask(**arguments), sdpa_mask(**in_streaming)
+    assert full is not None and streaming is not None  # as no skipping is allowed
+    return torch.cat([full, streaming], dim=1)
 
 
 def _block_masks(config: PretrainedConfig, **arguments: Any) -> BlockMasks:
@@ -222,8 +225,11 @@ def _can_flex(model: PreTrainedModel, config: PretrainedConfig) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ attention
 
+Masks = torch.Tensor | BlockMasks | None  # of both slots
+Attended = tuple[torch.Tensor, torch.Tensor | None]  # and weights, where they are known
 
-def _slot(module: torch.nn.Module, masks: torch.Tensor | BlockMasks | None) -> Any:
+
+def _slot(module: torch.nn.Module, masks: Masks) -> Any:
     """The part of the masks that is for the layer `module`: bool (batch, 1, q_length, kv_length), or a block mask."""
     slot = STREAMING if module.layer_idx in getattr(module.config, SPEC_ATTRIBUTE)["layers"] else CAUSAL
     if isinstance(masks, BlockMasks):
@@ -236,20 +242,28 @@ def _slot(module: torch.nn.Module, masks: torch.Tensor | BlockMasks | None) -> A
     return masks[:, slot : slot + 1]
 
 
-def _streaming_sdpa(module, query, key, value, attention_mask, **kwargs):
+def _streaming_sdpa(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Masks, **kwargs: Any
+) -> Attended:
     return sdpa_attention_forward(module, query, key, value, _slot(module, attention_mask), **kwargs)
 
 
-def _streaming_flex(module, query, key, value, attention_mask, **kwargs):
+def _streaming_flex(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Masks, **kwargs: Any
+) -> Attended:
     return flex_attention_forward(module, query, key, value, _slot(module, attention_mask), **kwargs)
 
 
-def _streaming_auto(module, query, key, value, attention_mask, **kwargs):
+def _streaming_auto(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Masks, **kwargs: Any
+) -> Attended:
     run = _streaming_flex if isinstance(attention_mask, BlockMasks) else _streaming_sdpa
     return run(module, query, key, value, attention_mask, **kwargs)
 
 
-def _streaming_eager(module, query, key, value, attention_mask, **kwargs):
+def _streaming_eager(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Masks, **kwargs: Any
+) -> Attended:
     hidden = torch.finfo(query.dtype).min
     additive = torch.where(_slot(module, attention_mask), torch.zeros((), dtype=query.dtype), hidden)
     eager = sys.modules[type(module).__module__].eager_attention_forward

@@ -147,12 +147,17 @@ def _answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _written(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: bool
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool = False,
 ) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise ValueError(f"{conversation.where}: the chat template doesn't take it: {error}") from None
+    assert isinstance(text, str)  # not tokens, and of one conversation
+    return text
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,8 @@ def make_samples(
         OSError: a file can't be read.
     """
     source = read_data(data)
-    sha256, training, held_out = (source.sha256,), list(source.conversations), []
+    sha256: tuple[str, ...] = (source.sha256,)
+    training, held_out = list(source.conversations), []
     if eval_data is not None:
         other = read_data(eval_data)
         sha256, held_out = (source.sha256, other.sha256), list(other.conversations)

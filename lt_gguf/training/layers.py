@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lt_gguf.checkpoint import checks
 from lt_gguf.checkpoint.folder import read_config
 from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy
@@ -62,7 +63,7 @@ def choose_layers(
         select = "manual" if layers is not None else "trained" if KEY in content else DEFAULT_STRATEGY
     chosen = strategy(select)
     chosen.check_options(layers, None)
-    config = analysis.read_config(checkpoint)
+    config = checks.read_config(checkpoint)
     n_layer = config.get_text_config(decoder=True).num_hidden_layers
     ratios, calibration = None, None
     if chosen.needs_ratios:

@@ -64,9 +64,11 @@ def load_model(checkpoint: Path, as_bfloat16: bool) -> PreTrainedModel:
     """
     settings: dict[str, Any] = {"dtype": torch.bfloat16 if as_bfloat16 else torch.float32, "attn_implementation": "sdpa"}
     with without_progress_bar():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # note: a pair, as its info is asked for; transformers' types know of the model alone
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             checkpoint, output_loading_info=True, local_files_only=True, trust_remote_code=False, **settings
         )
+    model, info = loaded
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"{checkpoint}: {name} is missing in the checkpoint's files")
     return model

@@ -55,7 +55,7 @@ def train(model: str, data: Path, out: Path, settings: Settings = Settings()) ->
     analysis.check(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     arguments = training_arguments(settings, _work_folder(out))
-    options = {"max_length": settings.max_length, "loss": settings.loss, "seed": settings.seed}
+    options: dict[str, Any] = {"max_length": settings.max_length, "loss": settings.loss, "seed": settings.seed}
     samples = make_samples(data, settings.eval_data, settings.eval_share, tokenizer, **options)
     config = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
     asked = settings.asked() | {"data": list(samples.sha256), "model": config}
