@@ -111,7 +111,7 @@ class Checkpoint:
         except ImportError as error:
             raise ImportError(f"checkpoints need {error.name}: pip install 'lt-gguf[convert]'; GGUF files don't") from None
         self._folder = resolver.resolve(name)
-        self._settings = {"device": device, "dtype": dtype}
+        self._settings: dict[str, Any] = {"device": device, "dtype": dtype}
         self._threads = threads
         config = read_config(self._folder)
         text_config = config.get_text_config(decoder=True)

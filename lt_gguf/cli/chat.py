@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lt_gguf.cli import model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.spec import format_layers
@@ -50,7 +51,7 @@ def chat(
 
         @cache
         def full_kv() -> int:
-            shape = model.read_model(file).kv_shape
+            shape = read_model(file).kv_shape
             return kv_memory(shape, None, llm.n_ctx(), type_k=options.cache_type, flash_attn=options.flash_attn).total
 
         say(f"{describe_memory(llm, full_kv)} · {model.describe_threads(llm.n_threads)}")

@@ -99,11 +99,11 @@ def _print_layers(converted: Converted) -> None:
 def _progress() -> Iterator[Progress]:
     """Shows on stderr what is being done: a bar for each step in a terminal, else a line."""
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True, highlight=False)
-    steps: dict[str, int] = {}
+    steps: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 

@@ -167,6 +167,7 @@ class _Conversion:
     def _measure(self) -> _Measured:
         """Measures lazy ratios, after all that can be checked before is."""
         try:
+            from lt_gguf.checkpoint import checks
             from lt_gguf.hf import analysis
         except ImportError as error:
             raise ImportError(f"to measure lazy ratios, {error.name} is needed: pip install 'lt-gguf[convert]'") from None
@@ -174,7 +175,7 @@ class _Conversion:
         options = self.options
         if not options.no_report:
             plots.check()
-        config = analysis.read_config(self.checkpoint)
+        config = checks.read_config(self.checkpoint)
         analysis.choose_dtype(options.dtype, config, analysis.choose_device(options.device))
         with hidden_folder(self.folder, ".converting-") as hidden, self._start_upstream(hidden) as upstream:
             plan = upstream.plan()

@@ -24,7 +24,7 @@ _NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_X
 @cache
 def types() -> tuple[str, ...]:
     """The types that this build's `llama-quantize` knows, as its help lists them. Raises ValueError: it crashed."""
-    command = [tool_path("llama-quantize"), "--help"]
+    command: list[str | Path] = [tool_path("llama-quantize"), "--help"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     _check_alive(result.returncode, "showing its help")
     listed = result.stdout.partition("allowed quantization types")[2]
@@ -51,7 +51,7 @@ def check(type_name: str, imatrix: Path | None) -> str:
 def _check_imatrix(file: Path) -> None:
     """Lets llama-quantize read the importance matrix, which it does before it looks for the model: here there is none."""
     file.open("rb").close()
-    command = [tool_path("llama-quantize"), "--imatrix", file.name, "--dry-run", os.devnull, "Q8_0"]
+    command: list[str | Path] = [tool_path("llama-quantize"), "--imatrix", file.name, "--dry-run", os.devnull, "Q8_0"]
     cwd = file.absolute().parent
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", cwd=cwd)
     _check_alive(result.returncode, f"reading {file}")

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from typing import IO, Any
@@ -127,17 +128,19 @@ def _use_our_writer(parent: _Parent) -> None:
 
         def set_description(self, desc: str) -> None: ...
 
-    class StreamingGGUFWriter(plain_writer):
+    class StreamingGGUFWriter(gguf.GGUFWriter):
         def write_header_to_file(self, path: Path | None = None) -> None:
             if not any(self.tensors):
                 raise ValueError("has no tensors that llama.cpp knows")
             self._write_metadata(parent.hidden / METADATA_FILE)
-            names = [file.name for file in self.format_shard_names(path or self.path)]
+            out = path or self.path
+            assert out is not None  # upstream's converter names one
+            names = [file.name for file in self.format_shard_names(out)]
             sizes = [[len(tensors), sum(info.nbytes for info in tensors.values())] for tensors in self.tensors]
             parent.send(files=[[name, *size] for name, size in zip(names, sizes)])
+            add: dict[str, Callable[[str, Any], None]] = {"uint32": self.add_uint32, "string": self.add_string}
             for key, (type_, value) in parent.answer().items():
-                add = {"uint32": self.add_uint32, "string": self.add_string}.get(type_, self.add_array)
-                add(key, value)
+                add.get(type_, self.add_array)(key, value)
             super().write_header_to_file(path)
 
         def _write_metadata(self, path: Path) -> None:
@@ -156,8 +159,8 @@ def _use_our_writer(parent: _Parent) -> None:
             super().write_tensors_to_file(progress=progress)
             nan_check.finish()
 
-    gguf.GGUFWriter = StreamingGGUFWriter
-    gguf.utility.LocalTensor.mmap_bytes = checked_bytes
+    gguf.GGUFWriter = StreamingGGUFWriter  # type: ignore[misc]  # upstream makes one of ours
+    gguf.utility.LocalTensor.mmap_bytes = checked_bytes  # type: ignore[assignment, method-assign]  # and reads with ours
 
 
 class _LastError(logging.Handler):
