@@ -1,4 +1,4 @@
-"""What a hybrid loses and what it doesn't, on the testbed model: all tables and pictures of docs/results.md.
+"""What a hybrid loses and what it doesn't, on the testbed model: all tables and pictures of docs/evidence/results.md.
 
     python scripts/experiments/experiments.py                            # all, some hours on 2 cores
     python scripts/experiments/experiments.py --only layers --samples 50 # a part of it, quickly
@@ -151,7 +151,7 @@ def main(
         Path,
         typer.Option(file_okay=False, help="what is measured; an earlier run here goes on"),
     ] = ROOT / "build" / "experiments",
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder of results.md and its pictures")] = ROOT / "docs",
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder of results.md and its pictures")] = ROOT / "docs" / "evidence",
     only: Annotated[list[str] | None, typer.Option(help=f"a part: {', '.join(PARTS)}; may be given several times")] = None,
     samples: Annotated[int, typer.Option(min=5, help="prompts of each task")] = 500,
     length: Annotated[int, typer.Option(min=512, help="tokens of a prompt and its answer, at most")] = 1024,

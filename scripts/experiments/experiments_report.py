@@ -1,4 +1,4 @@
-"""Tables and pictures of the experiments, put into docs/results.md.
+"""Tables and pictures of the experiments, put into docs/evidence/results.md.
 
 The text there is written by hand; what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced by what was measured.
 """

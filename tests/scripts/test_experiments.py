@@ -74,10 +74,10 @@ def test_the_tables(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "save", lambda *_: [])
     out = tmp_path / "docs"
     out.mkdir()
-    shutil.copy(ROOT / "docs" / "results.md", out)
+    shutil.copy(ROOT / "docs" / "evidence" / "results.md", out)
     experiments_report.write_report(measured, out)
     text = (out / "results.md").read_text()
-    assert text.split("<!-- table")[0] == (ROOT / "docs" / "results.md").read_text().split("<!-- table")[0]
+    assert text.split("<!-- table")[0] == (ROOT / "docs" / "evidence" / "results.md").read_text().split("<!-- table")[0]
 
     strategies = {row[0]: row for row in table(text, "strategies")}
     assert [strategies["full"][i] for i in (-3, -2, -1)] == ["**100.0**", "", "50"]
