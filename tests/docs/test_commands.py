@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +93,12 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def pages() -> Iterator[object]:
+def pages() -> list[Any]:
+    params = []
     for page in PAGES:
         needs_model = any("smollm2" in (block.to_run or "") for block in blocks_of(page.read_text()))
-        yield pytest.param(page, id=name_of(page), marks=[pytest.mark.real_model] if needs_model else [])
+        params.append(pytest.param(page, id=name_of(page), marks=[pytest.mark.real_model] if needs_model else []))
+    return params
 
 
 def folder_of_a_page(folder: Path, demo_gguf: Path) -> Path:
