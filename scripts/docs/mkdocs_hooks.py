@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = "docs"
@@ -30,11 +32,14 @@ PICTURES = (".png", ".svg")
 HELP_PLACE = "<!-- help of all commands -->"
 
 _FENCE = re.compile(r"^(```.*?^```[ \t]*$)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"(- |\d+\. |\|)")  # what begins an item of a list or a row of a table
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds what lies outside docs/."""
+    from mkdocs.structure.files import File  # note: here, so that the tests need no MkDocs
+
     for source, page in site_places().items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
@@ -45,7 +50,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace(HELP_PLACE, help_of_all_commands())
     sources = {place: source for source, place in site_places().items()}
     uri = page.file.src_uri
-    return site_links(markdown, sources.get(uri, f"{DOCS}/{uri}"), uri)
+    return with_blank_lines(site_links(markdown, sources.get(uri, f"{DOCS}/{uri}"), uri))
+
+
+def with_blank_lines(markdown: str) -> str:
+    """Blank lines before lists and tables: Python's Markdown wants them, GitHub's doesn't, and neither do our pages."""
+
+    def separate(text: str) -> str:
+        lines: list[str] = []
+        inside = False  # a list or a table
+        after_code = text.startswith("\n")  # what stands before the first part is the beginning of the page
+        for line in (("\n" + text) if after_code else text).split("\n"):
+            begins = _BLOCK.match(line) is not None
+            if begins and not inside and lines and lines[-1].strip():
+                lines.append("")
+            inside = bool(line.strip()) and (begins or inside)
+            lines.append(line)
+        return "\n".join(lines)
+
+    parts = _FENCE.split(markdown)
+    return "".join(part if i % 2 else separate(part) for i, part in enumerate(parts))
 
 
 def site_places() -> dict[str, str]:
