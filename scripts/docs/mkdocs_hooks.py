@@ -59,8 +59,9 @@ def with_blank_lines(markdown: str) -> str:
     def separate(text: str) -> str:
         lines: list[str] = []
         inside = False  # a list or a table
-        after_code = text.startswith("\n")  # what stands before the first part is the beginning of the page
-        for line in (("\n" + text) if after_code else text).split("\n"):
+        if text.startswith("\n"):  # a block of code stands before it
+            text = "\n" + text
+        for line in text.split("\n"):
             begins = _BLOCK.match(line) is not None
             if begins and not inside and lines and lines[-1].strip():
                 lines.append("")
