@@ -109,7 +109,11 @@ def folder_of_a_page(folder: Path, demo_gguf: Path) -> Path:
     shutil.copy(demo_gguf, folder / "model.gguf")
     (folder / "text.txt").write_text((ROOT / "models" / "demo" / "example.txt").read_text())
     turn = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "%s"}]}\n'
-    said = [("Hello!", "Hello! How can I help you?"), ("Thank you.", "You are welcome."), ("Tell me a story.", "Once there was a fox.")]
+    said = [
+        ("Hello!", "Hello! How can I help you?"),
+        ("Thank you.", "You are welcome."),
+        ("Tell me a story.", "Once there was a fox."),
+    ]
     (folder / "conversations.jsonl").write_text("".join(turn % pair for pair in said * 4))
     return folder
 
