@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 #include <unwind.h>
 
@@ -219,6 +220,11 @@ static void lt_on_signal(int number, siginfo_t *, void * context) {
     if (walk.n_written == 0 && dladdr((void *) walk.interrupted, &info)) {
         lt_write_frame(info, walk.interrupted);
     }
+
+    // note: a computation's other threads crash with this one, or some moments later where cores are few. they come here and stay
+    //       as long as this handler is the one, while the next one, such as Python's, may end the process where a second thread comes
+    const timespec for_others = { 0, 200*1000*1000 };
+    nanosleep(&for_others, nullptr);
 
     // to the handler that was there before, as soon as this one returns.
     // note: not earlier, else the other threads' crashes would go to it while this one is still writing
