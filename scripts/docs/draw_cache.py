@@ -1,4 +1,4 @@
-"""Draws docs/cache.svg, the picture of the idea at the top of the README.
+"""Draws docs/cache.svg, the picture of the idea at the top of the README and of the site.
 
     python scripts/docs/draw_cache.py [OUT.svg]
 

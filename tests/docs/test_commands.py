@@ -9,7 +9,8 @@ in its place:
 Options of `lt-gguf` are checked in blocks that aren't run, too.
 
 The blocks of a page run one after the other in one folder, in which there are what `folder_of_a_page` puts there. A `text` block
-after `<!-- output -->` is what the block before it prints: each of its lines, where … stands for anything.
+after `<!-- output -->` is what the block before it prints: each of its lines, where … stands for anything. Links
+and the names of files in any tracked Markdown file lead to something, too.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _FENCE = re.compile(r"^\s*```+\s*(\S*)\s*$")
 _NOT_RUN = re.compile(r"^<!-- not run: (?P<why>\S.*?)(?:, in its place: (?P<instead>\S.*))? -->$")
 _OUTPUT = "<!-- output -->"
 _LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+_PATH = re.compile(r"(?<![\w./-])(?:cmake|convert|docs|ggml-patch|lt_gguf|models|requirements|scripts|tests)/[\w./-]*\w\.(?:cpp|h|json|md|patch|py|sh|svg|toml|txt)\b")
 _VARIES = re.compile(r"[\d.,]+ (tokens/s|CPU thread)s?")  # from one machine to the next
 
 
@@ -123,6 +125,7 @@ def run(block: Block, command: str, folder: Path) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [*RUN_BY[block.language], command],
+        check=False,
         cwd=folder,
         env=os.environ | {"PATH": path},
         stdin=subprocess.DEVNULL,
@@ -200,7 +203,7 @@ def test_a_block_says_why_it_is_not_run():
 
 
 def tracked_pages() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=False, capture_output=True, text=True)
     if listed.returncode:  # no checkout
         return PAGES
     return [path for name in listed.stdout.splitlines() if (path := ROOT / name).exists()]
@@ -217,6 +220,12 @@ def test_links_lead_somewhere(page):
         assert wanted.exists(), f"{target}: there is no such file"
         if anchor and wanted.suffix == ".md":
             assert anchor in anchors_of(wanted), f"{target}: there is no such heading"
+
+
+@pytest.mark.parametrize("page", tracked_pages(), ids=name_of)
+def test_files_that_a_page_names_are_there(page):
+    missing = [path for path in _PATH.findall(page.read_text()) if not (ROOT / path).exists()]
+    assert not missing, f"there is no {missing[0]}"
 
 
 def anchors_of(page: Path) -> set[str]:
