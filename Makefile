@@ -60,7 +60,7 @@ format: $(DEVELOP)  ## what make lint would say of the form of Python files, don
 	@$(VENV)/bin/ruff format .
 
 docs: $(DEVELOP)  ## the site in build/site; a broken link is an error
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo build/site/index.html
 
 build: $(STAMP)  ## compile what changed and install it into .venv; CMAKE_ARGS="-DGGML_CUDA=ON" chooses a backend
