@@ -36,6 +36,7 @@ def command(home: Path, *arguments: object, cwd: Path, **environment: str) -> su
     return subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=cwd, env=os.environ | settings)
 
 
+@pytest.mark.slow
 def test_a_cached_model_is_converted_without_the_hub(cache, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -47,6 +48,7 @@ def test_a_cached_model_is_converted_without_the_hub(cache, tmp_path):
     assert read_model(file).name == "Tiny Llama"  # not the commit's hash
 
 
+@pytest.mark.slow
 def test_what_the_cache_does_not_have(cache, tmp_path):
     snapshot = cache / "hub" / f"models--{NAME.replace('/', '--')}" / "snapshots" / COMMIT
     out = tmp_path / "out"
@@ -83,6 +85,7 @@ def test_what_is_taken_for_an_id(model, is_id, tmp_path, monkeypatch):
             resolver.resolve(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "status, body, complaint",
     [

@@ -88,6 +88,7 @@ def test_a_report_of_a_gguf_file(analyze, hybrid_file, text, tmp_path):
     assert str(tmp_path) not in (tmp_path / "report" / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_ratios_of_the_file_that_is_made_from_it(command, demo_file, text, tmp_path):
     reports = []
     for model, device in ((DEMO, ["--device", "cpu"]), (demo_file, ["--cache-type", "f32", "--no-flash-attn"])):
@@ -114,6 +115,7 @@ def test_the_built_in_texts_and_the_models_context(analyze, tmp_path):
     assert report.calibration.data.startswith("texts of Python") and report.calibration.length == 2048
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, layers",
     [

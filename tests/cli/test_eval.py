@@ -61,6 +61,7 @@ def result(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_evaluation(evaluate, hybrid_file, tmp_path, pictures):
     out = tmp_path / "out"
     status, shown, err = evaluate(*SMALL, "--out", out)
@@ -103,6 +104,7 @@ def test_where_nothing_is_dropped_nothing_is_lost(evaluate, tmp_path):
     assert [s["difference"]["value"] for s in result(tmp_path / "out")["scores"] if s["spec"] == same] == [0, 0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(evaluate, hybrid_file, text, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert evaluate(*SMALL, "--out", whole)[0] == 0

@@ -24,6 +24,7 @@ def demo_file(tmp_path_factory) -> Path:
     return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo.gguf", **settings).files[0]
 
 
+@pytest.mark.slow
 def test_analyze(lt_gguf_command, demo_file, stories_file, tmp_path):
     n = read_model(demo_file).n_layer
     command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--prefill", "stream", "--select"]
@@ -44,6 +45,7 @@ def test_analyze(lt_gguf_command, demo_file, stories_file, tmp_path):
     assert read_model(tmp_path / "new.gguf").provenance.selection == "kl"
 
 
+@pytest.mark.slow
 def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file, stories_file, tmp_path):
     found = []
     for prefill in ("full", "stream"):
@@ -54,6 +56,7 @@ def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file
     assert sum(c.evidence.kl for c in found[0]) < sum(c.evidence.kl for c in found[1])
 
 
+@pytest.mark.slow
 def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
     small = partial(analysis.Settings, samples=1, puzzles=2, length=420, calibration=stories_file)
     monkeypatch.setattr(analysis, "Settings", small)

@@ -42,6 +42,7 @@ def run(*arguments: object, **settings) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=120, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, outtype, options, spec, selection",
     [
@@ -77,6 +78,7 @@ def test_equals_upstream(family, outtype, options, spec, selection, tmp_path, re
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.gguf", "upstream.gguf"]
 
 
+@pytest.mark.slow
 def test_upstream_names_the_file_where_a_folder_is_given(llama, tmp_path):
     (file,) = convert(llama, tmp_path, outtype="f32", layers="none").files
     assert file.parent == tmp_path
@@ -84,6 +86,7 @@ def test_upstream_names_the_file_where_a_folder_is_given(llama, tmp_path):
     assert read_model(file).spec == StreamingSpec((), N_LAYER)
 
 
+@pytest.mark.slow
 def test_options_of_upstreams_reach_it(llama, tmp_path):
     """The names of the files, their number and the metadata are upstream's own."""
     override = tmp_path / "override.json"
@@ -111,6 +114,7 @@ def test_options_of_upstreams_reach_it(llama, tmp_path):
     assert read_model(folders[0] / names[0]).name == "A Name"
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(llama, tmp_path):
     result = run(SCRIPT, llama, "--outfile", tmp_path / "a.gguf", "--streaming-layers", "1,2", "--outtype", "f16", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -205,6 +209,7 @@ def test_bad_folders_and_files(llama, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "existing.gguf", "incomplete", "weightless"]
 
 
+@pytest.mark.slow
 def test_what_is_known_only_when_upstream_has_read_the_checkpoint(llama, tmp_path):
     destination = tmp_path / "out"
     destination.mkdir()
@@ -241,6 +246,7 @@ def damage(llama: Path, file: Path, dtype: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_nan_in_the_weights(llama, tmp_path):
     damaged = broken(llama, tmp_path / "damaged")
     (damaged / "model.safetensors").unlink()
@@ -313,6 +319,7 @@ def wait_until_gone(hidden: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_an_interrupted_conversion_leaves_nothing(llama, tmp_path, how):
     process, worker, hidden = start(llama, tmp_path / "a.gguf")
@@ -337,6 +344,7 @@ convert(model, outfile, progress=progress, **options)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "phase, how",
     [
@@ -360,6 +368,7 @@ def test_interrupted_in_any_phase(llama, tmp_path, phase, how):
     assert not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(llama, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -370,6 +379,7 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_known_before(llama, tmp_path, monkeypatch):
     free = 200_000
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": free}))

@@ -24,6 +24,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_kl(stories_file, tmp_path):
     steps = []
     settings = MEASURED | {"outtype": "f16", "calibration": stories_file, "select": "kl"}
@@ -47,6 +48,7 @@ def test_kl(stories_file, tmp_path):
     assert (budget, 0, 3 * (n + 1)) in steps and (budget, 3 * (n + 1), 3 * (n + 1)) in steps
 
 
+@pytest.mark.slow
 def test_auto_quantized_and_split(stories_file, tmp_path):
     settings = MEASURED | {"calibration": stories_file, "select": "auto", "quantize": "Q8_0", "split_max_tensors": 40}
     converted = convert(DEMO, tmp_path / "m.gguf", **settings)
@@ -61,6 +63,7 @@ def test_auto_quantized_and_split(stories_file, tmp_path):
     assert {len(candidate.layers) for candidate in candidates[1:]} == {model.n_layer // 2}
 
 
+@pytest.mark.slow
 def test_a_dry_run_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(RuntimeBench, "measure", lambda *_: pytest.fail("measured"))
     converted = convert(DEMO, tmp_path / "a.gguf", select="kl", dry_run=True, **MEASURED)
@@ -81,6 +84,7 @@ def test_what_cannot_be_measured(stories_file, tmp_path, changes, complaint):
     assert "\n" not in str(error.value) and names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_measurement_that_fails(stories_file, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise ValueError("out of memory")

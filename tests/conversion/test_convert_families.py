@@ -74,6 +74,7 @@ def worker() -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, tied, sharded, outtype", [*TAKING_TURNS, *(pytest.param(*case, marks=pytest.mark.full) for case in CROSSED)]
 )

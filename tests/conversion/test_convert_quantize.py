@@ -28,6 +28,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_quantized_as_by_hand(llama, tmp_path):
     options = {"layers": "1,3", "sink": 2, "window": 40}
     (tmp_path / "by-hand").mkdir()
@@ -58,6 +59,7 @@ def test_quantized_as_by_hand(llama, tmp_path):
     assert [step for step in steps if step[0] == "Converting"][-1] == ("Converting", size, size)
 
 
+@pytest.mark.slow
 def test_quantized_and_split_with_a_name_of_upstreams(llama, tmp_path):
     converted = convert(llama, tmp_path, layers="0", quantize="Q8_0", split_max_tensors=15)
     n = len(converted.files)
@@ -68,6 +70,7 @@ def test_quantized_and_split_with_a_name_of_upstreams(llama, tmp_path):
     assert (model.n_files, model.spec) == (n, converted.spec)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_quantized(llama, tmp_path):
     imatrix = tmp_path / "some.imatrix"
     imatrix.write_text("no matrix")
@@ -149,6 +152,7 @@ def slow_tool(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.full)])
 def test_an_interrupted_quantization_leaves_nothing(llama, tmp_path, slow_tool, how):
     out = tmp_path / "out"

@@ -37,6 +37,7 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_measured_layers_their_report_and_their_card(llama, text, tmp_path):
     steps = []
     options = MEASURED | {"calibration": text, "fraction": 0.25}
@@ -63,6 +64,7 @@ def test_measured_layers_their_report_and_their_card(llama, text, tmp_path):
     assert measuring[-1][1] == measuring[-1][2] > 0
 
 
+@pytest.mark.slow
 def test_an_existing_report_is_kept(llama, text, tmp_path):
     (tmp_path / "m-report").mkdir()
     mine = tmp_path / "m-report" / "report.json"
@@ -75,6 +77,7 @@ def test_an_existing_report_is_kept(llama, text, tmp_path):
     assert mine.read_text() == "mine" and (tmp_path / "there" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured(llama, text, tmp_path):
     sliding = write_checkpoint(tmp_path / "mistral", "mistral", sliding_window=64)
     short = tmp_path / "short.txt"
@@ -93,6 +96,7 @@ def test_what_cannot_be_measured(llama, text, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_budget_picks_the_smallest_number(llama, tmp_path):
     n_ctx, options = 4096, {"sink": 2, "window": 30, "select": "interleave-odd", "outtype": "f32"}
     full = N_LAYER * 2 * 2 * 16 * 2 * n_ctx
@@ -106,6 +110,7 @@ def test_a_budget_picks_the_smallest_number(llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
+@pytest.mark.slow
 def test_an_impossible_budget_is_known_before_anything_is_measured(llama, text, tmp_path, monkeypatch):
     from lt_gguf.hf import analysis
 

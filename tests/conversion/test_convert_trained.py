@@ -46,6 +46,7 @@ def set_spec(folder: Path, content: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {KEY: content}))
 
 
+@pytest.mark.slow
 def test_the_layers_of_the_config(checkpoint, tmp_path):
     converted = convert(checkpoint, tmp_path / "m.gguf", outtype="f32")
     model = read_model(tmp_path / "m.gguf")
@@ -55,6 +56,7 @@ def test_the_layers_of_the_config(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.slow
 def test_a_spec_without_ratios(checkpoint, tmp_path):
     folder = write_checkpoint(tmp_path / "bare")
     set_spec(folder, {key: value for key, value in CONTENT.items() if key not in ("lazy_ratio", "calibration")})
@@ -71,6 +73,7 @@ def test_layers_that_only_predict_ahead_have_no_ratio():
     assert provenance.lazy_ratio[:4] == (0.75, 0.25, 0.5, 1.0) and math.isnan(provenance.lazy_ratio[4])
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_overrides_it(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "m.gguf", outtype="f32", layers="2", sink=0, window=5)
     model = read_model(tmp_path / "m.gguf")
@@ -109,6 +112,7 @@ def test_sinks_and_window_are_its_own():
         Trained().select(Request(Model("llama", "plain", N_LAYER, N_LAYER)))
 
 
+@pytest.mark.slow
 def test_a_wrong_spec_is_one_line(tmp_path):
     folder = write_checkpoint(tmp_path / "wrong")
     set_spec(folder, CONTENT | {"window": 0})

@@ -41,7 +41,8 @@ _FENCE = re.compile(r"^\s*```+\s*(\S*)\s*$")
 _NOT_RUN = re.compile(r"^<!-- not run: (?P<why>\S.*?)(?:, in its place: (?P<instead>\S.*))? -->$")
 _OUTPUT = "<!-- output -->"
 _LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
-_PATH = re.compile(r"(?<![\w./-])(?:cmake|convert|docs|ggml-patch|lt_gguf|models|requirements|scripts|tests)/[\w./-]*\w\.(?:cpp|h|json|md|patch|py|sh|svg|toml|txt)\b")
+_FOLDERS = "cmake|convert|docs|ggml-patch|lt_gguf|models|requirements|scripts|tests"
+_PATH = re.compile(rf"(?<![\w./-])(?:{_FOLDERS})/[\w./-]*\w\.(?:cpp|h|json|md|patch|py|sh|svg|toml|txt)\b")
 _VARIES = re.compile(r"[\d.,]+ (tokens/s|CPU thread)s?")  # from one machine to the next
 
 
@@ -151,6 +152,7 @@ def missing_line(shown: str, printed: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages())
 def test_the_commands_of_a_page(page, tmp_path, request):
     blocks = blocks_of(page.read_text())

@@ -37,6 +37,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", ["full", "stream"], ids=["reading-in-full", "reading-in-streams"])
 def test_the_numbers_are_those_of_a_run_by_hand(demo_gguf, scorer, texts, prefill):
     """Each token of the continuation decoded alone, by lt_gguf.Llama; KL and scores by their definitions."""
@@ -100,6 +101,7 @@ def test_the_full_model_and_what_was_run_before(scorer, texts):
     assert sum(tokens) == 2 * sum(len(sample.prompt) + len(sample.continuation) for sample in samples)
 
 
+@pytest.mark.slow
 def test_a_model_without_far_sight_answers_otherwise(scorer, texts):
     samples = [*text_samples(scorer, texts, 1, 200), *puzzle_samples(scorer, spec_of(scorer), 10, LENGTH, [3])]
     bench = RuntimeBench(scorer, spec_of(scorer), samples)
@@ -126,6 +128,7 @@ def test_puzzles(scorer):
     assert not {sample.prompt for sample in samples} & {sample.prompt for sample in others}
 
 
+@pytest.mark.slow
 def test_two_benches_with_other_prompts(demo_gguf, texts):
     steps = []
     settings = {"samples": 2, "puzzles": 3, "length": LENGTH, "options": OPTIONS}

@@ -166,6 +166,7 @@ def test_the_results_say_what_ran(results):
     assert results["config"]["streaming"] == str(SPEC)
 
 
+@pytest.mark.slow
 def test_the_command(subject, task_folder):
     arguments = SETTINGS | {"model": subject.native.path, "streaming": STREAMING}
     command = [sys.executable, "-m", "lt_gguf.evaluation.lm_eval_cli", "run", "--model", "lt-gguf", "--tasks", "tiny_choice"]

@@ -154,6 +154,7 @@ def test_needles_are_hidden_in_the_given_haystack():
     assert answer.prompt == hash_of(prompt_of(model, ASKED[0], 0, haystack).tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streaming, n_parallel",
     [("off", 1), ("layers=all;sink=2;window=30;prefill=full", 3), ("layers=1,3;window=30;prefill=stream", 3)],

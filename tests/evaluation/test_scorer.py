@@ -178,6 +178,7 @@ def test_a_request_must_fit_the_context(load, spec):
     np.testing.assert_array_equal(next(scorer.logprobs(fits)), rows[0])
 
 
+@pytest.mark.slow
 @all_specs
 def test_a_context_grows_with_what_is_asked(load, spec):
     short, long = make_requests([(20, 9), (1400, 9)])
@@ -223,6 +224,7 @@ def greedy(context: Context, prompt: list[int], n_max: int, stop: set[int] = fro
     return answer
 
 
+@pytest.mark.slow
 @all_specs
 def test_answers_are_greedy(subject, load, spec):
     requests = [(prompt, n) for (prompt, _), n in zip(make_requests(), [40, 1, 0, 70, 12, 3, 30, 5], strict=True)]

@@ -122,6 +122,7 @@ def test_what_cannot_be_read_is_copied_as_it_is(tmp_path):
         assert raw[0][pair.start : pair.stop] == raw[1][copied.start : copied.stop]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alignment, step", [(32, 1), (64, 7)])
 def test_every_padding(tmp_path, alignment, step):
     ends = set()

@@ -51,6 +51,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, files):
     assert final.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["kernel", "hand"])
 def test_memory_does_not_grow_with_the_file(tmp_path, by):
     (old,) = write_small(tmp_path / "old.gguf")

@@ -47,6 +47,7 @@ def test_both_tokenize_alike(checkpoint, runtime):
     assert checkpoint.tokenize(text, special=True) == runtime.tokenize(text, special=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["multi-key", "votes"])
 def test_log_probabilities_are_those_of_the_runtime(checkpoint, runtime, task):
     prompt = make_prompt(checkpoint, find_task(task), np.random.default_rng(1), 380, None, Haystack())

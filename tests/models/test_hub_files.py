@@ -156,6 +156,7 @@ def test_which_file_cannot_be_told(files, pattern, complaint):
     assert str(error.value).startswith(f"{REPO}: ") and complaint in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_download_and_the_cache_without_the_hub(hub):
     hub.files = {"m-Q8_0.gguf": b"eight", "m-Q4_K_M.gguf": b"four"}
     result = hub.fetch("Q8_0")
@@ -177,6 +178,7 @@ def test_a_download_and_the_cache_without_the_hub(hub):
         assert unknown.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_download_that_breaks_off(hub, comes_back):
     content = bytes(range(256)) * 65536  # 16 MiB: huggingface_hub reads 10 at a time

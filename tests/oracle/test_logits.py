@@ -31,6 +31,7 @@ def cases():
                 yield pytest.param(family, *shape, n_ubatch, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, sink, window, n_ubatch", list(cases()))
 def test_hybrid_model(subject, measured, family, sink, window, n_ubatch):
     model = subject(family)
@@ -43,6 +44,7 @@ def test_hybrid_model(subject, measured, family, sink, window, n_ubatch):
     measured(family, setting, difference(computed, expected), EXACT, n_ubatch=n_ubatch, spec=str(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_model(subject, measured, family):
     """How far the model itself is off, at the greatest of the lengths: the bound on other devices is a multiple of it."""
@@ -61,6 +63,7 @@ def test_no_layer_and_every_layer_streaming(subject, measured, family, layers):
     measured(family, f"{layers} streaming", difference(computed, model.expected(tokens, spec)), EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_notices_one_key_too_many(subject, family):
     """What the tests above can see: one position more or less in one layer is far outside of `EXACT`."""

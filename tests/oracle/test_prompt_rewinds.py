@@ -56,6 +56,7 @@ def edges(transcript: Transcript) -> list[int]:
     return sorted({p + i for p in about for i in (-1, 0, 1) if 0 <= p + i <= len(transcript)})
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_rewind(subject, layers, name):
@@ -97,6 +98,7 @@ def test_pos_min_is_the_first_position_behind_which_every_rewind_is_possible(sub
         assert context.pos_min() == next(c for c in range(len(transcript) + 1) if all(allowed[c + WINDOW :]))
 
 
+@pytest.mark.slow
 @LAYERS
 def test_answers_regenerated_again_and_again(subject, layers):
     """As many tokens are decoded in all as the streaming part has cells, several times over."""
@@ -114,6 +116,7 @@ def test_answers_regenerated_again_and_again(subject, layers):
         assert transcript.difference() <= EXACT
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("wanted", ["all", "last"])
 def test_what_follows_a_rewind_into_a_prompt_belongs_to_it(subject, layers, wanted):

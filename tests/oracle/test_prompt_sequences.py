@@ -77,6 +77,7 @@ def test_two_prompts_at_once(subject, measured, unified, layers, in_turns):
             measured("llama", "prefill = full, parallel sequences", transcript.difference(), EXACT)
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("family", ["llama", "smollm3"])

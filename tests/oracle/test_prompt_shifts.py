@@ -14,6 +14,7 @@ SINK, WINDOW = 6, 40
 LAYERS = pytest.mark.parametrize("layers", [[1, 2], range(4)], ids=["half", "all"])
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("n_message", [20, 150])
 @pytest.mark.parametrize("n_keep, n_discard", [(SINK, 30), (SINK, 250), (20, 320), (100, 250)])
@@ -24,6 +25,7 @@ def test_context_shift(subject, measured, layers, n_keep, n_discard, n_message):
     measured("llama", "prefill = full, context shift", worst, EXACT, n_keep=n_keep, n_discard=n_discard)
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("kv, flash", [("f16", True), ("q8_0", True)])
 def test_context_shift_of_smaller_types(subject, measured, layers, kv, flash):

@@ -50,6 +50,7 @@ def go_on(transcript: Transcript) -> None:
     assert transcript.difference() <= EXACT
 
 
+@pytest.mark.slow
 @ALL_MOMENTS
 @LAYERS
 @CACHES
@@ -72,6 +73,7 @@ def test_into_the_same_context(subject, unified, layers, moment):
         go_on(originals[0].copy(0))
 
 
+@pytest.mark.slow
 @ALL_MOMENTS
 @LAYERS
 @CACHES
@@ -96,6 +98,7 @@ def test_into_another_context(subject, n_ctx, n_ubatch, unified, layers, moment)
                 go_on(first.copy(1, context))
 
 
+@pytest.mark.slow
 @LAYERS
 @CACHES
 @pytest.mark.parametrize("moment", ["after a prompt", "in a long prompt"])
@@ -123,6 +126,7 @@ def test_a_context_that_is_too_small_says_so(subject, unified, layers, moment):
             assert again.difference() <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [0, PARTIAL])
 @pytest.mark.parametrize("moment", ["after a prompt", "in a long prompt"])
 def test_a_state_of_another_spec_is_refused(subject, flags, moment):
@@ -149,6 +153,7 @@ def test_a_state_of_another_spec_is_refused(subject, flags, moment):
             assert transcript.difference() <= EXACT
 
 
+@pytest.mark.slow
 @ALL_MOMENTS
 @LAYERS
 @CACHES
@@ -225,6 +230,7 @@ def test_a_damaged_length_of_a_text_is_refused_before_it_is_read(subject, length
         go_on(saved)
 
 
+@pytest.mark.slow
 def test_damaged_states_are_refused(subject):
     """Cut or changed ones end in a refusal or in something valid; the context stays usable."""
     model = subject("llama")

@@ -57,6 +57,7 @@ def family_cases():
                 yield pytest.param(family, name, *shape, marks=() if usual else pytest.mark.full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, name, sink, window", list(family_cases()))
 def test_conversation(subject, measured, family, name, sink, window):
     model = subject(family)
@@ -83,6 +84,7 @@ def kv_cases():
             yield pytest.param(family, kv, flash, marks=() if usual else pytest.mark.full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, kv, flash", list(kv_cases()))
 def test_error_of_other_types_is_that_of_the_full_model(subject, measured, family, kv, flash):
     model = subject(family)
@@ -93,6 +95,7 @@ def test_error_of_other_types_is_that_of_the_full_model(subject, measured, famil
     measured(family, setting, hybrid, RELATIVE * full, full=full, spec=str(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("n_ubatch", [1, 16, 61, 512])
 @pytest.mark.parametrize("n_batch", [1, 7, 59, 64, 65, 199, 398, 399, 400, 1000])
@@ -122,6 +125,7 @@ def test_a_prompt_no_longer_than_sink_and_window_equals_the_full_model(subject, 
     measured("llama", "prefill = full, short prompts", worst, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["every", "last", "first"])
 @pytest.mark.parametrize("n, n_batch", [(400, 64), (400, 400), (400, 399), (50, 50), (50, 7), (1, 1)])
 def test_a_declared_prompt_is_one_whatever_logits_it_asks_for(subject, n, n_batch, asked):

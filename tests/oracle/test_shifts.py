@@ -15,6 +15,7 @@ SINK, WINDOW = 6, 40
 LAYERS = pytest.mark.parametrize("layers", [[1, 2], range(4)], ids=["half", "all"])
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("n_keep, n_discard", [(SINK, 30), (SINK, 250), (SINK, 420), (20, 320), (20, 375), (100, 250)])
 def test_context_shift(subject, measured, layers, n_keep, n_discard):
@@ -24,6 +25,7 @@ def test_context_shift(subject, measured, layers, n_keep, n_discard):
     measured("llama", "context shift", worst, EXACT, layers=list(layers), n_keep=n_keep, n_discard=n_discard)
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("kv, flash", [("f16", False), ("f16", True), ("q8_0", True), ("q4_0", True)])
 def test_context_shift_of_smaller_types(subject, measured, layers, kv, flash):
@@ -82,6 +84,7 @@ def test_a_shift_that_needs_what_was_dropped_is_refused(subject, layers, n_keep,
         assert difference(context.decode(text[:400]), model.expected(text[:400], spec)) <= EXACT
 
 
+@pytest.mark.slow
 @LAYERS
 def test_rewinding(subject, measured, layers):
     """seq_rm succeeds exactly where what remains is complete, and then the answers are those of a fresh context."""

@@ -53,6 +53,7 @@ def rpc_servers(n: int):
             process.wait(timeout=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[1, 3], [0, 1, 2, 3]], ids=["half", "all"])
 def test_split_over_two_devices(subject, layers, tmp_path):
     spec = subject.spec(4, 28, layers)

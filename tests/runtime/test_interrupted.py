@@ -76,6 +76,7 @@ def test_after_ctrl_c_no_stale_logits_are_sampled(hybrid_file, monkeypatch, mode
     assert answer(llm, text(600)) == answer(load(hybrid_file, mode), text(600))
 
 
+@pytest.mark.slow
 @all_modes
 @pytest.mark.parametrize("attribute", ["n_tokens", "_broken_at", "_logits_at", "n_read", "_requires_eval"])
 def test_ctrl_c_between_a_decode_and_its_bookkeeping(hybrid_file, mode, attribute):

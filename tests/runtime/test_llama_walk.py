@@ -104,6 +104,7 @@ class Walk:
         self.random.choice(actions)()
 
 
+@pytest.mark.slow
 @all_modes
 @pytest.mark.parametrize("seed", range(8))
 def test_random_walk(hybrid_file, monkeypatch, mode, seed):

@@ -15,6 +15,7 @@ class EveryStep(Copying, States):
     """All kinds of steps, in any order."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "separate"])
 @pytest.mark.parametrize("layers", [[1], [0, 1]], ids=["half", "all"])
 @pytest.mark.parametrize("prefill", ["stream", "full"])

@@ -41,6 +41,7 @@ def streaming_bytes(n_seq: int, unified: bool, token_bytes: int = F32_TOKEN_BYTE
     return cells * (1 if unified else n_seq) * token_bytes
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("kv, flash", [("f32", False), ("f16", True), ("q8_0", True), ("q4_0", True)])
 @pytest.mark.parametrize("n_seq", [1, 3])
@@ -69,6 +70,7 @@ def test_before_during_and_after_a_long_prompt(model, kv, flash, n_seq, unified)
             assert (context.kv_bytes(STREAMING), context.kv_bytes(FULL)) == (streaming, full)
 
 
+@pytest.mark.slow
 @CACHES
 def test_a_declared_prompt_takes_one_piece(model, unified):
     """Once it no longer fits the spare cells, it gets memory for all of itself; without a declaration that grows."""
@@ -123,6 +125,7 @@ class Watch:
         self.callback = C.ggml_backend_sched_eval_callback(watch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_message", [20, 300, 400, 1000])
 def test_decoding_reads_no_more_cells_than_sinks_and_window_need(model, n_message):
     """Also after messages that were read in the cells for a large micro-batch: what is kept is moved to the first ones."""
@@ -139,6 +142,7 @@ def test_decoding_reads_no_more_cells_than_sinks_and_window_need(model, n_messag
         assert transcript.difference() <= EXACT
 
 
+@pytest.mark.slow
 @CACHES
 def test_sequences_that_read_one_after_the_other_share_the_memory(model, unified):
     """N hybrids and one prompt, not N full caches."""
@@ -156,6 +160,7 @@ def test_sequences_that_read_one_after_the_other_share_the_memory(model, unified
         assert max(most) == min(most) <= 2 * padded(n) * F32_TOKEN_BYTES
 
 
+@pytest.mark.slow
 @CACHES
 def test_what_other_sequences_hold_is_given_back_when_they_are_removed(model, unified):
     spec, context = context_of(model, 8192, n_seq_max=2, kv_unified=unified)
@@ -171,6 +176,7 @@ def test_what_other_sequences_hold_is_given_back_when_they_are_removed(model, un
         assert transcripts[1].difference() <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("give_up", [lambda c: c.clear(), lambda c: c.seq_rm(0, -1, -1), lambda c: c.seq_rm(0, 0, -1)])
 def test_a_prompt_given_up_gives_its_memory_back(model, give_up):
     spec, context = context_of(model)
@@ -226,6 +232,7 @@ class TestLimit:
             good.decode(70)
             assert good.difference() <= EXACT
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("what", ["whole", "sequence"])
     def test_a_state_from_the_middle_of_a_longer_prompt_is_refused(self, model, what):
         """With the reason, and nothing of it is left behind; with a larger limit it can be restored."""

@@ -47,6 +47,7 @@ def break_child(tmp_path, monkeypatch):
     return break_
 
 
+@pytest.mark.slow
 def test_all_types_work_here():
     works = {}
     assert self_check.check(show=works.__setitem__) == []
@@ -71,6 +72,7 @@ def test_another_signal(break_child):
     assert problem.startswith("q4_0 weights: SIGILL (an instruction that this CPU doesn't have) in native code, while reading")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what, said",
     [
@@ -99,6 +101,7 @@ def test_a_broken_library_is_one_line(monkeypatch, tmp_path):
     assert problem.startswith("Failed to load shared library") and "\n" not in problem
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs(break_child, monkeypatch):
     break_child("import time; time.sleep(100)")
     monkeypatch.setattr(self_check, "SECONDS", 8)
@@ -111,6 +114,7 @@ def test_the_command(capsys):
     assert self_check.main(["q3"]) == f"error: q3: must be among {', '.join(self_check.TYPES)}"
 
 
+@pytest.mark.slow
 def test_the_suite_ends_with_a_line(break_child, tmp_path):
     """As a newcomer sees it whose CPU crashes: no test is run."""
     child = break_child(SEGV)

@@ -39,6 +39,7 @@ def complete(address: str, prompt: list[int], n: int, cached: bool = True) -> tu
     return answer["tokens"], answer["timings"]["cache_n"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["1,3", "all"])
 def test_an_edited_conversation_goes_on_from_a_checkpoint(subject, tmp_path, layers):
     edited = PROMPT[:598] + random_tokens(100, seed=1).tolist()

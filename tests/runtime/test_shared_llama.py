@@ -36,6 +36,7 @@ def alone(hybrid_file) -> list[str]:
     return [complete(load(hybrid_file), prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 @all_modes
 def test_everything_at_once(hybrid_file, mode):
     """240 operations of ten kinds in four threads. Without turns: GGML_ASSERT(i1 >= 0 && i1 < ne1), or wrong answers."""

@@ -28,6 +28,7 @@ def test_editing_the_last_message_reads_only_what_follows_the_answer_before_it(h
     assert answer(llm, prompt) == answer(fed(hybrid_file, mode, [("prompt", first), ("decode", said[:-1])]), prompt)
 
 
+@pytest.mark.slow
 @all_modes
 @pytest.mark.parametrize("n_answer", [2, 150, 400])
 def test_regenerating_an_answer_reads_nothing(hybrid_file, mode, n_answer):
@@ -125,6 +126,7 @@ def test_eval_after_setting_n_tokens_back(hybrid_file, mode, n_kept):
     assert_like(llm, hybrid_file, mode, [("prompt", prompt[:n_kept] + more)] if n_kept < 600 else history)
 
 
+@pytest.mark.slow
 @all_modes
 def test_wrong_drafts_are_taken_back(hybrid_file, mode):
     class WrongDraft:

@@ -56,6 +56,7 @@ CASES = [(family, SETTINGS) for family in ("llama", "smollm3", "qwen2-moe", "gpt
 CASES += [("llama-mha", settings) for settings in OTHER_SETTINGS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, settings", CASES)
 def test_files_without_metadata_run_bit_for_bit_as_there(subjects, stock, family, settings, tmp_path):
     model = subjects(family).native.path
@@ -66,6 +67,7 @@ def test_files_without_metadata_run_bit_for_bit_as_there(subjects, stock, family
         assert np.array_equal(there[name], here[name]), f"{name} differs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "smollm3"])
 def test_our_files_run_there_with_full_attention(subjects, stock, family, tmp_path):
     subject = subjects(family)

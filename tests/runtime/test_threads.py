@@ -40,6 +40,7 @@ def talk(context, seed: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
+@pytest.mark.slow
 def test_contexts_side_by_side(model):
     """Each of eight conversations in its own thread gives the bits that it gives alone."""
     contexts = []

@@ -61,10 +61,12 @@ def choose(name: str, ratios: np.ndarray) -> tuple[int, ...]:
     return strategy(name).select(Request(Model("llama", "demo", n_layer, n_layer), ratios=ratios, sink=SINK, window=WINDOW)).layers
 
 
+@pytest.mark.slow
 def test_the_full_model_finds_needles_with_keys_that_it_never_saw(scores):
     assert np.mean(scores(())) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lazy-ratio", "frequency"])
 def test_the_lazy_half_may_stream_and_the_others_may_not(scores, ratios, name):
     lazy = choose(name, ratios)
@@ -74,6 +76,7 @@ def test_the_lazy_half_may_stream_and_the_others_may_not(scores, ratios, name):
     assert paired_difference(full, reverse).low > 0.2, "the testbed must tell layers apart"
 
 
+@pytest.mark.slow
 def test_generated_answers_score_as_the_most_likely_tokens_do(scorer):
     """Unless an answer is right in other words, which this model doesn't know."""
     scorer.with_streaming("off")

@@ -17,10 +17,12 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--layers", "half"], ["--layers", "all", "--unified", "--kv", "f16"]])
 def test_soak(arguments):
     assert "flat: 4" in run("soak.py", "--tokens", "40000", *arguments)
 
 
+@pytest.mark.slow
 def test_fuzzed_metadata():
     assert "no crash, no disagreement" in run("fuzz_metadata.py", "--cases", "200")

@@ -160,6 +160,7 @@ def test_the_plan_of_a_training():
             train_testbed.plan(step)
 
 
+@pytest.mark.slow
 def test_conversations_for_fine_tuning():
     for messages in experiments_training.conversations(5, 600):
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) and len(messages) >= 2

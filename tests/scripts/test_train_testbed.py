@@ -37,6 +37,7 @@ def folder(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(folder):
     whole, parts = folder("whole"), folder("parts")
     for path, steps in ((whole, 2), (parts, 1), (parts, 2)):

@@ -248,6 +248,7 @@ def test_layers_are_those_that_are_lazy_in_most_samples(model, data, tokenizer):
     assert chosen.provenance.lazy_ratio == pytest.approx(ratios.mean(axis=0), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_converter_takes_it_without_options(trained, tmp_path):
     out, _ = trained
     convert(out, tmp_path / "m.gguf", outtype="f32")
@@ -274,6 +275,7 @@ def watched(steps: list[int], step: int | None = None):
     return Bar
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_weights(trained, model, data, tmp_path, monkeypatch):
     out, work = tmp_path / "out", tmp_path / "out-training"
     first, rest = [], []
@@ -298,6 +300,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(trained, model, dat
     assert record == trained[1] and not work.exists()
 
 
+@pytest.mark.slow
 def test_lora_is_added_to_the_weights(model, data, tmp_path):
     out = tmp_path / "out"
     settings = replace(SETTINGS, lora=True, lora_rank=4, gradient_checkpointing=True, streaming_layers="1", learning_rate=2e-2)
