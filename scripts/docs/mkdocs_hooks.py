@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # the package needn't be installed, and so not compiled: only what its commands import
 DOCS = "docs"
 
 # Files of the repository that are pages of the site; the pictures beside them come along.
