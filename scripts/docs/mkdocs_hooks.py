@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the package needn't be installed, and so not compiled: only what its commands import
 DOCS = "docs"
 
 # Files of the repository that are pages of the site; the pictures beside them come along.
@@ -105,7 +104,10 @@ def site_links(markdown: str, source: str, uri: str) -> str:
 
 
 def help_of_all_commands() -> str:
-    """What each command prints with --help, as Markdown. It runs without torch and without the native library."""
+    """What each command prints with --help, as Markdown. It needs neither torch nor the native library: the package may lie in its
+    checkout, not installed and so not compiled."""
+    if str(ROOT) not in sys.path:  # note: MkDocs takes back what a hook does to it while it is loaded
+        sys.path.insert(0, str(ROOT))
     from lt_gguf.cli import COMMANDS
 
     parts = [f"```text\n{help_of()}```\n"]
