@@ -77,7 +77,8 @@ $(STAMP): $(INPUTS) build/make-options.txt | $(PY)
 # Linters, types and the site: what a change is looked at with, beside what the tests run on.
 $(DEVELOP): $(STAMP) requirements/develop.txt
 	@echo "Installing into $(VENV) what lints and what makes the site"
-	@$(PY) -m pip install --disable-pip-version-check -q --require-hashes --no-deps -r requirements/develop.txt
+	@$(PY) -m pip install --disable-pip-version-check --require-hashes --no-deps -r requirements/develop.txt >build/install-develop.log 2>&1 || \
+		{ tail -3 build/install-develop.log; echo "lt-gguf: error: the packages of requirements/develop.txt can't be installed, for the reason above (all of it is in build/install-develop.log)"; exit 1; }
 	@touch $(DEVELOP)
 
 $(PY):
