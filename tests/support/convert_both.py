@@ -52,7 +52,7 @@ def convert(
         sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outfile", f"{folder}/upstream.gguf", *arguments]
         runpy.run_path(str(upstream / "convert_hf_to_gguf.py"), run_name="__main__")
         arguments = [checkpoint, "--outfile", f"{folder}/ours.gguf", *arguments]
-        request = {"upstream": str(upstream), "arguments": arguments, "verbose": False}
+        request = {"upstream": str(upstream), "arguments": arguments, "verbose": False, "trust_remote_code": False}
         return conversion_worker._convert(request, Parent(Path(folder), metadata))
     finally:
         ModelBase.load_hparams = staticmethod(load_hparams)
