@@ -17,8 +17,8 @@ PY     := $(VENV)/bin/python
 DEMO   := $(VENV)/.installed-demo
 STAMP  := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-develop
-# The tests of a file stay in one process: the models that they share are made once.
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# The tests of a file stay in one process: the models that they share are made once. The order is that of tests/conftest.py.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 NEWEST_VENV := build/newest-venv
 # What decides what is compiled and installed. Our Python files aren't among it: the package is installed editable, so they are used in place.
 INPUTS := CMakeLists.txt pyproject.toml $(filter-out %/develop.txt,$(wildcard requirements/*.txt)) $(wildcard cmake/*.* ggml-patch/*.toml ggml-patch/*.py ggml-patch/*.patch ggml-patch/src/*)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,22 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    skipped = pytest.mark.skip(reason="part of the whole matrix: needs --full")
+    if not config.getoption("--full"):
+        skipped = pytest.mark.skip(reason="part of the whole matrix: needs --full")
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(skipped)
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        longest_files_first(items)
+
+
+def longest_files_first(items: list[pytest.Item]) -> None:
+    """For processes that take one file after the other: none is to begin with a long one when the others are done."""
+    seconds: Counter[Path] = Counter()
     for item in items:
-        if "full" in item.keywords:
-            item.add_marker(skipped)
+        if not item.get_closest_marker("skip"):
+            seconds[item.path] += 15 if "real_model" in item.keywords else 3 if "slow" in item.keywords else 0.1
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

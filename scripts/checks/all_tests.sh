@@ -21,4 +21,4 @@ if [ ! -d "$models" ]; then
     mv "$models.unfinished" "$models"
 fi
 ls build/wheel/py3-*/bin/libllama.* >/dev/null 2>&1 || python3 scripts/setup/build_wheel.py
-LT_TEST_MODELS=$models exec "$python" -m pytest -n auto --dist loadfile --full "$@"
+LT_TEST_MODELS=$models exec "$python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --full "$@"

@@ -56,6 +56,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_report_of_a_gguf_file(analyze, hybrid_file, text, tmp_path):
     status, out, err = analyze("--calibration", text, *SMALL, "--out", tmp_path / "report")
     assert (status, err) == (0, "")

@@ -33,6 +33,7 @@ QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
 # ---------------------------------------------------------------------------------------------- inspect
 
 
+@pytest.mark.slow
 def test_inspect_json(lt_gguf_command, hybrid_file):
     status, out, err = lt_gguf_command("inspect", hybrid_file, "--json", "--cache-type", "f32")
     assert (status, err) == (0, "")

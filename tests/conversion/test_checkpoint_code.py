@@ -35,6 +35,7 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_its_code_is_not_run(checkpoint, tmp_path, dry_run):
     with pytest.raises(ConversionError, match="brings Python code of its own, which isn't run: --trust-remote-code runs it"):
@@ -42,6 +43,7 @@ def test_its_code_is_not_run(checkpoint, tmp_path, dry_run):
     assert not (tmp_path / "trace").exists() and not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.slow
 def test_it_is_run_where_somebody_trusts_it(checkpoint, tmp_path):
     try:
         convert(checkpoint, tmp_path / "out.gguf", layers="1", dry_run=True, trust_remote_code=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
@@ -13,6 +15,7 @@ import mkdocs_hooks as hooks
 from lt_gguf.cli import COMMANDS
 
 
+@pytest.mark.slow
 def test_the_help_of_all_commands_says_nothing_of_this_machine():
     text = hooks.help_of_all_commands()
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## lt-gguf {name}" for name in COMMANDS]

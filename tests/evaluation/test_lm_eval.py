@@ -131,6 +131,7 @@ def results(subject, task_folder):
     )
 
 
+@pytest.mark.slow
 def test_the_harness_chooses_as_transformers(subject, results):
     n_right = 0
     for sample, doc in zip(results["samples"]["tiny_choice"], CHOICES, strict=True):

@@ -128,6 +128,7 @@ def overlaps(figure, artists) -> list[tuple[int, int]]:
     return [(i, j) for j, b in enumerate(boxes) for i, a in enumerate(boxes[:j]) if a.overlaps(b)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bars, n_tasks", [(2, 1), (3, 5), (10, 2), (1, 12)])
 @pytest.mark.parametrize("percent", [True, False])
 def test_nothing_lies_on_anything_else(n_bars, n_tasks, percent):

@@ -34,6 +34,7 @@ def sentences_before_and_after(text: str, needle: str) -> tuple[int, int]:
     return before.count("."), after.count(".")
 
 
+@pytest.mark.slow
 @all_tasks
 @both_forms
 def test_a_prompt_is_as_long_as_whole_sentences_allow(name, template):

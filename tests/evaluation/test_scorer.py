@@ -99,6 +99,7 @@ def test_the_specs_differ(load):
     assert min(np.abs(off - stream).max(), np.abs(off[1:] - full[1:]).max(), np.abs(stream - full).max()) > 0.05
 
 
+@pytest.mark.slow
 @all_specs
 @pytest.mark.parametrize("n_parallel", [1, 2, 8])
 def test_results_do_not_depend_on_how_many_run_at_a_time(load, spec, n_parallel):

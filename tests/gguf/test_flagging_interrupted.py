@@ -19,6 +19,7 @@ HOLD = "lambda *_: print('copying', flush=True) or time.sleep(60)"
 HELD = f"import time; from lt_gguf.gguf import flagging; flagging._Count.__call__ = {HOLD}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_an_interruption_leaves_nothing(tmp_path, files, how):

@@ -57,6 +57,7 @@ def rows(*lengths: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens(len(lengths), longest), "attention_mask": mask, "position_ids": positions}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill, prompts", [("stream", None), ("full", [(0, 150)]), ("full", [(0, 40), (100, 260), (290, 400)])])
 def test_flex_attention_equals_sdpa(llama, without_compiling, prefill, prompts):
     arguments = {"input_ids": tokens(2, N_TOKENS), "use_cache": False}

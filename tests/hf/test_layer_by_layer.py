@@ -99,6 +99,7 @@ def test_the_dtype_on_a_cpu(monkeypatch, own, has_bfloat16, chosen):
     assert choose_dtype("float16", config, torch.device("cpu")) == torch.float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("form", ["one file", "sharded", "pytorch", "pytorch sharded", "without prefix"])
 def test_all_forms_of_files(tmp_path, work, form, tie):

@@ -53,6 +53,7 @@ def saved(request, tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_both_ways_equal_plain_softmax(saved, tmp_path):
     model, folder = saved
     samples = prompts(70, 70, 45)

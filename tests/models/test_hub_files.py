@@ -198,6 +198,7 @@ def test_a_download_that_breaks_off(hub, comes_back):
     assert Path(result.stdout.strip()).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_split_model_comes_whole(hub):
     hub.files = {name: name.encode() for name in [*SPLIT, "mmproj-b.gguf"]}
     result = hub.fetch("Q4_K_M", additional_files=["mmproj*"])
@@ -219,6 +220,7 @@ def test_a_download_to_a_folder(hub, tmp_path):
     assert (folder / "m.gguf").read_bytes() == b"four"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "files, only", [(["m.gguf", "README.md"], True), (["m.gguf", "model.safetensors"], False), (["model.safetensors"], False)]
 )

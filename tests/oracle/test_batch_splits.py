@@ -21,6 +21,7 @@ SPLITS = [  # sizes of llama_decode calls (the last one repeats), n_ubatch
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "smollm3", "stablelm"])
 @pytest.mark.parametrize("calls, n_ubatch", SPLITS)
 def test_every_split_gives_the_same(subject, measured, family, calls, n_ubatch):

@@ -50,6 +50,7 @@ def cases():
             yield pytest.param(family, kv, flash, marks=() if usual else pytest.mark.full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, kv, flash", list(cases()))
 def test_ratios_are_those_of_plain_softmax(subject, measured, family, kv, flash):
     model = subject(family)
@@ -73,6 +74,7 @@ def test_the_reference_notices_one_key_and_one_query_too_many(subject, family):
         assert np.abs(other - expected).max() > 2 * BOUNDS["f32", True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("n_ubatch", [1, 16, 33, 512])
 @pytest.mark.parametrize("n_batch", [1, 7, 31, 32, 33, 200, 299, 300])

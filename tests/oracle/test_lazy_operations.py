@@ -43,6 +43,7 @@ def expect_choice(chat: Transcript, n_queries: int = W_LAST) -> None:
     assert chat.difference() <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [299, 290, 280, 200, 31, 1])
 @pytest.mark.parametrize("n_more", [1, 5, 100])
 def test_removed_queries_do_not_count(chat, end, n_more):

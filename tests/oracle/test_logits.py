@@ -53,6 +53,7 @@ def test_full_model(subject, measured, family):
     measured(family, "none streaming, 2,490 tokens", difference(computed, model.expected(tokens, None)), EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", ["none", "all"])
 def test_no_layer_and_every_layer_streaming(subject, measured, family, layers):

@@ -30,6 +30,7 @@ def fail(transcript: Transcript, n: int, wanted) -> int:
     return failure.value.code
 
 
+@pytest.mark.slow
 @CACHES
 @LAYERS
 @pytest.mark.parametrize("end", [False, True])
@@ -49,6 +50,7 @@ def test_a_batch_for_which_there_is_no_room_changes_nothing(subject, unified, la
         assert transcript.difference() <= EXACT
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("n_checks", [0, 100, 400, 900])
 @pytest.mark.parametrize("then", ["go on", "rewind", "begin of the prompt", "decode"])

@@ -36,6 +36,7 @@ def part_of_a_prompt(n: int, end: bool) -> list[bool]:
     return [False] * (n - 1) + [end] if n > 1 or end else [False]
 
 
+@pytest.mark.slow
 @CACHES
 @LAYERS
 @pytest.mark.parametrize("n_ubatch", [8, 64])
@@ -57,6 +58,7 @@ def test_one_reads_while_others_decode(subject, measured, unified, layers, n_uba
             measured("llama", "prefill = full, parallel sequences", transcript.difference(), EXACT)
 
 
+@pytest.mark.slow
 @CACHES
 @LAYERS
 @pytest.mark.parametrize("in_turns", [False, True], ids=["one-after-the-other", "in-turns"])
@@ -106,6 +108,7 @@ def test_random_mixtures_of_phases(subject, measured, family, unified, seed):
             measured(family, "prefill = full, parallel sequences", transcript.difference(), EXACT, seed=seed)
 
 
+@pytest.mark.slow
 @CACHES
 @LAYERS
 @pytest.mark.parametrize("n_prompt", [30, 400])

@@ -74,6 +74,7 @@ def error_of_shifts(model: Subject, spec: StreamingSpec, n_keep: int, n_discard:
     return worst
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize("n_keep", [0, 1, SINK - 1])
 def test_a_shift_that_needs_what_was_dropped_is_refused(subject, layers, n_keep):

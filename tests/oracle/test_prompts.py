@@ -66,6 +66,7 @@ def test_conversation(subject, measured, family, name, sink, window):
     measured(family, "prefill = full", worst, EXACT, conversation=name, spec=str(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", ["none", "all"])
 def test_no_layer_and_every_layer_streaming(subject, measured, family, layers):
@@ -201,6 +202,7 @@ def test_streaming_layers_hold_sinks_and_window_after_a_long_prompt(subject):
         assert context.kv_cells(STREAMING) == cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_notices_one_key_too_many(subject, family):
     """What the tests above can see: a prompt that sees a position more, or begins or ends one later."""

@@ -15,6 +15,7 @@ def n_ctx(unified: bool, n_seq: int) -> int:
     return 2048 if unified else 1024 * n_seq
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("family", ["llama", "smollm3"])
 @pytest.mark.parametrize("n_ubatch", [8, 64])
@@ -37,6 +38,7 @@ def test_side_by_side(subject, measured, family, unified, n_ubatch):
         measured(family, "parallel sequences", difference(np.stack(rows), model.expected(text, spec)), EXACT)
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("n_seq", [2, 4])
 @pytest.mark.parametrize("layers", [[0, 2], range(4)], ids=["half", "all"])

@@ -63,6 +63,7 @@ def error_of_shifts(model: Subject, spec: StreamingSpec, n_keep: int, n_discard:
     return worst
 
 
+@pytest.mark.slow
 @LAYERS
 @pytest.mark.parametrize(
     "n_keep, n_discard",

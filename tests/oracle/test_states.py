@@ -15,6 +15,7 @@ LAYERS = pytest.mark.parametrize("layers", [[0, 2], range(4)], ids=["half", "all
 TEXT, OTHER = random_tokens(500), random_tokens(500, seed=1)
 
 
+@pytest.mark.slow
 @CACHES
 @LAYERS
 @pytest.mark.parametrize("what", ["whole", "sequence"])

@@ -214,6 +214,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         check_destination(tmp_path / "notes.txt", True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("fails_at", ["save", "to_json"])
 def test_no_half_written_report(tmp_path, monkeypatch, existing, fails_at):

@@ -30,6 +30,7 @@ def crashed(step: str, model: Path) -> tuple[int, str]:
     return child.returncode, child.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step, doing",
     [
@@ -60,6 +61,7 @@ def test_a_crash_says_what_was_done_and_where(model, step, doing):
     assert "secret" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, meaning", crash._MEANINGS.items())
 def test_the_process_ends_by_the_signal(model, name, meaning):
     number = signal.Signals[name]

@@ -13,6 +13,7 @@ from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 import lt_gguf  # noqa: F401 - before llama_cpp, to which it shows the libraries
 
 
+@pytest.mark.slow
 @all_modes
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", [0, 3, 6])
@@ -29,6 +30,7 @@ def test_ctrl_c_while_a_prompt_is_read(hybrid_file, monkeypatch, mode, at, when)
     assert_like(llm, hybrid_file, mode, [("prompt", first), ("prompt", kept + third)])
 
 
+@pytest.mark.slow
 @all_modes
 @pytest.mark.parametrize("at", [0, 2, 9, 10])
 def test_ctrl_c_while_going_back(hybrid_file, monkeypatch, mode, at):

@@ -120,6 +120,7 @@ def test_a_key_that_is_there_twice(plain, tmp_path):
     assert answer["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streaming, expected",
     [
@@ -136,6 +137,7 @@ def test_the_environment_overrides_the_file(plain, tmp_path, streaming, expected
     assert answer["spec"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streaming",
     [

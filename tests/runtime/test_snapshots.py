@@ -111,6 +111,7 @@ def test_the_limit_drops_the_oldest_first(hybrid_file, mode):
 # ------------------------------------------------------------------------- eval and generate directly
 
 
+@pytest.mark.slow
 @all_modes
 @pytest.mark.parametrize("n_kept", [0, 1, 30, 200, 599, 600, 601, 750, 799, 800])
 def test_eval_after_setting_n_tokens_back(hybrid_file, mode, n_kept):

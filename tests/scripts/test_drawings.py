@@ -51,6 +51,7 @@ def test_the_drawing_has_every_room_and_no_text_that_leaves_it():
         assert left >= 0 and left + width <= draw_architecture.WIDTH - draw_architecture.MARGIN, text.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["draw_architecture", "draw_cache"])
 def test_help_is_no_file_name(script, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "docs" / f"{script}.py")]

@@ -199,6 +199,7 @@ def trained(model, data, tmp_path_factory):
     return out, train(str(model), data, out, SETTINGS)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_checkpoint_says_what_streams(trained, model, data):
     out, record = trained
     losses = [entry["loss"] for entry in record["training_loss"]]
@@ -403,6 +404,7 @@ def test_the_command_trains_and_says_what(model, data, tmp_path, lt_gguf_command
     assert re.fullmatch(r"held-out loss in nats a token: 5[.]\d{4} with full .* before and 5[.]\d{4} after 2 steps", third)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["lt-gguf train", "scripts/train_lt.py"])
 def test_the_command_says_what_is_wrong_in_one_line(entry, model, data, tmp_path, lt_gguf_command):
     arguments = [str(model), str(data), str(tmp_path / "out"), "--streaming-layers", "9"]
