@@ -4,7 +4,7 @@
 #     scripts/checks/all_tests.sh [PYTEST ARGUMENTS]
 #
 # Beside the whole matrix of the oracle (--full) that is what `make test` skips for want of
-#   a model of each architecture that llama.cpp knows, which its test-llama-archs makes (ten minutes of one core), and
+#   a model of each architecture that llama.cpp knows, which its test-llama-archs makes (eight minutes of one core to compile), and
 #   a build with a module for each kind of CPU, as a wheel has it (twenty-five minutes of one core).
 # Both stay in build/, so a second run begins with the tests.
 set -eu
