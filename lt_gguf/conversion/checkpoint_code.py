@@ -10,29 +10,23 @@ from typing import Any, NoReturn
 
 
 def forbid() -> None:
-    """From here on, transformers runs no code of a checkpoint in this process.
+    """From here on, transformers runs no code of a checkpoint in this process. To be called before it has loaded a model's parts.
 
-    What asks for it fails with a ValueError of one line, if transformers has no class of its own to use instead.
+    What asks for such code gets transformers' own class instead; where there is none, it fails with a ValueError of one line.
     """
-    import transformers
     from transformers import dynamic_module_utils
 
-    for auto_class in (transformers.AutoConfig, transformers.AutoTokenizer):
-        auto_class.from_pretrained = _without_code(auto_class.from_pretrained)  # type: ignore[method-assign]
-    # note: the one place that all such code passes on its way to run, should something else ask for it
+    # note: the parts of transformers take these two from there when they are imported
+    dynamic_module_utils.resolve_trust_remote_code = _resolve
+    # the one place that all such code passes on its way to run, whoever asks for it
     dynamic_module_utils.get_class_in_module = _refuse
 
 
-def _without_code(from_pretrained: Any) -> Any:
-    def load(*arguments: Any, **settings: Any) -> Any:
-        try:
-            return from_pretrained(*arguments, **(settings | {"trust_remote_code": False}))
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                _refuse()
-            raise
-
-    return load
+def _resolve(trust_remote_code: Any, model_name: Any, has_local_code: bool, has_remote_code: bool, *_: Any, **__: Any) -> bool:
+    """In place of transformers' function of that name, which says whether the checkpoint's code is taken."""
+    if has_remote_code and not has_local_code:
+        _refuse()
+    return False
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
