@@ -78,7 +78,7 @@ class Subject:
             return np.concatenate([prompt, context.decode_one_by_one(tokens[n_prompt:], n_prompt)])
 
 
-def random_tokens(n: int, seed: int = 0) -> np.ndarray:
+def random_tokens(n: int, seed: int | np.random.Generator = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, N_VOCAB, n)
 
 

@@ -44,7 +44,7 @@ class Transcript:
     def batch(self, n: int, logits: Sequence[bool]) -> list[Token]:
         """The next `n` tokens, as a part of a batch whose other parts are other sequences'. They count as decoded with it."""
         start = len(self)
-        ids = random_tokens(n, seed=int(self._random.integers(2**31)))
+        ids = random_tokens(n, self._random)
         if self.declared or not all(logits):
             self._open(start)
         self.tokens += ids.tolist()
