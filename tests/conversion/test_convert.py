@@ -362,7 +362,9 @@ def test_interrupted_in_any_phase(llama, tmp_path, phase, how):
     out.mkdir()
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     result = run("-c", INTERRUPTED, llama, out / "a.gguf", phase, int(how), env=environment)
-    assert result.returncode == -how, result.stderr
+    # note: after Ctrl-C Python ends by its signal, or with 1 where a library has something done at the end of the process
+    interrupted = how == signal.SIGINT and result.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert result.returncode == -how or (result.returncode == 1 and interrupted), result.stderr
     for hidden in out.glob(".converting-*"):
         wait_until_gone(hidden)
     assert not list(out.iterdir())
