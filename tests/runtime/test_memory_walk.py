@@ -37,3 +37,22 @@ def test_random_walks(request, sink, window, prefill, layers, unified):
             print_blob=True,
         ),
     )
+
+
+@pytest.mark.xfail(strict=True, reason="a copy of what is held is refused, found by a walk with --full")
+def test_the_beginning_of_an_open_prompt_is_copied_again():
+    """Sequence 1 reads a prompt; sequence 0 begins with a part of it, reads one of its own, and is then to begin so once more."""
+    walk = type("Walk", (EveryStep,), {"layers": [1], "unified": True, "prefill": "full", "sink": 3, "window": 16})()
+    try:
+        walk.decode_a_few_tokens(seq=1, n=1)
+        walk.feed_several_sequences_at_once(n=(0, 19, 12), asked=("all", "all", "all"), in_turns=False)
+        walk.feed_several_sequences_at_once(n=(0, 31, 7), asked=("all", "none", "all"), in_turns=False)
+        walk.memory_holds_what_it_must()
+        walk.copy_a_prefix(source=1, destination=0, last=0.25)
+        walk.feed_a_few_tokens(seq=0, n=1, asked="all")
+        walk.read_a_declared_prompt(seq=0, n=186, size=1, asked="all")
+        walk.memory_holds_what_it_must()
+        walk.copy_a_prefix(source=1, destination=0, last=0.25)
+        walk.memory_holds_what_it_must()
+    finally:
+        walk.teardown()
