@@ -46,7 +46,7 @@ endif
 test-fast: $(STAMP)  ## the tests that take no more than seconds, and no real model: a developer's loop, a minute or so
 	@$(PY) $(PYTEST) -m "not slow and not real_model" $(PYTEST_ARGS)
 
-test-all: $(STAMP)  ## every test: the whole matrix of the oracle, and what needs models and builds that take long to make; hours
+test-all: $(STAMP)  ## every test: the whole matrix of the oracle, and what needs models and builds that take long to make; half an hour, and the first time another half
 	@PYTHON=$(PY) scripts/checks/all_tests.sh $(PYTEST_ARGS)
 
 lint: $(DEVELOP)  ## ruff, mypy, and the order of the rooms
