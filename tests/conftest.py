@@ -29,7 +29,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the whole matrix of the oracle and long random walks (half an hour or so on 2 cores)")
+    parser.addoption(
+        "--full", action="store_true", help="the whole matrix of the oracle, and long random walks: half an hour or so"
+    )
     parser.addoption("--measurements", type=Path, help="append what the oracle measures to this file, a JSON a line")
 
 
