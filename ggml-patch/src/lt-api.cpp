@@ -173,6 +173,16 @@ int32_t lt_lazy_ratios(const llama_context * ctx, float * ratios, int32_t n) {
     return n_layer;
 }
 
+void lt_load_drafts(bool is_draft) {
+    lt_model_specs::load_drafts(is_draft);
+}
+
+void lt_clamp_shift(const llama_context * ctx, int32_t n_past, int32_t * n_keep, int32_t * n_discard) {
+    if (const auto * kv = lt_get_cache(ctx)) {
+        kv->clamp_shift(n_past, *n_keep, *n_discard);
+    }
+}
+
 uint32_t lt_n_sink(const llama_context * ctx) {
     const auto * kv = lt_get_cache(ctx);
 

@@ -54,31 +54,17 @@ uint64_t lt_kv_cache::n_tokens(llama_seq_id seq_id) const {
     return pos_full(seq_id).size();
 }
 
-void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
-    // the last batch may still be computing
-    if (lctx) {
-        lctx->synchronize();
-    }
-
-    // what was there goes first, both at once may be too much
-    kv_full.reset();
-    kv_streaming.reset();
-    kv_prompt.reset();
-    kv_reserve.reset();
-
-    in_prompt_part.reset();
-
-    spec.layers = layers;
-
+void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bool> & layers, bool choosing) {
+    spec.layers    = layers;
     this->choosing = choosing;
 
-    chosen_end = 0;
+    kv_full      = create(hparams, size_full,      false, unified);
+    kv_streaming = create(hparams, size_streaming, true,  unified);
 
-    kv_full      = create(model.hparams, size_full,      false, unified);
-    kv_streaming = create(model.hparams, size_streaming, true,  unified);
+    is_hollow = &hparams == &hparams_no_alloc;
 
     lazy_ratio.reset();
-    if (choosing) {
+    if (choosing && !is_hollow) {
         std::vector<bool> measured(layers.size());
         for (size_t il = 0; il < layers.size(); ++il) {
             measured[il] = has_cache[il] && il < model.hparams.n_layer() && model.hparams.has_kv(il);
@@ -86,14 +72,60 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
 
         lazy_ratio = std::make_unique<lt_lazy_ratio>(model, measured, spec.n_last, offload);
     }
+}
 
-    generation++;
+void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
+    const auto layers_old   = spec.layers;
+    const bool choosing_old = this->choosing;
 
-    pending = {};
-
+    // the last batch may still be computing
     if (lctx) {
+        lctx->synchronize();
         lctx->lt_set_need_reserve();
     }
+
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        forget(s);
+    }
+
+    in_prompt_part.reset();
+
+    chosen_end = 0;
+    pending    = {};
+    generation++;
+
+    // what was there goes first, both at once may be too much
+    kv_full.reset();
+    kv_streaming.reset();
+    kv_prompt.reset();
+    kv_reserve.reset();
+
+    try {
+        make_parts(model.hparams, layers, choosing);
+    } catch (...) {
+        kv_full.reset();
+
+        // what was there before has just been given back
+        try {
+            make_parts(model.hparams, layers_old, choosing_old);
+        } catch (...) {
+            make_parts(hparams_no_alloc, layers_old, choosing_old);
+        }
+
+        throw;
+    }
+}
+
+bool lt_kv_cache::has_memory() {
+    if (is_hollow) {
+        try {
+            set_layers(spec.layers, choosing);
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: no memory for the KV cache, it was given back when the layers changed: %s\n", __func__, err.what());
+        }
+    }
+
+    return !is_hollow;
 }
 
 void lt_kv_cache::choose_layers() {
@@ -114,17 +146,13 @@ void lt_kv_cache::choose_layers() {
     }
 
     // note: the tokens of an image can all have the same position
-    if (pairs.size() > size_streaming) {
-        LLAMA_LOG_WARN("%s: the last %u positions are those of %zu tokens, more than a streaming layer has cells for. all layers stay full\n",
-                __func__, mask.n_window, pairs.size());
-        return;
-    }
+    const uint32_t n_cells = std::max<uint32_t>(size_streaming, GGML_PAD(pairs.size() + n_ubatch, 256));
 
     std::unique_ptr<llama_kv_cache> kv_new;
 
     spec.layers = layers;
     try {
-        kv_new = create(model.hparams, size_streaming, true, unified);
+        kv_new = create(model.hparams, n_cells, true, unified);
     } catch (...) {
         spec.layers.assign(layers.size(), false);
         throw;
@@ -162,14 +190,13 @@ void lt_kv_cache::choose_layers() {
 }
 
 void lt_kv_cache::choose_anew() {
-    const auto layers = spec.layers;
+    if (!spec.is_auto() || choosing || !pos_full(0).empty()) {
+        return;
+    }
 
     try {
-        set_layers(std::vector<bool>(layers.size(), false), true);
+        set_layers(std::vector<bool>(spec.layers.size(), false), true);
     } catch (const std::exception & err) {
-        // what was there before has just been given back
         LLAMA_LOG_ERROR("%s: no memory for all layers with full attention, these go on streaming: %s (%s)\n", __func__, spec.str().c_str(), err.what());
-
-        set_layers(layers, false);
     }
 }

@@ -2,6 +2,7 @@
 
 #include "lt-kv-cache.h"
 
+#include "lt-batch-ops.h"
 #include "lt-kv-cache-context.h"
 #include "lt-kv-ops.h"
 
@@ -12,17 +13,11 @@
 #include <algorithm>
 #include <cassert>
 
-// a sequence with at most so many tokens in a batch may be rolled back to the first of them: speculative decoding
-static const uint32_t LT_N_DRAFT_MAX = 64;
-
 lt_batch lt_kv_cache::inspect(const llama_batch & batch, bool embd_all) const {
     lt_batch res;
 
     std::array<int32_t, LLAMA_MAX_SEQ> index;
     index.fill(-1);
-
-    // the last token of a sequence asks for logits
-    std::bitset<LLAMA_MAX_SEQ> has_logits;
 
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
@@ -30,7 +25,7 @@ lt_batch lt_kv_cache::inspect(const llama_batch & batch, bool embd_all) const {
 
             if (index[s] < 0) {
                 index[s] = res.size();
-                res.push_back({ s, batch.pos[i], batch.pos[i], 0, is_in_prompt(s) || n_declared[s] > 0, false });
+                res.push_back({ s, batch.pos[i], batch.pos[i], 0, false, is_in_prompt(s) || n_declared[s] > 0, false });
             }
 
             auto & cur = res[index[s]];
@@ -40,7 +35,7 @@ lt_batch lt_kv_cache::inspect(const llama_batch & batch, bool embd_all) const {
             cur.n_tokens++;
             cur.is_prompt = cur.is_prompt || !batch.logits[i] || (embd_all && cur.n_tokens > 1); // embeddings are asked for of all tokens
 
-            has_logits[s] = batch.logits[i];
+            cur.has_logits = batch.logits[i];
         }
     }
 
@@ -63,15 +58,13 @@ lt_batch lt_kv_cache::inspect(const llama_batch & batch, bool embd_all) const {
 
     for (auto & cur : res) {
         cur.is_prompt = cur.is_prompt && spec.prefill == LT_PREFILL_FULL;
-        cur.is_last   = cur.is_prompt && (n_declared[cur.id] > 0 ? n_declared[cur.id] <= cur.n_tokens : has_logits[cur.id]);
+        cur.is_last   = cur.is_prompt && (n_declared[cur.id] > 0 ? n_declared[cur.id] <= cur.n_tokens : cur.has_logits);
     }
 
     return res;
 }
 
 void lt_kv_cache::set_phases(const lt_batch & batch) {
-    phases.rollback.fill(LT_POS_END);
-
     for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
         const lt_prompt * prompt = prompts[s].current();
 
@@ -86,6 +79,10 @@ void lt_kv_cache::set_phases(const lt_batch & batch) {
 }
 
 llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    if (!has_memory()) {
+        return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
+
     const lt_batch batch = inspect(balloc.get_batch(), embd_all);
 
     for (const auto & cur : batch) {
@@ -104,76 +101,55 @@ llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, ui
         }
     }
 
-    pending = {};
-
     set_phases(batch);
 
-    // first try simple split, then equal split
-    for (const bool simple : { true, false }) {
-        if (simple && !unified) {
-            // requires equal splits, so we skip the simple split
-            continue;
-        }
+    const auto rollback = phases.rollback;
 
-        if (auto res = try_split(balloc, batch, n_ubatch, simple)) {
+    const uint32_t n_reserved = set_rollback(batch, n_ubatch);
+
+    // note: first the prompts make room in the streaming part, then it grows
+    for (int i = 0; i < 3; ++i) {
+        pending = {};
+
+        if (auto res = try_split(balloc, batch, n_ubatch)) {
             return res;
         }
+
+        // there is room for so many, as the cells for rollbacks come out of those that are there for one ubatch
+        if (n_reserved > 0) {
+            if (auto res = try_split(balloc, batch, n_ubatch - n_reserved)) {
+                return res;
+            }
+        }
+
+        if (!has_pending() || !apply_pending()) {
+            break;
+        }
+
+        set_phases(batch);
     }
 
-    // note: if room was asked for, llama_decode() makes it by an update and tries again
+    phases.rollback = rollback;
+
     set_phases({});
 
     return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
 }
 
-static std::vector<llama_ubatch> lt_split(llama_batch_allocr & balloc, const std::function<llama_ubatch()> & next) {
-    balloc.split_reset();
+llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, const lt_batch & batch, uint32_t n_ubatch) {
+    // an ubatch uses one part of the cache
+    // note: with a stream for each sequence, ubatches have as many tokens of each
+    auto ubatches = lt_batch_ops::split(balloc, in_prompt_part, n_ubatch, unified);
 
-    std::vector<llama_ubatch> res;
-    while (true) {
-        auto ubatch = next();
+    if (ubatches.empty()) {
+        // sequences that share tokens, of which one has gone ahead
+        const auto move = seqs_to_move(batch);
 
-        if (ubatch.n_tokens == 0) {
-            break;
+        if (!move.empty()) {
+            request_room(batch, move);
         }
 
-        res.push_back(std::move(ubatch)); // NOLINT
-    }
-
-    return res;
-}
-
-llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, const lt_batch & batch, uint32_t n_ubatch, bool simple) {
-    const auto is_away = [&](const lt_batch_seq & cur) { return in_prompt_part[cur.id]; };
-
-    const bool any_away =  std::any_of(batch.begin(), batch.end(), is_away);
-    const bool all_away =  std::all_of(batch.begin(), batch.end(), is_away);
-
-    const auto split = [&](uint32_t n) {
-        return lt_split(balloc, [&] {
-            if (any_away && !all_away) {
-                // an ubatch uses one part of the cache
-                return balloc.split_seq(n);
-            }
-            return simple ? balloc.split_simple(n) : balloc.split_equal(n, !unified, 0);
-        });
-    };
-
-    auto ubatches = split(n_ubatch);
-
-    if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        // failed to find a suitable split
         return nullptr;
-    }
-
-    // the cells for rollbacks come out of those that are there for one ubatch
-    const uint32_t n_rollback = set_rollback(ubatches);
-    if (n_rollback > 0) {
-        if (n_rollback < n_ubatch) {
-            ubatches = split(n_ubatch - n_rollback);
-        } else {
-            phases.rollback.fill(LT_POS_END);
-        }
     }
 
     lt_ubatches res;
@@ -183,14 +159,6 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
 
     for (const auto & ubatch : ubatches) {
         const bool away = in_prompt_part[ubatch.seq_id_unq[0]];
-
-        for (uint32_t s = 1; s < ubatch.n_seqs_unq; ++s) {
-            if (in_prompt_part[ubatch.seq_id_unq[s]] != away) {
-                // sequences that share tokens, of which one has gone ahead
-                request_room(batch, { ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq });
-                return nullptr;
-            }
-        }
 
         if (!choosing) {
             (away ? prompt : streaming).push_back(ubatch);
@@ -209,16 +177,17 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
         return nullptr;
     }
 
-    const bool fits =
-        prepare(*kv_streaming, streaming, res.sinfos_streaming) &&
-        (prompt.empty() || prepare(*kv_prompt, prompt, res.sinfos_prompt));
+    if (!prompt.empty() && !prepare(*kv_prompt, prompt, res.sinfos_prompt)) {
+        request_room(batch, seqs_to_move(batch));
+        return nullptr;
+    }
 
-    phases.rollback.fill(LT_POS_END);
-
-    if (!fits) {
+    if (!prepare(*kv_streaming, streaming, res.sinfos_streaming)) {
         const auto move = seqs_to_move(batch);
 
-        if (any_away || !move.empty()) {
+        if (move.empty()) {
+            request_streaming(batch);
+        } else {
             request_room(batch, move);
         }
 
@@ -251,40 +220,29 @@ std::vector<llama_seq_id> lt_kv_cache::seqs_to_move(const lt_batch & batch) cons
     return res;
 }
 
-uint32_t lt_kv_cache::set_rollback(const std::vector<llama_ubatch> & ubatches) {
-    if (ubatches.size() < 2) {
-        // the cells of an ubatch are chosen before any of its tokens moves a window
-        return 0;
+uint32_t lt_kv_cache::set_rollback(const lt_batch & batch, uint32_t n_max) {
+    // the cells that each stream keeps for rollbacks
+    std::vector<uint32_t> n_kept(kv_full->get_n_stream(), 0);
+
+    for (const auto & cur : batch) {
+        phases.rollback[cur.id] = LT_POS_END;
     }
 
-    std::array<uint32_t,  LLAMA_MAX_SEQ> n_tokens;
-    std::array<llama_pos, LLAMA_MAX_SEQ> pos_min;
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        n_kept[kv_full->get_stream(s)] += std::max(0, seq_pos_max(s) + 1 - phases.rollback[s]);
+    }
 
-    n_tokens.fill(0);
-    pos_min .fill(LT_POS_END);
+    for (const auto & cur : batch) {
+        auto & n = n_kept[kv_full->get_stream(cur.id)];
 
-    for (const auto & ubatch : ubatches) {
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-                const llama_seq_id s = ubatch.seq_id[i][j];
-
-                n_tokens[s]++;
-                pos_min [s] = std::min(pos_min[s], ubatch.pos[i]);
-            }
+        // note: with more tokens than that at once nobody speculates
+        if (phases.first[cur.id] < 0 && n + cur.n_tokens < n_max) {
+            phases.rollback[cur.id] = cur.begin;
+            n += cur.n_tokens;
         }
     }
 
-    uint32_t res = 0;
-
-    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-        // note: the first token of a draft's check is not part of the draft
-        if (n_tokens[s] > 1 && n_tokens[s] <= LT_N_DRAFT_MAX && phases.first[s] < 0) {
-            phases.rollback[s] = pos_min[s] + 1;
-            res += n_tokens[s] - 1;
-        }
-    }
-
-    return res;
+    return *std::max_element(n_kept.begin(), n_kept.end());
 }
 
 void lt_kv_cache::begin_ubatch(const lt_batch & batch, const llama_ubatch & ubatch) {
@@ -314,15 +272,14 @@ void lt_kv_cache::end_batch(const lt_batch & batch) {
 
         prompts[cur.id].close(cur.end);
 
+        // note: as long as a streaming layer would hold everything, there is nothing to choose by
         if (choosing) {
-            // note: as long as a streaming layer would hold everything, there is nothing to choose by
             pending.choose = n_tokens(cur.id) > (uint64_t) mask.n_sink + mask.n_window;
-            continue;
         }
+    }
 
-        const auto & cells = kv_streaming->get_cells(cur.id);
-
-        if (in_prompt_part[cur.id] || cells.used_max_p1() > mask.n_cells_decode) {
+    for (const auto & cur : batch) {
+        if (!choosing && cur.has_logits && !is_in_prompt(cur.id) && (in_prompt_part[cur.id] || is_far(cur.id))) {
             pending.finish.push_back(cur.id);
         }
     }
@@ -331,15 +288,32 @@ void lt_kv_cache::end_batch(const lt_batch & batch) {
 
     // give the memory back now and not with the next batch
     if (has_pending()) {
-        update();
+        apply_pending();
     }
 }
 
-bool lt_kv_cache::has_pending() const {
-    return pending.n_cells > 0 || !pending.finish.empty() || pending.choose;
+bool lt_kv_cache::is_far(llama_seq_id seq_id) const {
+    if (kv_streaming->get_cells(seq_id).used_max_p1() <= mask.n_cells_decode) {
+        return false;
+    }
+
+    // note: as long as a draft may be rolled back, or a prompt is read beside the prompt part, they take the cells that they take
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        const bool is_busy = phases.rollback[s] < seq_pos_max(s) || (is_in_prompt(s) && !in_prompt_part[s]);
+
+        if (is_busy && kv_streaming->get_stream(s) == kv_streaming->get_stream(seq_id)) {
+            return false;
+        }
+    }
+
+    return true;
 }
 
-void lt_kv_cache::apply_pending() {
+bool lt_kv_cache::has_pending() const {
+    return pending.n_cells > 0 || pending.n_streaming > 0 || !pending.finish.empty() || pending.choose;
+}
+
+bool lt_kv_cache::apply_pending() {
     const auto todo = std::move(pending);
     pending = {};
 
@@ -347,25 +321,25 @@ void lt_kv_cache::apply_pending() {
         lctx->synchronize();
     }
 
-    if (todo.n_cells > 0) {
-        grow_prompt_part(todo.n_cells);
-
-        if (kv_prompt && kv_prompt->get_size() < todo.n_cells) {
-            grow_prompt_part(todo.n_needed);
-        }
-
-        if (kv_prompt && kv_prompt->get_size() >= todo.n_needed) {
+    try {
+        if (todo.n_cells > 0) {
+            grow_prompt_part(todo.n_cells, todo.n_needed);
             move_to_prompt_part(todo.move);
         }
-    }
 
-    finish(todo.finish);
-
-    if (todo.choose) {
-        try {
-            choose_layers();
-        } catch (const std::exception & err) {
-            LLAMA_LOG_ERROR("%s: all layers stay full: %s\n", __func__, err.what());
+        if (todo.n_streaming > 0) {
+            grow_streaming_part(todo.n_streaming);
         }
+
+        finish(todo.finish);
+
+        if (todo.choose) {
+            choose_layers();
+        }
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s%s\n", __func__, todo.choose ? "all layers stay full: " : "", err.what());
+        return false;
     }
+
+    return true;
 }

@@ -28,10 +28,6 @@ lt_kv_cache_context::lt_kv_cache_context(
         ctx_prompt = kv->get_prompt()->init_update(lctx, optimize);
         status     = llama_memory_status_combine(status, ctx_prompt->get_status());
     }
-
-    if (kv->has_pending()) {
-        status = llama_memory_status_combine(status, LLAMA_MEMORY_STATUS_SUCCESS);
-    }
 }
 
 lt_kv_cache_context::lt_kv_cache_context(
@@ -79,8 +75,6 @@ bool lt_kv_cache_context::apply() {
         if (ctx_prompt) {
             res = res & ctx_prompt->apply();
         }
-
-        kv->apply_pending();
 
         return res;
     }

@@ -35,8 +35,8 @@ void lt_kv_cache::finish(const std::vector<llama_seq_id> & seq_ids) {
         } else if (copy_back(s, copied)) {
             leave_prompt_part(s);
         } else {
-            // more sequences than the context was made for. it works from where it is
-            LLAMA_LOG_WARN("%s: sequence %d: no room in the streaming part, the memory for its prompt is kept\n", __func__, s);
+            // it works from where it is
+            LLAMA_LOG_WARN("%s: sequence %d: the memory for its prompt is kept\n", __func__, s);
             kv_streaming->seq_rm(s, -1, -1);
         }
     }
@@ -48,7 +48,6 @@ bool lt_kv_cache::copy_back(llama_seq_id seq_id, cell_map & copied) {
     make_room(seq_id, mask.n_sink + mask.n_window);
 
     const auto & src = lt_kv_ops::cells(*kv_prompt, 0);
-          auto & dst = lt_kv_ops::cells(*kv_streaming, strm);
 
     const pos_set & pos_src = src.seq_pos_get(seq_id);
 
@@ -57,25 +56,38 @@ bool lt_kv_cache::copy_back(llama_seq_id seq_id, cell_map & copied) {
     };
 
     // what the streaming part has of the time before the prompt stays where it is, as far as it is kept
-    const pos_set held = dst.seq_pos_get(seq_id);
+    const pos_set held = kv_streaming->get_cells(seq_id).seq_pos_get(seq_id);
     for (const auto & [p, i] : held) {
         if (!is_kept(p) || lt_count(held, p) != lt_count(pos_src, p)) {
-            dst.seq_rm(i, seq_id);
+            lt_kv_ops::cells(*kv_streaming, strm).seq_rm(i, seq_id);
         }
     }
 
     std::vector<uint32_t> missing;
     std::vector<uint32_t> shared; // with a sequence that has been copied back
     for (const auto & [p, i] : pos_src) {
-        if (is_kept(p) && lt_count(dst.seq_pos_get(seq_id), p) == 0) {
+        if (is_kept(p) && lt_count(kv_streaming->get_cells(seq_id).seq_pos_get(seq_id), p) == 0) {
             (copied.count({ strm, i }) ? shared : missing).push_back(i);
         }
     }
 
-    const auto free = lt_find_near_cells(*kv_streaming, strm, std::min(mask.n_cells_decode, dst.size()), missing.size());
+    const auto find_free = [&] {
+        return lt_find_near_cells(*kv_streaming, strm, std::min(mask.n_cells_decode, kv_streaming->get_size()), missing.size());
+    };
+
+    auto free = find_free();
     if (free.size() < missing.size()) {
-        return false;
+        try {
+            grow_streaming_part(kv_streaming->get_size() + missing.size() - free.size());
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            return false;
+        }
+
+        free = find_free();
     }
+
+    auto & dst = lt_kv_ops::cells(*kv_streaming, strm);
 
     for (const uint32_t i : shared) {
         dst.seq_add(copied[{ strm, i }], seq_id);

@@ -60,13 +60,30 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
 
     const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
 
-    if (n_tokens > n_spare) {
+    if (n_tokens > n_spare && !choosing) {
         uint32_t n_used = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
         for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
             n_used += s == seq_id ? 0 : n_declared[s];
         }
 
-        check_limit(n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);
+        const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
+
+        check_limit(n_cells, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);
+
+        // its keys must be turned to their positions first
+        update();
+
+        if (lctx) {
+            lctx->synchronize();
+        }
+
+        // now, because a batch that finds no memory looks as if the context were full
+
+        grow_prompt_part(n_cells, n_cells);
+
+        if (!in_prompt_part[seq_id]) {
+            move_to_prompt_part({ seq_id });
+        }
     }
 
     n_declared[seq_id] = n_tokens;
@@ -120,45 +137,86 @@ void lt_kv_cache::request_room(const lt_batch & batch, const std::vector<llama_s
 
     const bool may_grow = prompt_limit == 0 || prompt_bytes(GGML_PAD(n_grown, LT_PROMPT_PAD)) <= prompt_limit;
 
-    pending.n_needed = GGML_PAD(n_cells, LT_PROMPT_PAD);
-    pending.n_cells  = GGML_PAD(may_grow ? std::max(n_cells, n_grown) : n_cells, LT_PROMPT_PAD);
+    pending.n_needed = n_cells;
+    pending.n_cells  = may_grow ? std::max(n_cells, n_grown) : n_cells;
 }
 
-void lt_kv_cache::grow_prompt_part(uint32_t n_cells) {
-    if (kv_prompt && kv_prompt->get_size() >= n_cells) {
+void lt_kv_cache::request_streaming(const lt_batch & batch) {
+    std::vector<uint32_t> n_cells(kv_streaming->get_n_stream(), 0);
+
+    for (uint32_t strm = 0; strm < n_cells.size(); ++strm) {
+        const auto & cells = lt_kv_ops::cells(*kv_streaming, strm);
+
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            n_cells[strm] += !cells.is_empty(i) && !mask.is_dead(cells, i);
+        }
+    }
+
+    for (const auto & cur : batch) {
+        n_cells[kv_streaming->get_stream(cur.id)] += cur.n_tokens;
+    }
+
+    const uint32_t n_needed = *std::max_element(n_cells.begin(), n_cells.end());
+
+    if (n_needed > kv_streaming->get_size()) {
+        pending.n_streaming = n_needed;
+    }
+}
+
+std::unique_ptr<llama_kv_cache> lt_kv_cache::grown(const llama_kv_cache * kv, uint32_t n_cells, bool unified) const {
+    std::unique_ptr<llama_kv_cache> res;
+
+    try {
+        res = create(model.hparams, n_cells, true, unified);
+    } catch (const std::exception & err) {
+        throw std::runtime_error(format("no memory for %u cells of the streaming layers, %.1f MiB (%s). A KV cache of a smaller type or prefill=stream needs less",
+                    n_cells, prompt_bytes(n_cells)/1024.0/1024.0, err.what()));
+    }
+
+    if (kv) {
+        lt_kv_ops::use_rotation_of(*kv, *res);
+        lt_kv_ops::copy_all       (*kv, *res);
+    }
+
+    return res;
+}
+
+void lt_kv_cache::grow_prompt_part(uint32_t n_cells, uint32_t n_needed) {
+    n_cells  = GGML_PAD(n_cells,  LT_PROMPT_PAD);
+    n_needed = GGML_PAD(n_needed, LT_PROMPT_PAD);
+
+    if (kv_prompt && kv_prompt->get_size() >= n_needed) {
         return;
     }
 
     std::unique_ptr<llama_kv_cache> kv_new;
+
     try {
-        kv_new = create(model.hparams, n_cells, true, true);
-    } catch (const std::exception & err) {
-        LLAMA_LOG_ERROR("%s: no memory for a prompt part of %u cells (%.1f MiB): %s\n", __func__, n_cells, prompt_bytes(n_cells)/1024.0/1024.0, err.what());
-        return;
-    }
-
-    if (kv_prompt) {
-        const auto & src = lt_kv_ops::cells(*kv_prompt, 0);
-              auto & dst = lt_kv_ops::cells(*kv_new,    0);
-
-        lt_kv_ops::cell_pairs pairs;
-        for (uint32_t i = 0; i < src.size(); ++i) {
-            if (!src.is_empty(i)) {
-                lt_kv_ops::copy_cell(src, i, dst, i);
-                for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-                    if (src.seq_has(i, s)) {
-                        dst.seq_add(i, s);
-                    }
-                }
-                pairs.push_back({ i, i });
-            }
+        kv_new = grown(kv_prompt.get(), n_cells, true);
+    } catch (const std::exception &) {
+        if (n_cells == n_needed) {
+            throw;
         }
 
-        lt_kv_ops::copy_data(*kv_prompt, 0, *kv_new, 0, pairs);
+        kv_new = grown(kv_prompt.get(), n_needed, true);
     }
 
     kv_prompt = std::move(kv_new);
     generation++;
+}
+
+void lt_kv_cache::grow_streaming_part(uint32_t n_cells) {
+    // besides what is held there are always cells for an ubatch
+    n_cells = GGML_PAD(n_cells + n_ubatch, LT_PROMPT_PAD);
+
+    LLAMA_LOG_WARN("%s: from %u to %u cells, because so many tokens have to be held at once\n", __func__, kv_streaming->get_size(), n_cells);
+
+    kv_streaming = grown(kv_streaming.get(), n_cells, unified);
+    generation++;
+
+    if (lctx) {
+        lctx->lt_set_need_reserve();
+    }
 }
 
 llama_kv_cache * lt_kv_cache::get_reserve() {
@@ -278,11 +336,14 @@ bool lt_kv_cache::make_room(llama_seq_id seq_id, uint32_t n) {
         lctx->synchronize();
     }
 
-    grow_prompt_part(GGML_PAD(n_cells, LT_PROMPT_PAD));
-
-    if (kv_prompt && kv_prompt->get_size() >= n_cells) {
-        move_to_prompt_part(move);
+    try {
+        grow_prompt_part(n_cells, n_cells);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return false;
     }
+
+    move_to_prompt_part(move);
 
     return has_room();
 }
@@ -295,29 +356,31 @@ void lt_kv_cache::copy_in_prompt_part(llama_seq_id seq_id_src, llama_seq_id seq_
         lctx->synchronize();
     }
 
-    const pos_set held = kv_prompt->get_cells(0).seq_pos_get(seq_id_src);
+    std::vector<uint32_t> held;
+    for (const auto & [_, i] : kv_prompt->get_cells(0).seq_pos_get(seq_id_src)) {
+        if (!mask.is_dead(kv_prompt->get_cells(0), i, seq_id_src)) {
+            held.push_back(i);
+        }
+    }
 
     const uint32_t n_cells = kv_prompt->get_cells(0).get_used() + held.size();
 
     check_limit(n_cells, held.size());
 
-    grow_prompt_part(GGML_PAD(n_cells, LT_PROMPT_PAD));
-
-    const auto free = lt_kv_ops::find_cells(*kv_prompt, 0, 0, UINT32_MAX, held.size());
-    if (free.size() < held.size()) {
-        throw std::runtime_error("no memory for a copy of its prompt");
-    }
+    grow_prompt_part(n_cells, n_cells);
 
     auto & cells = lt_kv_ops::cells(*kv_prompt, 0);
 
     lt_kv_ops::cell_pairs pairs;
-    for (const auto & [_, i] : held) {
-        const uint32_t i_dst = free[pairs.size()];
+    for (uint32_t i = 0; i < cells.size() && pairs.size() < held.size(); ++i) {
+        if (cells.is_empty(i)) {
+            pairs.push_back({ held[pairs.size()], i });
+        }
+    }
 
+    for (const auto & [i, i_dst] : pairs) {
         lt_kv_ops::copy_cell(cells, i, cells, i_dst);
         cells.seq_add(i_dst, seq_id_dst);
-
-        pairs.push_back({ i, i_dst });
     }
 
     lt_kv_ops::copy_data(*kv_prompt, 0, *kv_prompt, 0, pairs);

@@ -68,9 +68,7 @@ bool lt_kv_cache::holds_visible(llama_seq_id seq_id, const pos_set & s, llama_po
         holds(seq_id, s, std::max(first, p1), q);
 }
 
-void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const {
-    const auto & s = pos_streaming(seq_id);
-
+void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const pos_set & s, const std::function<void(llama_pos, uint32_t)> & visit) const {
     auto it_s = s.begin();
     for (const auto & [p, i] : pos_full(seq_id)) {
         if (it_s != s.end() && it_s->first == p) {
@@ -132,6 +130,8 @@ void lt_kv_cache::map_prompts(llama_seq_id seq_id, const std::function<llama_pos
 
     chosen_end = 0; // it has moved, too
 
+    phases.rollback[seq_id] = LT_POS_END;
+
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         if (kv_full->get_stream(s) == kv_full->get_stream(seq_id)) {
             prompts[s] = mapped_prompts(s, map_cell);
@@ -171,7 +171,7 @@ bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(lla
 
         const llama_pos first = first_visible(mapped_prompts(s, map_cell), q);
 
-        for_each_dropped(s, [&](llama_pos p, uint32_t i) {
+        for_each_dropped(s, pos_streaming(s), [&](llama_pos p, uint32_t i) {
             const llama_pos p_new = map_cell(p, i);
 
             res = res && (p_new < 0 || (p_new >= (llama_pos) mask.n_sink && p_new < first));
@@ -194,6 +194,8 @@ bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
         }
     }
 
+    const auto & s = pos_full(seq_id_dst).empty() ? pos_streaming_until(seq_id_src, q - 1) : pos_streaming(seq_id_src);
+
     lt_prompts copied = prompts[seq_id_dst];
     copied.copy(prompts[seq_id_src], p0, p1);
     copied.truncate(q);
@@ -201,7 +203,7 @@ bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
     const llama_pos first = first_visible(copied, q);
 
     bool res = true;
-    for_each_dropped(seq_id_src, [&](llama_pos p, uint32_t) {
+    for_each_dropped(seq_id_src, s, [&](llama_pos p, uint32_t) {
         res = res && (p < p0 || p >= p1 || (p >= (llama_pos) mask.n_sink && p < first));
     });
 
@@ -236,12 +238,34 @@ bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const 
         return false;
     }
 
-    // note: when the end of the prompt part goes, the streaming part may still have what was there before, see is_ahead()
-    const bool is_back = !choosing && p_last <= kv_streaming->seq_pos_max(seq_id);
+    return !refused[seq_id] && holds_visible(seq_id, pos_streaming_until(seq_id, p_last), p_last + 1, p0, p1);
+}
 
-    const auto & s = is_back ? kv_streaming->get_cells(seq_id).seq_pos_get(seq_id) : pos_streaming(seq_id);
+void lt_kv_cache::clamp_shift(int32_t n_past, int32_t & n_keep, int32_t & n_discard) const {
+    const int32_t n_sink = mask.n_sink;
+    const int32_t n_back = mask.n_back;
 
-    return !refused[seq_id] && holds_visible(seq_id, s, p_last + 1, p0, p1);
+    if (choosing || n_past <= n_sink + n_back) {
+        return; // nothing has been dropped
+    }
+
+    n_keep = std::max(n_keep, n_sink);
+
+    // what has been dropped behind the sinks must not come so near to the end that it would be visible again
+    const int32_t n_max = n_past - n_keep - n_back;
+
+    if (n_keep == n_sink || n_discard <= n_max) {
+        n_discard = std::min(n_discard, n_past - n_keep - 1);
+        return;
+    }
+
+    // note: where next to nothing could be discarded, the context would shift again at once
+    if (n_max >= n_discard/4) {
+        n_discard = n_max;
+    } else {
+        n_keep    = n_sink;
+        n_discard = (n_past - n_keep)/2;
+    }
 }
 
 void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {

@@ -18,9 +18,7 @@ void lt_kv_cache::clear(bool data) {
         forget(s);
     }
 
-    if (spec.is_auto() && !choosing) {
-        choose_anew();
-    }
+    choose_anew();
 
     set_phases({});
 }
@@ -28,6 +26,8 @@ void lt_kv_cache::clear(bool data) {
 void lt_kv_cache::forget(llama_seq_id seq_id) {
     prompts   [seq_id].clear();
     n_declared[seq_id] = 0;
+
+    phases.rollback[seq_id] = LT_POS_END;
 
     refused .reset(seq_id);
     restored.reset(seq_id);
@@ -42,7 +42,22 @@ void lt_kv_cache::forget_empty() {
         }
     }
 
+    choose_anew();
+
     set_phases({});
+}
+
+static bool lt_holds_any(const llama_kv_cache & kv, llama_seq_id s0, llama_seq_id s1, llama_pos p0, llama_pos p1) {
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        const auto & pos = kv.get_cells(s).seq_pos_get(s);
+
+        const auto it = pos.lower_bound({ p0, 0 });
+        if (it != pos.end() && it->first < p1) {
+            return true;
+        }
+    }
+
+    return false;
 }
 
 bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -62,15 +77,17 @@ bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     bool res = true;
 
-    res = res & kv_full     ->seq_rm(seq_id, p0, p1);
-    res = res & kv_streaming->seq_rm(seq_id, p0, p1);
-
-    if (kv_prompt) {
-        res = res & kv_prompt->seq_rm(seq_id, p0, p1);
+    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+        // note: it would look at all cells
+        if (kv && lt_holds_any(*kv, s0, s1, p0, p1)) {
+            res = res & kv->seq_rm(seq_id, p0, p1);
+        }
     }
 
     for (llama_seq_id s = s0; s < s1; ++s) {
         n_declared[s] = 0;
+
+        phases.rollback[s] = LT_POS_END;
 
         prompts[s].truncate(seq_pos_max(s) + 1);
 
@@ -83,11 +100,9 @@ bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         }
     }
 
-    set_phases({});
+    choose_anew();
 
-    if (spec.is_auto() && !choosing && pos_full(0).empty()) {
-        choose_anew();
-    }
+    set_phases({});
 
     return res;
 }
@@ -117,6 +132,8 @@ void lt_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
 
     n_declared[seq_id_dst] = 0;
 
+    phases.rollback[seq_id_dst] = LT_POS_END;
+
     if (!is_same_stream) {
         forget(seq_id_dst); // the copy replaces what was there
     }
@@ -136,6 +153,11 @@ void lt_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
     prompts[seq_id_dst].copy(prompts[seq_id_src], i0, i1);
     prompts[seq_id_dst].truncate(seq_pos_max(seq_id_dst) + 1);
 
+    // what was copied ends before the prompt in the prompt part
+    if (!is_ahead(seq_id_dst)) {
+        leave_prompt_part(seq_id_dst);
+    }
+
     refused [seq_id_dst] = refused [seq_id_dst] | refused [seq_id_src];
     restored[seq_id_dst] = restored[seq_id_dst] | restored[seq_id_src];
 
@@ -152,6 +174,8 @@ void lt_kv_cache::seq_keep(llama_seq_id seq_id) {
             forget(s);
         }
     }
+
+    choose_anew();
 
     set_phases({});
 }

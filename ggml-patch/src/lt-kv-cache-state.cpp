@@ -61,7 +61,7 @@ static std::string lt_layers_text(const lt_spec & spec) {
 
 bool lt_kv_cache::can_checkpoint(llama_seq_id seq_id) const {
     // note: a message that has just begun is little more than what it follows
-    return !choosing && !in_prompt_part[seq_id] && n_saved(seq_id) <= mask.n_sink + mask.n_window + LT_N_SPARE;
+    return !choosing && !is_ahead(seq_id) && n_saved(seq_id) <= mask.n_sink + mask.n_window + LT_N_SPARE;
 }
 
 uint32_t lt_kv_cache::n_saved(llama_seq_id seq_id) const {
@@ -118,12 +118,14 @@ void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_
 
     kv_streaming->state_write(io, seq_id, flags);
 
-    uint32_t n_cells = 0;
+    // note: sequences can share cells
+    uint32_t n_cells = seq_id < 0 && kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
 
     for (llama_seq_id s = seq_id < 0 ? 0 : seq_id; s < (seq_id < 0 ? n_seq_ids() : seq_id + 1); ++s) {
         prompts[s].write(io);
 
-        if (in_prompt_part[s]) {
+        // note: if the prompt is still to come, the streaming part has all of it
+        if (seq_id >= 0 && is_ahead(s)) {
             n_cells += kv_prompt->get_cells(s).seq_pos_get(s).size();
         }
     }
@@ -184,6 +186,8 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     for (llama_seq_id s = s0; s < s1; ++s) {
         leave_prompt_part(s);
         n_declared[s] = 0;
+
+        phases.rollback[s] = LT_POS_END;
     }
 
     set_phases({});
@@ -245,10 +249,11 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
             forget(s);
         }
 
-        if (spec.is_auto() && !choosing && pos_full(0).empty()) {
+        if (spec.is_auto() && pos_full(0).empty()) {
             lazy_ratios.clear();
-            choose_anew();
         }
+
+        choose_anew();
 
         set_phases({});
 
@@ -270,10 +275,7 @@ void lt_kv_cache::reserve_prompt_part(uint32_t n_cells) {
 
     check_limit(n_all, n_cells);
 
-    grow_prompt_part(GGML_PAD(n_all, 256));
-    if (!kv_prompt || kv_prompt->get_size() < n_all) {
-        throw std::runtime_error("no memory for the prompt in the state");
-    }
+    grow_prompt_part(n_all, n_all);
 }
 
 void lt_kv_cache::read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {

@@ -27,8 +27,7 @@ static lt_mask lt_make_mask(const lt_spec & spec, const llama_cparams & cparams,
     res.n_back   = full ? spec.n_window : spec.n_window - 1;
     res.phases   = phases;
 
-    // note: with prefill = stream, a prompt leaves its window all over the cells
-    res.n_cells_decode = full ? GGML_PAD((uint32_t) std::min<uint64_t>(n_near, INT32_MAX), 256) : UINT32_MAX;
+    res.n_cells_decode = GGML_PAD((uint32_t) std::min<uint64_t>(n_near, INT32_MAX), 256);
 
     return res;
 }
@@ -76,6 +75,7 @@ lt_kv_cache::lt_kv_cache(
     offload(cparams.offload_kqv),
     unified(cparams.kv_unified),
     n_seq_max(cparams.n_seq_max),
+    n_ubatch(cparams.n_ubatch),
     size_full(cparams.n_ctx_seq),
     size_streaming(lt_size_streaming(spec, cparams)),
     hparams_no_alloc(model.hparams),
@@ -117,29 +117,42 @@ std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparam
             mask_part);
 }
 
+static llama_pos lt_pos(llama_pos p)                                   { return p; }
+static llama_pos lt_pos(const std::pair<llama_pos, uint32_t> & pos_cell) { return pos_cell.first; }
+
+// the first position of F from which on S has all of it. it_s: what S holds, from the back, because the sinks are there although
+// what follows them may have been dropped
+template <typename It>
+static llama_pos lt_first_complete(const lt_kv_cache::pos_set & f, It it_s, It end_s) {
+    for (auto it_f = f.rbegin(); it_f != f.rend(); ++it_f, ++it_s) {
+        if (it_s == end_s || lt_pos(*it_s) != it_f->first) {
+            return it_f->first + 1;
+        }
+    }
+
+    return f.begin()->first;
+}
+
 llama_pos lt_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
     const auto & f = pos_full(seq_id);
-    const auto   s = get_held(seq_id);
 
     if (f.empty()) {
         return -1;
     }
 
-    llama_pos res = f.begin()->first;
+    llama_pos res;
 
-    bool any_dropped = false;
+    if (is_ahead(seq_id)) {
+        const auto s = get_held(seq_id);
 
-    // note: from the back, because the sinks are there although what follows them may have been dropped
-    auto it_s = s.rbegin();
-    for (auto it_f = f.rbegin(); it_f != f.rend(); ++it_f, ++it_s) {
-        if (it_s == s.rend() || *it_s != it_f->first) {
-            res = it_f->first + 1;
-            any_dropped = true;
-            break;
-        }
+        res = lt_first_complete(f, s.rbegin(), s.rend());
+    } else {
+        const auto & s = pos_streaming(seq_id);
+
+        res = lt_first_complete(f, s.rbegin(), s.rend());
     }
 
-    if (!any_dropped) {
+    if (res == f.begin()->first) {
         return res;
     }
 
@@ -168,6 +181,16 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() con
             }
         }
     }
+
+    // where it is asked what would be needed (--fit), the longest prompt counts, too
+    if (model.hparams.no_alloc && kv_reserve) {
+        const double share = prompt_limit == 0 ? 1.0 : std::min(1.0, (double) prompt_limit/prompt_bytes(kv_reserve->get_size()));
+
+        for (const auto & buft_size : kv_reserve->memory_breakdown()) {
+            mb[buft_size.first] += share*buft_size.second;
+        }
+    }
+
     return mb;
 }
 
@@ -179,7 +202,7 @@ llama_memory_context_ptr lt_kv_cache::init_update(llama_context * lctx, bool opt
     return std::make_unique<lt_kv_cache_context>(this, lctx, optimize);
 }
 
-void lt_kv_cache::set_context(llama_context * lctx) {
+void lt_kv_cache::lt_set_context(llama_context * lctx) {
     this->lctx = lctx;
 }
 
@@ -218,6 +241,14 @@ const lt_kv_cache::pos_set & lt_kv_cache::pos_streaming(llama_seq_id seq_id) con
     }
 
     return (is_ahead(seq_id) ? kv_prompt : kv_streaming)->get_cells(seq_id).seq_pos_get(seq_id);
+}
+
+const lt_kv_cache::pos_set & lt_kv_cache::pos_streaming_until(llama_seq_id seq_id, llama_pos p_last) const {
+    if (!choosing && p_last <= kv_streaming->seq_pos_max(seq_id)) {
+        return kv_streaming->get_cells(seq_id).seq_pos_get(seq_id);
+    }
+
+    return pos_streaming(seq_id);
 }
 
 std::vector<llama_pos> lt_kv_cache::get_held(llama_seq_id seq_id) const {

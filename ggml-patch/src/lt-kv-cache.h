@@ -26,6 +26,8 @@ struct lt_batch_seq {
 
     uint32_t n_tokens;
 
+    bool has_logits; // the last token asks for them
+
     bool is_prompt; // the sequence reads a prompt
     bool is_last;   // and this batch ends it
 };
@@ -109,8 +111,7 @@ public:
     // lt_kv_cache specific API
     //
 
-    // once, by the context that it is the memory of
-    void set_context(llama_context * lctx);
+    void lt_set_context(llama_context * lctx) override;
 
     const lt_spec & get_spec() const;
 
@@ -131,6 +132,9 @@ public:
 
     // whether seq_rm() would succeed
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // make a context shift one that seq_rm() and seq_add() do
+    void clamp_shift(int32_t n_past, int32_t & n_keep, int32_t & n_discard) const;
 
     // whether a partial state of the sequence is small, and can be restored later
     bool can_checkpoint(llama_seq_id seq_id) const;
@@ -164,9 +168,6 @@ public:
     void begin_ubatch(const lt_batch & batch, const llama_ubatch & ubatch);
     void end_batch   (const lt_batch & batch);
 
-    bool has_pending() const;
-    void apply_pending();
-
 private:
     const llama_model & model;
 
@@ -179,6 +180,7 @@ private:
     const bool      offload;
     const bool      unified;
     const uint32_t  n_seq_max;
+    const uint32_t  n_ubatch;
 
     const uint32_t size_full;      // [cells]
     const uint32_t size_streaming; // [cells]
@@ -205,6 +207,9 @@ private:
     // the layers are still to be chosen. then the streaming part has none and is not used, and S = F
     bool choosing = false;
 
+    // the parts have no memory, because there was none when the layers changed
+    bool is_hollow = false;
+
     std::unique_ptr<lt_lazy_ratio> lazy_ratio; // null if no layers are to be chosen
 
     std::vector<float> lazy_ratios; // [n_layer_all], as measured last
@@ -228,10 +233,11 @@ private:
     //       until that is done, the streaming part lacks positions without anything being wrong
     std::bitset<LLAMA_MAX_SEQ> restored;
 
-    // what the next update does
+    // what apply_pending() does
     struct {
-        uint32_t n_cells  = 0;            // the prompt part is to have so many cells
-        uint32_t n_needed = 0;            // or at least so many
+        uint32_t n_cells     = 0;         // the prompt part is to have so many cells
+        uint32_t n_needed    = 0;         // or at least so many
+        uint32_t n_streaming = 0;         // and the streaming part so many
         std::vector<llama_seq_id> move;   // into the prompt part
         std::vector<llama_seq_id> finish; // their prompts have been read
         bool choose = false;              // choose the layers
@@ -252,8 +258,20 @@ private:
 
     const pos_set & pos_full(llama_seq_id seq_id) const;
 
+    // S as it would be if the sequence ended at position p_last: when the end of the prompt part goes, the streaming part may
+    // still have what was there before, see is_ahead()
+    const pos_set & pos_streaming_until(llama_seq_id seq_id, llama_pos p_last) const;
+
     // apply pending shifts and copies
     void update() const;
+
+    // what decoding reads lies in more cells than it could
+    bool is_far(llama_seq_id seq_id) const;
+
+    bool has_pending() const;
+
+    // false, with a line in the log, if there is no memory for it
+    bool apply_pending();
 
     //
     // rules, see lt-kv-cache-rules.cpp
@@ -274,8 +292,8 @@ private:
     // behind the sinks, the first position that a token at position q sees
     llama_pos first_visible(const lt_prompts & prompts, llama_pos q) const;
 
-    // call visit(p, i) for each dropped position and its cell in the full part, ascending
-    void for_each_dropped(llama_seq_id seq_id, const std::function<void(llama_pos, uint32_t)> & visit) const;
+    // call visit(p, i) for each position that S lacks and its cell in the full part, ascending
+    void for_each_dropped(llama_seq_id seq_id, const pos_set & s, const std::function<void(llama_pos, uint32_t)> & visit) const;
 
     // the sequences that share cell i of the full part, at position p, also share one cell of the streaming part, or have none
     // note: a partial state that is restored into a copied sequence gives it streaming cells of its own
@@ -312,11 +330,12 @@ private:
 
     // split the batch and find its cells
     // returns null if there is no room
-    llama_memory_context_ptr try_split(llama_batch_allocr & balloc, const lt_batch & batch, uint32_t n_ubatch, bool simple);
+    llama_memory_context_ptr try_split(llama_batch_allocr & balloc, const lt_batch & batch, uint32_t n_ubatch);
 
-    // set the positions of rollbacks for the sequences that have a short run of tokens in a batch of several ubatches
-    // returns the number of cells that this takes from the spare ones
-    uint32_t set_rollback(const std::vector<llama_ubatch> & ubatches);
+    // a sequence that decodes may be rolled back to before its last batch until its next batch: speculative decoding
+    // n_max: the cells that can be kept for this, in each stream
+    // returns how many are kept
+    uint32_t set_rollback(const lt_batch & batch, uint32_t n_max);
 
     //
     // the prompt part, see lt-kv-cache-prompt.cpp
@@ -327,6 +346,10 @@ private:
 
     // ask for room in the prompt part for the prompts of the batch
     void request_room(const lt_batch & batch, const std::vector<llama_seq_id> & move);
+
+    // ask for more cells in the streaming part: the tokens of an image can all have the same position, and with a unified
+    // cache there can be more sequences than the context was made for
+    void request_streaming(const lt_batch & batch);
 
     size_t prompt_bytes(uint32_t n_cells) const;
 
@@ -339,14 +362,20 @@ private:
 
     void read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
 
-    void grow_prompt_part(uint32_t n_cells);
+    // a copy with more cells. throws std::runtime_error if there is no memory for it
+    std::unique_ptr<llama_kv_cache> grown(const llama_kv_cache * kv, uint32_t n_cells, bool unified) const;
+
+    // n_cells, or n_needed if there is no memory for so many. these throw std::runtime_error if there is no memory at all
+    void grow_prompt_part   (uint32_t n_cells, uint32_t n_needed);
+    void grow_streaming_part(uint32_t n_cells);
+
     void free_prompt_part();
 
     // have n cells free in the streaming part for a sequence: the prompts of others that are read in it have to go
     // note: may put another object in the place of the prompt part
     bool make_room(llama_seq_id seq_id, uint32_t n);
 
-    // have n more cells free in the prompt part. throws std::runtime_error
+    // have n more cells free in the prompt part, for what a state holds. throws std::runtime_error
     void reserve_prompt_part(uint32_t n_cells);
 
     void move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids);
@@ -364,8 +393,8 @@ private:
     // keep what is to be kept of the sequences that have read their prompts
     void finish(const std::vector<llama_seq_id> & seq_ids);
 
-    // copy it from the prompt part to the streaming part. cells that sequences share stay shared
-    // returns false if there is no room
+    // copy it from the prompt part to the streaming part, which grows if it has to. cells that sequences share stay shared
+    // returns false, with a line in the log, if there is no memory for it
     bool copy_back(llama_seq_id seq_id, cell_map & copied);
 
     // move what decoding reads to the cells that it keeps to
@@ -375,12 +404,17 @@ private:
     // layers that are chosen for the prompt, see lt-kv-cache-auto.cpp
     //
 
-    // make all parts anew, empty
+    // make all parts anew, empty. if this throws, the parts are as they were, but empty, too; or hollow if there is no memory even for that
     void set_layers(const std::vector<bool> & layers, bool choosing);
+
+    void make_parts(const llama_hparams & hparams, const std::vector<bool> & layers, bool choosing);
+
+    // false, with a line in the log, if the parts are hollow and there is still no memory for them
+    bool has_memory();
 
     void choose_layers();
 
-    // all layers are full again, and the next prompt chooses
+    // if everything has been removed: all layers are full again, and the next prompt chooses
     void choose_anew();
 
     // those of a state

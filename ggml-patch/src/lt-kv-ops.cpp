@@ -164,6 +164,33 @@ void lt_kv_ops::copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_c
     dst.ext_set(i_dst, ext);
 }
 
+void lt_kv_ops::copy_all(const llama_kv_cache & src, llama_kv_cache & dst) {
+    for (uint32_t strm = 0; strm < src.n_stream; ++strm) {
+        const auto & cells_src = src.v_cells[strm];
+              auto & cells_dst = dst.v_cells[strm];
+
+        cell_pairs pairs;
+        for (uint32_t i = 0; i < cells_src.size(); ++i) {
+            if (cells_src.is_empty(i)) {
+                continue;
+            }
+
+            copy_cell(cells_src, i, cells_dst, i);
+            for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+                if (cells_src.seq_has(i, s)) {
+                    cells_dst.seq_add(i, s);
+                }
+            }
+
+            pairs.push_back({ i, i });
+        }
+
+        copy_data(src, strm, dst, strm, pairs);
+
+        dst.v_heads[strm] = src.v_heads[strm];
+    }
+}
+
 void lt_kv_ops::map(llama_kv_cache & kv, llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) {
     auto & cells = kv.v_cells[kv.seq_to_stream[seq_id]];
 

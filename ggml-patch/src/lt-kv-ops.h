@@ -30,6 +30,9 @@ struct lt_kv_ops {
     // copy position and extension of a cell, not its sequences
     static void copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_cells & dst, uint32_t i_dst);
 
+    // copy all cells and their K and V to the same cells of a cache that is at least as large
+    static void copy_all(const llama_kv_cache & src, llama_kv_cache & dst);
+
     // change the positions of a sequence. negative: removed
     static void map(llama_kv_cache & kv, llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map);
 

@@ -17,7 +17,7 @@ struct lt_phases {
     // the first position behind the sinks that the tokens of the prompt in progress see. -1: the sequence decodes
     std::array<llama_pos, LLAMA_MAX_SEQ> first;
 
-    // the position that the sequence may yet be rolled back to. LT_POS_END: it will not be
+    // the position that the sequence may yet be rolled back to, until its next batch. LT_POS_END: it will not be
     std::array<llama_pos, LLAMA_MAX_SEQ> rollback;
 
     lt_phases() {

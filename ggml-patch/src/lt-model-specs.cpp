@@ -7,10 +7,17 @@
 
 #include "gguf.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 
 static const char * const LT_ENV = "LT_STREAMING";
+
+// what a thread has asked for, by model
+static thread_local std::map<uint64_t, lt_spec> lt_thread_specs;
+
+static thread_local bool lt_is_draft = false;
 
 static std::string lt_gguf_key(const llama_model & model, const char * key) {
     return model.arch_name() + ".attention.streaming." + key;
@@ -50,6 +57,9 @@ static const char * lt_why_not(const llama_model & model) {
         case LLM_ARCH_LLAMA_EMBED:
         case LLM_ARCH_WAVTOKENIZER_DEC:
             return "it has no KV cache";
+        case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_DFLASH:
+            return "it drafts for another model, whose layers it reads";
         case LLM_ARCH_MINIMAX_M3:
         case LLM_ARCH_GLM_DSA:
         case LLM_ARCH_DEEPSEEK32:
@@ -178,6 +188,16 @@ void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
     init = file.value_or(lt_spec());
     init.layers.resize(n_layer, false);
 
+    if (lt_is_draft) {
+        if (file && file->any()) {
+            LLAMA_LOG_INFO("%s: streaming layers: off (a draft)\n", __func__);
+        }
+
+        init = lt_spec();
+        init.layers.resize(n_layer, false);
+        return;
+    }
+
     const char * env = getenv(LT_ENV);
     if (env && *env) {
         try {
@@ -189,10 +209,8 @@ void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
 
     lt_check_model(init, model);
 
-    cur = init;
-
-    if (cur.enabled()) {
-        LLAMA_LOG_INFO("%s: streaming layers: %s (%s)\n", __func__, cur.str().c_str(), env && *env ? LT_ENV : "from the file");
+    if (init.enabled()) {
+        LLAMA_LOG_INFO("%s: streaming layers: %s (%s)\n", __func__, init.str().c_str(), env && *env ? LT_ENV : "from the file");
     } else if (file && file->any()) {
         LLAMA_LOG_INFO("%s: streaming layers: off (%s)\n", __func__, LT_ENV);
     }
@@ -211,10 +229,31 @@ void lt_model_specs::save(gguf_context * gguf, const llama_model & model) const 
     gguf_set_val_str (gguf, lt_gguf_key(model, LT_KEY_PREFILL).c_str(), lt_prefill_name(file->prefill));
 }
 
-void lt_model_specs::set(const char * text, const llama_model & model) {
-    lt_spec spec = text ? lt_spec::parse(text, model.hparams.n_layer_all, file ? &*file : nullptr) : init;
+void lt_model_specs::set(const char * text, const llama_model & model) const {
+    if (!text) {
+        lt_thread_specs.erase(id);
+        return;
+    }
+
+    lt_spec spec = lt_spec::parse(text, model.hparams.n_layer_all, file ? &*file : nullptr);
 
     lt_check_model(spec, model);
 
-    cur = std::move(spec);
+    lt_thread_specs[id] = std::move(spec);
+}
+
+const lt_spec & lt_model_specs::get() const {
+    const auto it = lt_thread_specs.find(id);
+
+    return it != lt_thread_specs.end() ? it->second : init;
+}
+
+void lt_model_specs::load_drafts(bool is_draft) {
+    lt_is_draft = is_draft;
+}
+
+uint64_t lt_model_specs::next_id() {
+    static std::atomic<uint64_t> n = 0;
+
+    return n++;
 }

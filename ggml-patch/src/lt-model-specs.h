@@ -2,6 +2,7 @@
 
 #include "lt-spec.h"
 
+#include <cstdint>
 #include <optional>
 
 struct gguf_context;
@@ -19,15 +20,23 @@ public:
     // write the metadata of the file's spec, if it has one
     void save(gguf_context * gguf, const llama_model & model) const;
 
-    // replace the spec of contexts to come, null: back to what load() found
+    // replace the spec of contexts that this thread is going to make, null: back to what load() found
     // throws std::invalid_argument
-    void set(const char * text, const llama_model & model);
+    void set(const char * text, const llama_model & model) const;
 
-    const lt_spec & get() const { return cur; }
+    // the spec of contexts that this thread makes now
+    const lt_spec & get() const;
+
+    // no layer of the models that this thread loads from now on streams
+    static void load_drafts(bool is_draft);
 
 private:
+    // note: not the address, at which there can be another model later
+    const uint64_t id = next_id();
+
     std::optional<lt_spec> file; // the file's metadata
 
     lt_spec init; // the file's metadata with LT_STREAMING applied
-    lt_spec cur;
+
+    static uint64_t next_id();
 };

@@ -33,20 +33,29 @@ extern "C" {
     // spec
     //
 
-    // The spec of contexts that are made from this model from now on, as text in its canonical form ("off" if no layer
+    // The spec of contexts that this thread makes from this model from now on, as text in its canonical form ("off" if no layer
     // streams). Writes at most buf_size bytes with the terminating zero; returns the length without it, as snprintf does.
     LLAMA_API int32_t lt_model_spec(const struct llama_model * model, char * buf, size_t buf_size);
 
-    // Override that spec. NULL goes back to what the file and LT_STREAMING say. Contexts that exist are not touched.
+    // Override that spec. NULL goes back to what the file and LT_STREAMING say. Contexts that exist are not touched, and what other
+    // threads make of this model isn't either.
     // Returns false, changes nothing and writes one line to err (may be NULL) if the spec is malformed or this model
     // can't stream.
     LLAMA_API bool lt_model_set_spec(struct llama_model * model, const char * spec, char * err, size_t err_size);
+
+    // Whether the models that this thread loads from now on are drafts of others. No layer of them streams, whatever their files and
+    // LT_STREAMING say: a draft is rolled back further than a streaming layer can be.
+    LLAMA_API void lt_load_drafts(bool is_draft);
 
     // The spec that this context runs with.
     LLAMA_API int32_t lt_context_spec(const struct llama_context * ctx, char * buf, size_t buf_size);
 
     // The number of first positions that stay visible in its streaming layers, 0 if it has none. A context shift must keep them.
     LLAMA_API uint32_t lt_n_sink(const struct llama_context * ctx);
+
+    // Make a context shift one that is possible: of n_past tokens the first n_keep stay, and the n_discard ones that follow are
+    // removed. Without streaming layers it changes nothing.
+    LLAMA_API void lt_clamp_shift(const struct llama_context * ctx, int32_t n_past, int32_t * n_keep, int32_t * n_discard);
 
     //
     // what the KV cache holds
@@ -119,4 +128,9 @@ extern "C" {
 
 #ifdef __cplusplus
 }
+
+struct lt_drafts_scope {
+    lt_drafts_scope() { lt_load_drafts(true);  }
+   ~lt_drafts_scope() { lt_load_drafts(false); }
+};
 #endif

@@ -39,7 +39,6 @@ def test_random_walks(request, sink, window, prefill, layers, unified):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="a copy of what is held is refused, found by a walk with --full")
 def test_the_beginning_of_an_open_prompt_is_copied_again():
     """Sequence 1 reads a prompt; sequence 0 begins with a part of it, reads one of its own, and is then to begin so once more."""
     walk = type("Walk", (EveryStep,), {"layers": [1], "unified": True, "prefill": "full", "sink": 3, "window": 16})()

@@ -33,3 +33,43 @@ def test_draft_is_rolled_back_while_another_sequence_reads_a_prompt(subject, pre
         drafter.decode(20)
         reader.read(10)
         assert drafter.difference() < EXACT and reader.difference() < EXACT
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "per-sequence"])
+@pytest.mark.parametrize("accepted", [0, 30, 64])
+@pytest.mark.parametrize("prefill", ["stream", "full"])
+def test_draft_is_rolled_back_after_other_sequences_had_batches_of_their_own(subject, prefill, accepted, unified):
+    """The check ends with the drafter's next batch, not with the batch that it was in; 64 drafted tokens are 65 in a batch."""
+    spec = subject.spec(SINK, WINDOW, [0, 1], prefill=prefill)
+    context = subject.context(spec, n_ctx=2048, n_batch=512, n_ubatch=128, n_seq_max=2, kv_unified=unified)
+    with context:
+        drafter, reader = Transcript(subject, spec, context, 0), Transcript(subject, spec, context, 1)
+        drafter.read(N_BEFORE)
+        drafter.decode(65, together=65)
+        reader.read(400, n_batch=200)
+        reader.decode(20)
+
+        assert drafter.rewind(N_BEFORE + 1 + accepted)
+        drafter.decode(20)
+        reader.read(10)
+        assert drafter.difference() < EXACT and reader.difference() < EXACT
+
+
+def test_several_drafts_are_rolled_back_after_a_prompt_was_read(subject):
+    spec = subject.spec(SINK, WINDOW, [0, 1], prefill="full")
+    context = subject.context(spec, n_ctx=2048, n_batch=512, n_ubatch=64, n_seq_max=4, kv_unified=True)
+    with context:
+        drafters, reader = [Transcript(subject, spec, context, seq) for seq in range(3)], Transcript(subject, spec, context, 3)
+        for drafter in drafters:
+            drafter.read(N_BEFORE)
+        checks = [drafter.batch(1 + N_DRAFT, [True] * (1 + N_DRAFT)) for drafter in drafters]
+        rows = context.decode_batch(sum(checks, []))
+        for n, (drafter, check) in enumerate(zip(drafters, checks)):
+            drafter.record(check, rows[n * len(check) : (n + 1) * len(check)])
+        reader.read(400)
+
+        for drafter in drafters:
+            assert drafter.rewind(N_BEFORE + 1)
+            drafter.decode(5)
+            assert drafter.difference() < EXACT
+        assert reader.difference() < EXACT

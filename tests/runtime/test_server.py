@@ -12,6 +12,9 @@ import pytest
 from support import server
 from support.oracle import Subject, random_tokens
 
+from lt_gguf.gguf.flagging import flag
+from lt_gguf.spec import StreamingSpec
+
 WINDOW, N_UBATCH = 40, 64
 # The streaming part has 256 cells: after an answer of 300 tokens it holds nothing of the prompt but the sinks.
 N_PROMPT, N_ANSWER = 600, 300
@@ -23,6 +26,11 @@ SETTINGS += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Subject:
     return Subject.build("llama", 4, tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory) -> Path:
+    return Subject.build("llama", 2, tmp_path_factory.mktemp("draft")).native.path
 
 
 def running(model: Path, streaming: str, log: Path, *options: str) -> AbstractContextManager[str]:
@@ -141,3 +149,62 @@ def test_a_context_shift_keeps_the_sinks(subject, tmp_path):
     ) as address:
         answer, _ = complete(address, PROMPT, 1800)
         assert len(answer) == 1800
+
+
+# -- the end of a prompt
+
+
+def test_the_same_request_again_reads_nothing(subject, tmp_path):
+    """A document and a question in one message: its end was saved with its logits, of which the answer is then made."""
+    document, other = random_tokens(900, seed=11).tolist(), random_tokens(60, seed=12).tolist()
+    streaming = f"layers=1,3;sink=4;window={WINDOW};prefill=full"
+    with running(subject.native.path, streaming, tmp_path / "again.log") as address:
+        first, read = complete(address, document, N_ANSWER)
+        again, cached = complete(address, document, N_ANSWER)
+        at_once, cached_at_once = complete(address, document, 3)
+        _, turn = complete(address, document + first[:20] + other, 20)
+        back, cached_back = complete(address, document, N_ANSWER)
+        shorter, _ = complete(address, document[:-1], 20)
+    with running(subject.native.path, streaming, tmp_path / "fresh.log") as address:
+        fresh, _ = complete(address, document[:-1], 20)
+    log = (tmp_path / "again.log").read_text()[-3000:]
+    assert (again, back, at_once) == (first, first, first[:3]), log
+    assert (read, cached, cached_at_once, cached_back) == (0, len(document), len(document), len(document)), log
+    assert turn >= len(document), log
+    assert shorter == fresh
+
+
+def test_a_context_shift_that_keeps_more_than_the_sinks(subject, tmp_path):
+    """`n_keep` is granted as far as what the streaming layers have dropped stays hidden; the answer is made to its end."""
+    with running(
+        subject.native.path, "layers=1,3;sink=4;window=1020;prefill=full", tmp_path / "shift.log", "--context-shift"
+    ) as address:
+        for n_keep in (0, 300, 1500):
+            options = {"prompt": PROMPT, "n_predict": 1800, "n_keep": n_keep, "ignore_eos": True, "return_tokens": True}
+            request = urllib.request.Request(f"{address}/completion", json.dumps(options).encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=120) as response:
+                assert len(json.load(response)["tokens"]) == 1800
+
+
+# -- drafts
+
+
+def test_the_variable_is_for_the_model_and_not_for_its_draft(subject, draft, tmp_path):
+    """The draft has fewer layers, of which LT_STREAMING names one that it doesn't have."""
+    options = ["--model-draft", str(draft), "--spec-type", "draft-simple"]
+    with running(subject.native.path, f"layers=1,3;sink=4;window={WINDOW}", tmp_path / "draft.log", *options) as address:
+        first, _ = complete(address, PROMPT, 50)
+        assert complete(address, PROMPT[:300] + PROMPT[:100], 20)[0]
+        assert complete(address, PROMPT, 50)[0] == first
+
+
+def test_a_draft_with_streaming_layers_follows_edits(subject, draft, tmp_path):
+    """The model itself has none: whether its draft can go back is asked of the draft."""
+    hybrid = tmp_path / "hybrid-draft.gguf"
+    flag(draft, hybrid, StreamingSpec.parse("layers=0,1;sink=4;window=20;prefill=full", 2))
+    options = ["--model-draft", str(hybrid), "--spec-type", "draft-simple"]
+    with running(subject.native.path, "", tmp_path / "hybrid-draft.log", *options) as address:
+        first, _ = complete(address, PROMPT, 300)
+        edited, _ = complete(address, PROMPT[:200] + random_tokens(100, seed=5).tolist(), 100)
+        assert len(edited) == 100
+        assert complete(address, PROMPT, 300)[0] == first

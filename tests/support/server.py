@@ -17,10 +17,10 @@ from lt_gguf.runtime.library import LibraryError, tool_path
 
 
 @contextlib.contextmanager
-def running(model: Path, streaming: str, log: Path, *options: str) -> Iterator[str]:
-    """A server with one slot and one thread, and `streaming` as LT_STREAMING; its address."""
+def running(model: Path, streaming: str, log: Path, *options: str, tool: Path | None = None) -> Iterator[str]:
+    """A server with one slot, unless options say more, and one thread, and `streaming` as LT_STREAMING; its address."""
     try:
-        tool = tool_path("llama-server")
+        tool = tool or tool_path("llama-server")
     except LibraryError as error:
         pytest.skip(str(error))
     with socket.socket() as probe:
