@@ -60,12 +60,27 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
 
     const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
 
-    if (n_tokens > n_spare && !choosing) {
-        uint32_t n_used = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            n_used += s == seq_id ? 0 : n_declared[s];
+    // what other prompts have and are going to have in the prompt part, and those that may yet have to go there
+    uint32_t n_used  = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
+    uint32_t n_other = 0;
+
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        if (s == seq_id || (n_declared[s] == 0 && !is_in_prompt(s))) {
+            continue;
         }
 
+        n_used += n_declared[s];
+
+        if (!in_prompt_part[s]) {
+            n_used  += pos_streaming(s).size();
+            n_other += kv_streaming->get_stream(s) == kv_streaming->get_stream(seq_id) ? n_declared[s] : 0;
+        }
+    }
+
+    // note: of the spare cells, those for an ubatch are sure to stay. within a limit a prompt must not count on more
+    const bool is_spare = n_tokens <= n_spare && (prompt_limit == 0 || n_tokens + n_other <= n_ubatch);
+
+    if (!is_spare && !choosing) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
 
         check_limit(n_cells, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The patch's tests on libraries built with sanitizers, and with llama.cpp's asserts on.
 #
-#     scripts/checks/sanitizers.sh address [PYTEST ARGUMENTS]   memory errors and undefined behaviour; then the fuzzer of the metadata
+#     scripts/checks/sanitizers.sh address [PYTEST ARGUMENTS]   memory errors and undefined behaviour; then the fuzzer of the metadata,
+#                                                            and llama-server under five kinds of load
 #     scripts/checks/sanitizers.sh thread  [PYTEST ARGUMENTS]   data races, with two threads in each context
 #
 # Without pytest's arguments: tests/runtime and tests/oracle. On 2 cores `address` takes about half an hour the first time, `thread`
@@ -17,9 +18,9 @@ PATH=$(dirname "$python"):$PATH # cmake and ninja, where pip put them
 # Python itself isn't instrumented: the runtime must be loaded before it, and its own leaks are not ours.
 case $name in
     # no-sanitize=enum: upstream's reader of GGUF files loads types as enums before it checks them, so any damaged file would end the fuzzing
-    address) flags="-fsanitize=address,undefined -fno-sanitize=enum" runtimes="libasan.so libubsan.so" threads=1 run=() ;;
+    address) flags="-fsanitize=address,undefined -fno-sanitize=enum" runtimes="libasan.so libubsan.so" threads=1 run=() server=llama-server ;;
     # a fixed layout of the memory: the thread sanitizer's runtime can't cope with as much chance in it as Linux may use
-    thread)  flags="-fsanitize=thread" runtimes="libtsan.so" threads=2 run=(setarch -R) ;;
+    thread)  flags="-fsanitize=thread" runtimes="libtsan.so" threads=2 run=(setarch -R) server="" ;;
     *) echo "sanitizers: '$name' is none: use scripts/checks/sanitizers.sh address or thread" >&2; exit 2 ;;
 esac
 shift
@@ -34,7 +35,7 @@ cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -
     -DCMAKE_C_FLAGS_RELWITHDEBINFO="$flags" -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="$flags" \
     -DGGML_OPENMP=OFF -DGGML_RPC=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
     -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF >"$dir/cmake.log" || { cat "$dir/cmake.log" >&2; exit 1; }
-ninja -C "$dir" llama ggml mtmd ggml-rpc
+ninja -C "$dir" llama ggml mtmd ggml-rpc $server
 
 for runtime in $runtimes; do preload="${preload:-} $(gcc -print-file-name="$runtime")"; done
 # pytest would swallow what they print
@@ -50,5 +51,11 @@ export LT_GGUF_LIB_PATH=$dir/bin LLAMA_CPP_LIB_PATH=$dir/bin LT_TEST_THREADS=$th
 # built with them (the thread sanitizer would see half of its locks)
 [ $# -gt 0 ] || set -- -q tests/runtime tests/oracle --ignore tests/runtime/test_stock.py --ignore tests/runtime/test_server.py -k "not soak"
 LD_PRELOAD=$preload "${run[@]}" "$python" -m pytest -p no:cacheprovider "$@"
-[ "$name" = thread ] || LD_PRELOAD=$preload "$python" scripts/checks/fuzz_metadata.py
+if [ -n "$server" ]; then
+    LD_PRELOAD=$preload "$python" scripts/checks/fuzz_metadata.py
+    for options in "" "--draft ngram" "--draft model" "--prefill stream --draft ngram" "--separate --draft ngram"; do
+        # shellcheck disable=SC2086 # options are words
+        env -u LT_GGUF_LIB_PATH -u LLAMA_CPP_LIB_PATH "$python" scripts/checks/soak_server.py --server "$dir/bin/llama-server" --operations 2000 $options
+    done
+fi
 echo "sanitizers, $name: clean"

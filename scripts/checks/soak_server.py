@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +38,7 @@ from support.oracle import Subject, random_tokens
 N_SLOTS, N_CTX_SLOT, N_BATCH, N_UBATCH = 4, 1024, 256, 64
 SINK, WINDOW, LAYERS, N_LAYER = 4, 40, (1, 3), 4
 N_ANSWER = 40  # most tokens
+EOS = 2
 OPEN = 2**31 - 1  # the end of a prompt that is being read
 TIE = 1e-3  # logits nearer than that are the same: where cells lie changes the order of sums
 ACTIONS = {"message": 8, "edit": 4, "again": 3, "earlier": 2, "leave": 4, "begin": 2}  # how often each is done
@@ -83,6 +84,7 @@ class Client(threading.Thread):
         self.random = random.Random(soak.options.seed * 100 + slot)
         self.slot = Slot()
         self.asked: list[list[int]] = []  # the prompts of this conversation
+        self.past: deque[str] = deque(maxlen=8)
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -93,7 +95,7 @@ class Client(threading.Thread):
                 self.act(action)
                 time.sleep(self.random.choice([0, 0, 0, 0.01]))
         except Exception as error:  # whatever it is, the others stop, too
-            self.error = error
+            self.error = SoakError(f"{self.name}: {error}; before: {', '.join(self.past)}")
             self.soak.stop.set()
 
     def new_tokens(self, most: int) -> list[int]:
@@ -126,6 +128,7 @@ class Client(threading.Thread):
             self.refused(prompt, response.status, body)
             return
         n_cached, answer = body["timings"]["cache_n"], body["tokens"]
+        self.past.append(f"ask {len(prompt)} cached {n_cached} answered {len(answer)}")
         self.slot.ask(prompt, n_cached)
         self.asked.append(prompt)
         self.soak.check(self.slot, answer)
@@ -147,6 +150,7 @@ class Client(threading.Thread):
             if n_events <= 0 and n_cached is not None:
                 break
         connection.close()
+        self.past.append(f"leave {len(prompt)} cached {n_cached} after {len(answer)} tokens")
         if n_cached is not None:
             self.slot.ask(prompt, n_cached)
             self.slot.tokens = prompt + answer
@@ -154,6 +158,7 @@ class Client(threading.Thread):
     def refused(self, prompt: list[int], status: int, body: dict) -> None:
         if status != 400 or "tokens would fit" not in json.dumps(body) or len(prompt) <= N_UBATCH:
             raise SoakError(f"{len(prompt)} tokens were refused with {status}: {json.dumps(body)[:300]}")
+        self.past.append(f"refused {len(prompt)}")
         self.soak.count("refused")
 
     def send(self, prompt: list[int], stream: bool) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
@@ -198,6 +203,7 @@ class Soak:
         prompts = slot.prompts if self.options.prefill == "full" else None
         with self._oracle:
             logits = self.subject.expected(np.array(tokens), self.spec, prompts)[n - 1 :]
+        logits[:, EOS] = -np.inf  # ignored
         behind = logits.max(-1) - logits[np.arange(len(answer)), answer]
         with self._lock:
             self.worst = max(self.worst, float(behind.max()))

@@ -186,6 +186,24 @@ def test_a_context_shift_that_keeps_more_than_the_sinks(subject, tmp_path):
                 assert len(json.load(response)["tokens"]) == 1800
 
 
+@pytest.mark.parametrize("prefill", ["stream", "full"])
+def test_an_edit_of_the_last_token_before_a_checkpoint(subject, tmp_path, prefill):
+    """The checkpoint holds that token's keys and values, so it isn't one of the edited conversation."""
+    streaming = f"layers=1,3;sink=4;window={WINDOW};prefill={prefill}"
+    first, second = random_tokens(700, seed=21).tolist(), random_tokens(300, seed=22).tolist()
+    with running(subject.native.path, streaming, tmp_path / "edit.log") as address:
+        answer, _ = complete(address, first, 20)
+        text = first + answer[:-1]  # what the server holds, and where it makes a checkpoint when the second message comes
+        complete(address, text + second, 200)
+        edited = [*text[:-1], (text[-1] + 7) % 200 + 20, *random_tokens(90, seed=23).tolist()]
+        after, n_cached = complete(address, edited, 20)
+    with running(subject.native.path, streaming, tmp_path / "fresh.log") as address:
+        complete(address, first, 20)
+        fresh, _ = complete(address, edited, 20)
+    assert after == fresh
+    assert n_cached < len(text)
+
+
 # -- drafts
 
 
