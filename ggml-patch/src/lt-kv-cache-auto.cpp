@@ -64,7 +64,16 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
     is_hollow = &hparams == &hparams_no_alloc;
 
     lazy_ratio.reset();
-    if (choosing && !is_hollow) {
+
+    if (is_hollow) {
+        return; // nothing will be computed
+    }
+
+    if (lctx) {
+        lctx->lt_set_need_reserve();
+    }
+
+    if (choosing) {
         std::vector<bool> measured(layers.size());
         for (size_t il = 0; il < layers.size(); ++il) {
             measured[il] = has_cache[il] && il < model.hparams.n_layer() && model.hparams.has_kv(il);
@@ -81,7 +90,6 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
     // the last batch may still be computing
     if (lctx) {
         lctx->synchronize();
-        lctx->lt_set_need_reserve();
     }
 
     for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {

@@ -195,6 +195,10 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() con
 }
 
 llama_memory_context_ptr lt_kv_cache::init_full() {
+    if (!has_memory()) {
+        return nullptr;
+    }
+
     return std::make_unique<lt_kv_cache_context>(this);
 }
 

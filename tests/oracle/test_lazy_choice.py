@@ -180,7 +180,16 @@ def test_of_equal_layers_the_lower_ones_stay_full(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("clear", [lambda c: c.clear(), lambda c: c.seq_rm(0, -1, -1), lambda c: c.seq_rm(0, 0, -1)])
+@pytest.mark.parametrize(
+    "clear",
+    [
+        pytest.param(lambda c: c.clear(), id="clear"),
+        pytest.param(lambda c: c.seq_rm(0, -1, -1), id="rm"),
+        pytest.param(lambda c: c.seq_rm(0, 0, -1), id="rm from 0"),
+        pytest.param(lambda c: c.seq_keep(1), id="keep another"),
+        pytest.param(lambda c: c.seq_add(0, 0, -1, -10_000), id="shift out"),
+    ],
+)
 def test_an_empty_memory_begins_anew(subject, clear):
     """All layers are full again, and the next first prompt chooses its own."""
     model = subject("llama")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -38,6 +39,23 @@ def talk(context, seed: int) -> np.ndarray:
             rows.append(context.decode_one_by_one(random_tokens(N_ANSWER, seed=seed), n_past))
             n_past += N_ANSWER
     return np.concatenate(rows)
+
+
+def test_a_spec_is_of_the_contexts_that_a_thread_makes(model):
+    """Between the choice of a spec and the context that is made with it, other threads choose theirs."""
+    chosen = Barrier(len(SPECS))
+
+    def make(spec: str) -> str:
+        model.set_streaming(spec)
+        chosen.wait(timeout=60)
+        with model.context(n_ctx=512) as context:
+            return context.streaming()
+
+    with ThreadPoolExecutor(len(SPECS)) as pool:
+        made = list(pool.map(make, SPECS))
+    for spec, text in zip(SPECS, made):
+        assert text.startswith(spec.split(";")[0]), made
+    assert model.streaming() == "off"  # here nothing was chosen
 
 
 @pytest.mark.slow
