@@ -66,11 +66,16 @@ size_t lt_kv_bytes(const llama_context * ctx, lt_kv_part part) {
         mem = lt_get_memory(ctx);
     }
 
+    std::map<ggml_backend_buffer_type_t, size_t> mb;
+    if (const auto * kv = lt_get_cache(ctx); kv && part == LT_KV_PROMPT) {
+        mb = kv->prompt_breakdown();
+    } else if (mem) {
+        mb = mem->memory_breakdown();
+    }
+
     size_t res = 0;
-    if (mem) {
-        for (const auto & buft_size : mem->memory_breakdown()) {
-            res += buft_size.second;
-        }
+    for (const auto & buft_size : mb) {
+        res += buft_size.second;
     }
 
     return res;

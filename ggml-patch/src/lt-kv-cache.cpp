@@ -173,24 +173,30 @@ llama_pos lt_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() const {
-    std::map<ggml_backend_buffer_type_t, size_t> mb;
-    for (const auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
-        if (kv) {
-            for (const auto & buft_size : kv->memory_breakdown()) {
-                mb[buft_size.first] += buft_size.second;
-            }
+    auto mb = prompt_breakdown();
+    for (const auto * kv : { kv_full.get(), kv_streaming.get() }) {
+        for (const auto & buft_size : kv->memory_breakdown()) {
+            mb[buft_size.first] += buft_size.second;
         }
     }
+    return mb;
+}
 
-    // where it is asked what would be needed (--fit), the longest prompt counts, too
-    if (model.hparams.no_alloc && kv_reserve) {
-        const double share = prompt_limit == 0 ? 1.0 : std::min(1.0, (double) prompt_limit/prompt_bytes(kv_reserve->get_size()));
-
-        for (const auto & buft_size : kv_reserve->memory_breakdown()) {
-            mb[buft_size.first] += share*buft_size.second;
-        }
+std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::prompt_breakdown() const {
+    if (kv_prompt) {
+        return kv_prompt->memory_breakdown();
     }
 
+    if (!model.hparams.no_alloc || !kv_reserve) {
+        return {};
+    }
+
+    const double share = prompt_limit == 0 ? 1.0 : std::min(1.0, (double) prompt_limit/prompt_bytes(kv_reserve->get_size()));
+
+    auto mb = kv_reserve->memory_breakdown();
+    for (auto & buft_size : mb) {
+        buft_size.second *= share;
+    }
     return mb;
 }
 

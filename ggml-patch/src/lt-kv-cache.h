@@ -102,6 +102,9 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
+    // the prompt part alone. where it is asked what would be needed (no_alloc, --fit), what the longest prompt would take
+    std::map<ggml_backend_buffer_type_t, size_t> prompt_breakdown() const;
+
     // state write/load
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;

@@ -61,7 +61,8 @@ extern "C" {
     // what the KV cache holds
     //
 
-    // Bytes allocated for K and V.
+    // Bytes allocated for K and V. Of a model that was loaded with no_alloc: what would be allocated, for LT_KV_PROMPT by the longest
+    // prompt.
     LLAMA_API size_t lt_kv_bytes(const struct llama_context * ctx, enum lt_kv_part part);
 
     // Cells allocated for each KV stream (a unified cache has one stream, otherwise each sequence has its own).

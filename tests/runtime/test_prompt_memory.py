@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 from support.families import COMMON
-from support.native import FULL, KV_BYTES, PROMPT, STREAMING, C, DecodeError, log
+from support.native import FULL, KV_BYTES, PROMPT, STREAMING, C, DecodeError, Model, log
 from support.oracle import EXACT, Subject, difference, random_tokens
 from support.transcript import Transcript
 
@@ -293,3 +293,18 @@ def test_streaming_prefill_takes_no_memory_of_a_prompt(model):
         computed = context.read_prompt(text)
         assert context.kv_bytes(PROMPT) == 0
     assert difference(computed, model.expected(text, spec)[-1:]) <= EXACT
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_what_would_be_needed_counts_the_longest_prompt(model, monkeypatch, limit):
+    """Where nothing is allocated, as llama.cpp's --fit asks: else a prompt would find no memory on a device that was filled."""
+    if limit is not None:
+        monkeypatch.setenv("LT_PROMPT_LIMIT", str(limit))
+    spec = model.spec(SINK, WINDOW, LAYERS, prefill="full")
+    with Model(model.native.path, no_alloc=True, load_mode=C.LLAMA_LOAD_MODE_NONE) as asked:
+        asked.set_streaming(str(spec))
+        with asked.context(n_ctx=4096, n_batch=512, n_ubatch=N_UBATCH) as context:
+            expected = 4096 * F32_TOKEN_BYTES if limit is None else limit << 20
+            assert context.kv_bytes(PROMPT) == pytest.approx(expected, abs=1)
+    with context_of(model)[1] as context:
+        assert context.kv_bytes(PROMPT) == 0
