@@ -46,20 +46,3 @@ std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(
           const llama_hparams & hparams,
           const llama_cparams & cparams,
  const llama_memory_context_i * mctx);
-
-//
-// made visible by the patch, in llama-graph.cpp
-//
-
-std::unique_ptr<llm_graph_input_attn_kv> build_attn_inp_kv_impl(
-           ggml_context * ctx0,
-     const llama_ubatch & ubatch,
-    const llama_hparams & hparams,
-    const llama_cparams & cparams,
-    const llama_kv_cache_context * mctx_cur);
-
-bool can_reuse_kq_mask(
-        ggml_tensor * kq_mask,
-        const llama_kv_cache_context * mctx,
-        const llama_ubatch & ubatch,
-        const llama_cparams & cparams);

@@ -105,8 +105,9 @@ std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparam
         return has_cache[il] && spec.is_streaming(il) == streaming;
     };
 
-    lt_mask mask_part = streaming ? mask : lt_mask();
-    mask_part.layer_buffers = !streaming && choosing;
+    lt_kv_params params;
+    params.mask          = streaming ? mask : lt_mask();
+    params.layer_buffers = !streaming && choosing;
 
     // note: llama_kv_cache adds positions to it
     const uint32_t n_swa = streaming ? std::min<uint32_t>(spec.n_window, INT32_MAX/2) : 0;
@@ -114,7 +115,7 @@ std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparam
     return std::make_unique<llama_kv_cache>(
             model, hparams, type_k, type_v, v_trans, offload, unified, size, n_seq_max, 1,
             n_swa, streaming ? LLAMA_SWA_TYPE_STANDARD : LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, "",
-            mask_part);
+            params);
 }
 
 static llama_pos lt_pos(llama_pos p)                                   { return p; }

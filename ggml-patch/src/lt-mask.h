@@ -39,9 +39,6 @@ struct lt_mask {
     // decoding takes cells below this one while there are any
     uint32_t n_cells_decode = 0;
 
-    // not of the mask: each layer of the cache has a buffer of its own, so that layers can be given back one by one
-    bool layer_buffers = false;
-
     const lt_phases * phases = nullptr;
 
     bool enabled() const {
@@ -108,4 +105,12 @@ private:
 
         return std::min(cells.seq_pos_max(s) + 1, phases->rollback[s]) - (llama_pos) n_back;
     }
+};
+
+// what a KV cache is made with here, beside upstream's parameters
+struct lt_kv_params {
+    lt_mask mask;
+
+    // each layer has a buffer of its own, so that layers can be given back one by one
+    bool layer_buffers = false;
 };

@@ -1,11 +1,11 @@
 """Measures what a hybrid model gains in decoding speed over the full model, on the same file, in one run.
 
-    python scripts/bench/decode.py [--model FILE.gguf] [--depths 2048,8192,16384] [--repeats 3]
+    python scripts/bench/decode.py [--model FILE.gguf | --shape NAME] [--depths 2048,8192,16384] [--repeats 3]
 
 For each depth it runs llama-bench on the full and on the hybrid model in turn, several times, and prints a Markdown table with the
 median of the ratios beside the ratio that the bytes read predict: for each token the weights, and of the KV cache all
-positions in a full layer and at most sink + window in a streaming one. Without --model it makes one with random weights whose shape
-lets the cache matter (16 layers of 8 KV heads of 64, half of them streaming).
+positions in a full layer and at most sink + window in a streaming one. Without --model it makes one with random weights, every other layer
+streaming: of a shape that lets the cache matter (16 layers of 8 KV heads of 64), or of another (--shape).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from gguf import GGUFWriter
@@ -29,45 +30,59 @@ from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import tool_path
 from lt_gguf.spec import StreamingSpec
 
-DEFAULT_MODEL = Path("build/bench/random-16x8x64-f16.gguf")
-N_LAYER, N_HEAD, N_HEAD_KV, HEAD_SIZE, N_FF, N_VOCAB = 16, 16, 8, 64, 2048, 4096
-N_EMBD = N_HEAD * HEAD_SIZE
+class Shape(NamedTuple):
+    """A Llama's."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_size: int
+    n_ff: int
+    n_vocab: int
 
 
-def write_random_model(path: Path) -> None:
+SHAPES = {
+    "16x8x64": Shape(16, 1024, 16, 8, 64, 2048, 4096),  # few weights, so that the cache matters
+    "llama-3.1-8b": Shape(32, 4096, 32, 8, 128, 14336, 128256),  # 15 GiB
+}
+
+
+def write_random_model(path: Path, shape: Shape) -> None:
     """A Llama with random weights in float16, half of its layers streaming; appears under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
+    values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float16)  # once and again: only their number matters
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         writer = GGUFWriter(Path(scratch) / path.name, "llama")
         writer.add_name("random weights, for benchmarks only")
-        writer.add_vocab_size(N_VOCAB)
+        writer.add_vocab_size(shape.n_vocab)
         writer.add_tokenizer_model("no_vocab")
         writer.add_context_length(131072)
-        writer.add_embedding_length(N_EMBD)
-        writer.add_block_count(N_LAYER)
-        writer.add_feed_forward_length(N_FF)
-        writer.add_head_count(N_HEAD)
-        writer.add_head_count_kv(N_HEAD_KV)
+        writer.add_embedding_length(shape.n_embd)
+        writer.add_block_count(shape.n_layer)
+        writer.add_feed_forward_length(shape.n_ff)
+        writer.add_head_count(shape.n_head)
+        writer.add_head_count_kv(shape.n_head_kv)
         writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_dimension_count(HEAD_SIZE)
+        writer.add_rope_dimension_count(shape.head_size)
 
         def matrix(name: str, n_in: int, n_out: int) -> None:
-            writer.add_tensor(name, (random.standard_normal((n_out, n_in)) / n_in**0.5).astype(np.float16))
+            writer.add_tensor(name, np.resize(values / np.float16(n_in**0.5), (n_out, n_in)))
 
-        matrix("token_embd.weight", N_EMBD, N_VOCAB)
-        writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
-        for layer in range(N_LAYER):
+        n_q, n_kv = shape.n_head * shape.head_size, shape.n_head_kv * shape.head_size
+        matrix("token_embd.weight", shape.n_embd, shape.n_vocab)
+        writer.add_tensor("output_norm.weight", np.ones(shape.n_embd, np.float32))
+        for layer in range(shape.n_layer):
             prefix = f"blk.{layer}."
             for norm in ("attn_norm", "ffn_norm"):
-                writer.add_tensor(f"{prefix}{norm}.weight", np.ones(N_EMBD, np.float32))
-            matrix(f"{prefix}attn_q.weight", N_EMBD, N_HEAD * HEAD_SIZE)
-            matrix(f"{prefix}attn_k.weight", N_EMBD, N_HEAD_KV * HEAD_SIZE)
-            matrix(f"{prefix}attn_v.weight", N_EMBD, N_HEAD_KV * HEAD_SIZE)
-            matrix(f"{prefix}attn_output.weight", N_HEAD * HEAD_SIZE, N_EMBD)
-            matrix(f"{prefix}ffn_gate.weight", N_EMBD, N_FF)
-            matrix(f"{prefix}ffn_up.weight", N_EMBD, N_FF)
-            matrix(f"{prefix}ffn_down.weight", N_FF, N_EMBD)
+                writer.add_tensor(f"{prefix}{norm}.weight", np.ones(shape.n_embd, np.float32))
+            matrix(f"{prefix}attn_q.weight", shape.n_embd, n_q)
+            matrix(f"{prefix}attn_k.weight", shape.n_embd, n_kv)
+            matrix(f"{prefix}attn_v.weight", shape.n_embd, n_kv)
+            matrix(f"{prefix}attn_output.weight", n_q, shape.n_embd)
+            matrix(f"{prefix}ffn_gate.weight", shape.n_embd, shape.n_ff)
+            matrix(f"{prefix}ffn_up.weight", shape.n_embd, shape.n_ff)
+            matrix(f"{prefix}ffn_down.weight", shape.n_ff, shape.n_embd)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -94,6 +109,7 @@ def tokens_per_second(model: Path, spec: str, depth: int, n_tokens: int, threads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a GGUF file (default: one with random weights)")
+    parser.add_argument("--shape", choices=list(SHAPES), default=next(iter(SHAPES)), help="of the one with random weights")
     parser.add_argument("--streaming", help="spec of the hybrid (default: the file's, else every other layer, sink 4, window 1020)")
     parser.add_argument("--depths", default="2048,8192,16384", help="numbers of tokens already in the cache")
     parser.add_argument("--repeats", type=int, default=3)
@@ -101,9 +117,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
 
-    path = options.model or DEFAULT_MODEL
+    path = options.model or Path(f"build/bench/random-{options.shape}-f16.gguf")
     if not options.model and not path.exists():
-        write_random_model(path)
+        write_random_model(path, SHAPES[options.shape])
     model = read_model(path)
     if options.streaming:
         spec = StreamingSpec.parse(options.streaming, model.n_layer, model.spec)

@@ -6,6 +6,7 @@
 # A GPU's float32 is coarser than a CPU's, so the full models' own difference to transformers is measured first, and a hybrid's
 # may be 2.5 times as large (LT_TEST_EXACT=NUMBER: take this bound, measure nothing).
 # CMAKE_ARGS goes to cmake; what chooses a device, such as CUDA_VISIBLE_DEVICES or GGML_VK_VISIBLE_DEVICES, is passed on.
+# LT_BACKEND_LIBS=DIR: libraries that were built before, also on another machine, and nothing is built here.
 # Without pytest's arguments: tests/oracle and those of tests/runtime that say what a layer holds. Builds in build/backend-NAME.
 #
 # No GPU? Mesa's llvmpipe runs Vulkan on a CPU, in one to fifteen seconds a test (Debian 13: apt install libvulkan-dev glslc spirv-headers
@@ -27,15 +28,20 @@ python=${PYTHON:-$PWD/.venv/bin/python}
 PATH=$(dirname "$python"):$PATH # cmake and ninja, where pip put them
 dir=$PWD/build/backend-$name
 
-"$python" ggml-patch/upstream.py sync "$dir/llama.cpp"
-# shellcheck disable=SC2086 # CMAKE_ARGS is words
-cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -D$option=ON \
-    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
-    -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF ${CMAKE_ARGS:-} >"$dir/cmake.log" 2>&1 ||
-    { grep -A4 'CMake Error' "$dir/cmake.log" >&2; echo "backend_tests: cmake failed, see $dir/cmake.log" >&2; exit 1; }
-ninja -C "$dir" llama ggml mtmd
+if [ -n "${LT_BACKEND_LIBS:-}" ]; then
+    dir=$LT_BACKEND_LIBS
+else
+    "$python" ggml-patch/upstream.py sync "$dir/llama.cpp"
+    # shellcheck disable=SC2086 # CMAKE_ARGS is words
+    cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -D$option=ON \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+        -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF ${CMAKE_ARGS:-} >"$dir/cmake.log" 2>&1 ||
+        { grep -A4 'CMake Error' "$dir/cmake.log" >&2; echo "backend_tests: cmake failed, see $dir/cmake.log" >&2; exit 1; }
+    ninja -C "$dir" llama ggml mtmd
+    dir=$dir/bin
+fi
 
-export LT_GGUF_LIB_PATH=$dir/bin LLAMA_CPP_LIB_PATH=$dir/bin
+export LT_GGUF_LIB_PATH=$dir LLAMA_CPP_LIB_PATH=$dir
 pytest() { "$python" -m pytest -p no:cacheprovider "$@"; }
 
 # without a device llama.cpp quietly computes on the CPU, where all of this passes anyway
@@ -43,7 +49,7 @@ pytest() { "$python" -m pytest -p no:cacheprovider "$@"; }
     { echo "backend_tests: ggml finds no device for $name" >&2; exit 1; }
 
 if [ -z "${LT_TEST_EXACT:-}" ]; then
-    measured=$dir/full-models.jsonl
+    measured=$(mktemp)
     rm -f "$measured"
     LT_TEST_EXACT=inf pytest -q tests/oracle/test_logits.py -k test_full_model --measurements "$measured"
     LT_TEST_EXACT=$("$python" - "$measured" <<'PY'
