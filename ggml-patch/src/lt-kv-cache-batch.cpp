@@ -279,7 +279,9 @@ void lt_kv_cache::end_batch(const lt_batch & batch) {
     }
 
     for (const auto & cur : batch) {
-        if (!choosing && cur.has_logits && !is_in_prompt(cur.id) && (in_prompt_part[cur.id] || is_far(cur.id))) {
+        const bool is_end = cur.is_last || (cur.has_logits && !is_in_prompt(cur.id));
+
+        if (is_end && !choosing && (in_prompt_part[cur.id] || is_far(cur.id))) {
             pending.finish.push_back(cur.id);
         }
     }

@@ -295,6 +295,18 @@ def test_streaming_prefill_takes_no_memory_of_a_prompt(model):
     assert difference(computed, model.expected(text, spec)[-1:]) <= EXACT
 
 
+@CACHES
+def test_a_declared_prompt_that_asks_for_nothing_gives_its_memory_back(model, unified):
+    spec, context = context_of(model, n_ctx=8192, n_seq_max=2, kv_unified=unified)
+    with context:
+        transcript = Transcript(model, spec, context)
+        transcript.declare(600)
+        transcript.read(600, n_batch=200, end=False)
+        assert not context.in_prompt(0) and context.kv_bytes(PROMPT) == 0
+        transcript.decode(5)
+        assert transcript.difference() < EXACT
+
+
 @pytest.mark.parametrize("limit", [None, 1])
 def test_what_would_be_needed_counts_the_longest_prompt(model, monkeypatch, limit):
     """Where nothing is allocated, as llama.cpp's --fit asks: else a prompt would find no memory on a device that was filled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from support.memory_model import Prompt, Sequence
-from support.native import FULL, STREAMING
+from support.native import FULL, PROMPT, STREAMING
 from support.walk.base import END, fractions, sequences
 from support.walk.removing import Removing
 
@@ -85,7 +85,7 @@ class Copying(Removing):
         entries = {id(e): e.at(new_position(e)) for s in self.model.sequences for e in s.entries if new_position(e) >= 0}
         afters = [self.after_move(other, new_position, entries) for other in self.model.sequences]
         allowed = not sequence.refused and all(
-            self.model.allows(other, self.held[other], after, new_position) for other, after in enumerate(afters)
+            self.model.allows(other, self.held_to_go_on(other), after, new_position) for other, after in enumerate(afters)
         )
         ambiguous = self.restored_partial or self.has_equal_positions()
         operation(seq, p0, p1)
@@ -97,6 +97,10 @@ class Copying(Removing):
                 other.become(after)
         else:
             sequence.refused = True
+
+    def held_to_go_on(self, seq: int) -> list[int]:
+        """Without what is only held for a rewind to before the prompt that is being read."""
+        return self.context.positions(PROMPT, seq) or self.held[seq]
 
     def order_is_kept(self, new_position) -> bool:
         """Where positions become equal or change places, what a prompt is isn't defined any more."""
