@@ -30,6 +30,7 @@ from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import tool_path
 from lt_gguf.spec import StreamingSpec
 
+
 class Shape(NamedTuple):
     """A Llama's."""
 

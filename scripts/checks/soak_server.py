@@ -209,7 +209,9 @@ class Soak:
             self.worst = max(self.worst, float(behind.max()))
         if behind.max() > TIE:
             first = int(np.argmax(behind > TIE))
-            raise SoakError(f"token {first} of an answer to {n} tokens is {behind[first]:.3g} behind the likeliest; prompts {slot.prompts}")
+            raise SoakError(
+                f"token {first} of an answer to {n} tokens is {behind[first]:.3g} behind the likeliest; prompts {slot.prompts}"
+            )
 
     def run(self, progress: Progress) -> list[Client]:
         clients = [Client(self, slot) for slot in range(N_SLOTS)]
@@ -243,7 +245,12 @@ def main() -> None:
             settings += ["--spec-type", "ngram-mod", "--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-match", "3"]
         if options.draft == "model":
             (place / "draft").mkdir()
-            settings += ["--spec-type", "draft-simple", "--model-draft", str(Subject.build("llama", 2, place / "draft").native.path)]
+            settings += [
+                "--spec-type",
+                "draft-simple",
+                "--model-draft",
+                str(Subject.build("llama", 2, place / "draft").native.path),
+            ]
         os.environ["LT_PROMPT_LIMIT"] = str(LIMIT_MIB)
         log = place / "server.log"
         try:

@@ -60,6 +60,7 @@ print("recovers:", read().shape == first.shape)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the address space are Linux's")
 def test_no_memory_for_other_layers(tmp_path):
     subject = Subject.build("llama", 4, tmp_path)

@@ -48,6 +48,7 @@ print("granted:", context.kv_bytes(PROMPT) > 50_000_000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the address space are Linux's")
 def test_a_prompt_for_which_there_is_no_memory(tmp_path):
     subject = Subject.build("llama", 4, tmp_path)

@@ -63,7 +63,7 @@ def test_several_drafts_are_rolled_back_after_a_prompt_was_read(subject):
         for drafter in drafters:
             drafter.read(N_BEFORE)
         checks = [drafter.batch(1 + N_DRAFT, [True] * (1 + N_DRAFT)) for drafter in drafters]
-        rows = context.decode_batch(sum(checks, []))
+        rows = context.decode_batch([token for check in checks for token in check])
         for n, (drafter, check) in enumerate(zip(drafters, checks)):
             drafter.record(check, rows[n * len(check) : (n + 1) * len(check)])
         reader.read(400)

@@ -154,6 +154,7 @@ def test_a_context_shift_keeps_the_sinks(subject, tmp_path):
 # -- the end of a prompt
 
 
+@pytest.mark.slow
 def test_the_same_request_again_reads_nothing(subject, tmp_path):
     """A document and a question in one message: its end was saved with its logits, of which the answer is then made."""
     document, other = random_tokens(900, seed=11).tolist(), random_tokens(60, seed=12).tolist()
@@ -174,6 +175,7 @@ def test_the_same_request_again_reads_nothing(subject, tmp_path):
     assert shorter == fresh
 
 
+@pytest.mark.slow
 def test_a_context_shift_that_keeps_more_than_the_sinks(subject, tmp_path):
     """`n_keep` is granted as far as what the streaming layers have dropped stays hidden; the answer is made to its end."""
     with running(
@@ -181,11 +183,14 @@ def test_a_context_shift_that_keeps_more_than_the_sinks(subject, tmp_path):
     ) as address:
         for n_keep in (0, 300, 1500):
             options = {"prompt": PROMPT, "n_predict": 1800, "n_keep": n_keep, "ignore_eos": True, "return_tokens": True}
-            request = urllib.request.Request(f"{address}/completion", json.dumps(options).encode(), {"Content-Type": "application/json"})
+            request = urllib.request.Request(
+                f"{address}/completion", json.dumps(options).encode(), {"Content-Type": "application/json"}
+            )
             with urllib.request.urlopen(request, timeout=120) as response:
                 assert len(json.load(response)["tokens"]) == 1800
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_one_of_a_conversation_with_another_last_token(subject, tmp_path):
     """Two conversations that begin alike leave a checkpoint of their first token, which then is another one."""
     streaming = f"layers=1,3;sink=4;window={WINDOW};prefill=full"
@@ -215,6 +220,7 @@ def test_the_variable_is_for_the_model_and_not_for_its_draft(subject, draft, tmp
         assert complete(address, PROMPT, 50)[0] == first
 
 
+@pytest.mark.slow
 def test_a_draft_with_streaming_layers_follows_edits(subject, draft, tmp_path):
     """The model itself has none: whether its draft can go back is asked of the draft."""
     hybrid = tmp_path / "hybrid-draft.gguf"
