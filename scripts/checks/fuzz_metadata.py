@@ -3,7 +3,7 @@
     python scripts/checks/fuzz_metadata.py [--cases N] [--seed S]
 
 What the runtime (C++) accepts must be what `lt_gguf` (Python) accepts, and mean the same; what is refused must be refused
-by a line that names the key. Cut and overwritten files must only not crash. Runs in child processes, so that a crash is
+by a line that names the key. Cut, flipped and overwritten files must only not crash, and be refused in one line. Runs in child processes, so that a crash is
 reported with the number of its case; scripts/checks/sanitizers.sh runs it on libraries that notice more than crashes.
 """
 
@@ -127,6 +127,39 @@ def damaged_case(rng: random.Random, plain: Path, path: Path) -> None:
     load(path)
 
 
+def torn_case(rng: random.Random, plain: Path, path: Path) -> None:
+    """A whole hybrid file with bytes flipped, overwritten or cut off anywhere, header and tensors: it is read, flagged and run, or
+    each of them says in one line why not; a copy that isn't whole never has its name."""
+    from lt_gguf.gguf.file import read_model
+    from lt_gguf.gguf.flagging import flag
+    from lt_gguf.spec import StreamingSpec
+
+    add_metadata(plain, path, [encode(PREFIX + name, *value) for name, value in RIGHT.items()])
+    data = bytearray(path.read_bytes())
+    end = rng.choice([64, 2000, len(data)])  # most of a file is tensors, and most of what can be refused is at its beginning
+    kind = rng.choice(["flip", "overwrite", "cut"])
+    if kind == "cut":
+        del data[rng.randrange(end) :]
+    for _ in range(rng.choice([1, 1, 2, 8]) if kind == "flip" else 0):
+        data[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    if kind == "overwrite":
+        first = rng.randrange(end)
+        data[first : first + 64] = rng.randbytes(min(64, len(data) - first))
+    path.write_bytes(data)
+
+    copy = path.with_name("copy.gguf")
+    copy.unlink(missing_ok=True)
+    for what in (lambda: read_model(path), lambda: flag(path, copy, StreamingSpec((1,), N_LAYER, 4, 20, "full"))):
+        try:
+            what()
+        except ValueError as error:
+            if not str(error).strip() or "\n" in str(error).strip():
+                raise Finding(f"{kind}: refused by {str(error)!r}, which is not one line") from None
+            if copy.exists():
+                raise Finding(f"{kind}: refused, but {copy.name} is there") from None
+    load(path)
+
+
 def text_case(rng: random.Random, model) -> None:
     """A spec as text: Python and the runtime agree on it."""
     from lt_gguf.spec import StreamingSpec
@@ -182,8 +215,10 @@ def run_cases(first: int, last: int, seed: int) -> None:
                 kind = rng.random()
                 if kind < 0.4:
                     file_case(rng, plain, path)
-                elif kind < 0.7:
+                elif kind < 0.6:
                     damaged_case(rng, plain, path)
+                elif kind < 0.8:
+                    torn_case(rng, plain, path)
                 else:
                     for _ in range(20):
                         text_case(rng, model)
