@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lt_gguf.hf.decoder import without_progress_bar
@@ -87,6 +90,20 @@ def add_lora(model: PreTrainedModel, rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Inside the with block a file that can't be written, as on a full disk, is an OSError that names `place`.
+
+    safetensors and torch.save have errors of their own for it.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("I/O error", "PytorchStreamWriter", "file write failed")):
+            raise
+        raise OSError(f"{place}: a checkpoint can't be written: {str(error).splitlines()[0]}") from error
+
+
 def export(trained: Any, checkpoint: Path, out: Path, record: dict[str, Any], overwrite: bool) -> None:
     """Writes the finished checkpoint, as a whole or not at all.
 
@@ -103,7 +120,7 @@ def export(trained: Any, checkpoint: Path, out: Path, record: dict[str, Any], ov
     model.to(getattr(torch, dtype))
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with without_progress_bar():
+        with without_progress_bar(), disk_errors(out):
             model.save_pretrained(unfinished)
         for pattern in _KEPT:
             for file in checkpoint.glob(pattern):

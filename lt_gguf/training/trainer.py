@@ -26,7 +26,7 @@ from lt_gguf.spec.in_config import write_spec
 from lt_gguf.training.data import Samples, collate, make_samples
 from lt_gguf.training.layers import choose_layers
 from lt_gguf.training.log import ProgressBar, bars
-from lt_gguf.training.model import add_lora, export, load_model, load_tokenizer
+from lt_gguf.training.model import add_lora, disk_errors, export, load_model, load_tokenizer
 from lt_gguf.training.run import Run
 from lt_gguf.training.settings import LEARNING_RATES, Settings
 
@@ -168,7 +168,8 @@ def _train(trainer: Trainer, run: Run) -> dict[str, Any]:
         run.save()
     last = run.last_checkpoint()
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with disk_errors(run.folder):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except KeyboardInterrupt:
         print(f"stopped: --resume goes on from the last checkpoint in {run.folder}", file=sys.stderr)
         raise
