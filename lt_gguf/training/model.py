@@ -99,7 +99,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("I/O error", "PytorchStreamWriter", "file write failed")):
+        if not any(words in str(error) for words in ("I/O error", "PytorchStreamWriter", "inline_container", "iostream error")):
             raise
         raise OSError(f"{place}: a checkpoint can't be written: {str(error).splitlines()[0]}") from error
 
