@@ -109,8 +109,6 @@ llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, ui
 
     // note: first the prompts make room in the streaming part, then it grows
     for (int i = 0; i < 3; ++i) {
-        pending = {};
-
         if (auto res = try_split(balloc, batch, n_ubatch)) {
             return res;
         }
@@ -129,6 +127,7 @@ llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, ui
         set_phases(batch);
     }
 
+    pending         = {};
     phases.rollback = rollback;
 
     set_phases({});
@@ -193,6 +192,8 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
 
         return nullptr;
     }
+
+    pending = {}; // what a larger ubatch would have needed
 
     res.all       = std::move(ubatches);
     res.streaming = std::move(streaming);
