@@ -187,9 +187,3 @@ void lt_clamp_shift(const llama_context * ctx, int32_t n_past, int32_t * n_keep,
         kv->clamp_shift(n_past, *n_keep, *n_discard);
     }
 }
-
-uint32_t lt_n_sink(const llama_context * ctx) {
-    const auto * kv = lt_get_cache(ctx);
-
-    return kv ? kv->get_spec().n_sink : 0;
-}

@@ -50,9 +50,6 @@ extern "C" {
     // The spec that this context runs with.
     LLAMA_API int32_t lt_context_spec(const struct llama_context * ctx, char * buf, size_t buf_size);
 
-    // The number of first positions that stay visible in its streaming layers, 0 if it has none. A context shift must keep them.
-    LLAMA_API uint32_t lt_n_sink(const struct llama_context * ctx);
-
     // Make a context shift one that is possible: of n_past tokens the first n_keep stay, and the n_discard ones that follow are
     // removed. Without streaming layers it changes nothing.
     LLAMA_API void lt_clamp_shift(const struct llama_context * ctx, int32_t n_past, int32_t * n_keep, int32_t * n_discard);
