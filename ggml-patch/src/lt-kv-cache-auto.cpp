@@ -154,7 +154,7 @@ void lt_kv_cache::choose_layers() {
     }
 
     // note: the tokens of an image can all have the same position
-    const uint32_t n_cells = std::max<uint32_t>(size_streaming, GGML_PAD(pairs.size() + n_ubatch, 256));
+    const uint32_t n_cells = std::max<uint32_t>(size_streaming, GGML_PAD(pairs.size() + n_ubatch, LT_PART_PAD));
 
     std::unique_ptr<llama_kv_cache> kv_new;
 

@@ -15,8 +15,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-static const uint32_t LT_PROMPT_PAD = 256;
-
 size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
     size_t res = 0;
 
@@ -32,13 +30,13 @@ size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
 }
 
 void lt_kv_cache::check_limit(uint32_t n_cells, uint32_t n_tokens, uint32_t n_spare) const {
-    const size_t n_bytes = prompt_bytes(GGML_PAD(n_cells, LT_PROMPT_PAD));
+    const size_t n_bytes = prompt_bytes(GGML_PAD(n_cells, LT_PART_PAD));
 
     if (prompt_limit == 0 || n_bytes <= prompt_limit) {
         return;
     }
 
-    const uint32_t n_fit = prompt_limit/prompt_bytes(LT_PROMPT_PAD)*LT_PROMPT_PAD;
+    const uint32_t n_fit = prompt_limit/prompt_bytes(LT_PART_PAD)*LT_PART_PAD;
     const uint32_t n_own = n_cells - n_tokens; // cells that are not for the tokens of this prompt
 
     throw std::runtime_error(format("a prompt of %u tokens needs %.1f MiB while its streaming layers read it with full attention, the limit is %.1f MiB: "
@@ -77,8 +75,9 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
         }
     }
 
-    // note: of the spare cells, those for an ubatch are sure to stay. within a limit a prompt must not count on more
-    const bool is_spare = n_tokens <= n_spare && (prompt_limit == 0 || n_tokens + n_other <= n_ubatch);
+    // note: where sequences share the spare cells, those for an ubatch are sure to stay. within a limit a prompt must not count on more
+    const bool is_sure  = prompt_limit == 0 || !unified || n_seq_max == 1 || n_tokens + n_other <= n_ubatch;
+    const bool is_spare = n_tokens <= n_spare && is_sure;
 
     if (!is_spare && !choosing) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
@@ -150,88 +149,10 @@ void lt_kv_cache::request_room(const lt_batch & batch, const std::vector<llama_s
     // note: by half, so that a prompt whose length is not known is not copied over and over
     const uint32_t n_grown = kv_prompt ? kv_prompt->get_size() + kv_prompt->get_size()/2 : 0;
 
-    const bool may_grow = prompt_limit == 0 || prompt_bytes(GGML_PAD(n_grown, LT_PROMPT_PAD)) <= prompt_limit;
+    const bool may_grow = prompt_limit == 0 || prompt_bytes(GGML_PAD(n_grown, LT_PART_PAD)) <= prompt_limit;
 
     pending.n_needed = n_cells;
     pending.n_cells  = may_grow ? std::max(n_cells, n_grown) : n_cells;
-}
-
-void lt_kv_cache::request_streaming(const lt_batch & batch) {
-    std::vector<uint32_t> n_cells(kv_streaming->get_n_stream(), 0);
-
-    for (uint32_t strm = 0; strm < n_cells.size(); ++strm) {
-        const auto & cells = lt_kv_ops::cells(*kv_streaming, strm);
-
-        for (uint32_t i = 0; i < cells.size(); ++i) {
-            n_cells[strm] += !cells.is_empty(i) && !mask.is_dead(cells, i);
-        }
-    }
-
-    for (const auto & cur : batch) {
-        n_cells[kv_streaming->get_stream(cur.id)] += cur.n_tokens;
-    }
-
-    const uint32_t n_needed = *std::max_element(n_cells.begin(), n_cells.end());
-
-    if (n_needed > kv_streaming->get_size()) {
-        pending.n_streaming = n_needed;
-    }
-}
-
-std::unique_ptr<llama_kv_cache> lt_kv_cache::grown(const llama_kv_cache * kv, uint32_t n_cells, bool unified) const {
-    std::unique_ptr<llama_kv_cache> res;
-
-    try {
-        res = create(model.hparams, n_cells, true, unified);
-    } catch (const std::exception & err) {
-        throw std::runtime_error(format("no memory for %u cells of the streaming layers, %.1f MiB (%s). A KV cache of a smaller type or prefill=stream needs less",
-                    n_cells, prompt_bytes(n_cells)/1024.0/1024.0, err.what()));
-    }
-
-    if (kv) {
-        lt_kv_ops::use_rotation_of(*kv, *res);
-        lt_kv_ops::copy_all       (*kv, *res);
-    }
-
-    return res;
-}
-
-void lt_kv_cache::grow_prompt_part(uint32_t n_cells, uint32_t n_needed) {
-    n_cells  = GGML_PAD(n_cells,  LT_PROMPT_PAD);
-    n_needed = GGML_PAD(n_needed, LT_PROMPT_PAD);
-
-    if (kv_prompt && kv_prompt->get_size() >= n_needed) {
-        return;
-    }
-
-    std::unique_ptr<llama_kv_cache> kv_new;
-
-    try {
-        kv_new = grown(kv_prompt.get(), n_cells, true);
-    } catch (const std::exception &) {
-        if (n_cells == n_needed) {
-            throw;
-        }
-
-        kv_new = grown(kv_prompt.get(), n_needed, true);
-    }
-
-    kv_prompt = std::move(kv_new);
-    generation++;
-}
-
-void lt_kv_cache::grow_streaming_part(uint32_t n_cells) {
-    // besides what is held there are always cells for an ubatch
-    n_cells = GGML_PAD(n_cells + n_ubatch, LT_PROMPT_PAD);
-
-    LLAMA_LOG_WARN("%s: from %u to %u cells, because so many tokens have to be held at once\n", __func__, kv_streaming->get_size(), n_cells);
-
-    kv_streaming = grown(kv_streaming.get(), n_cells, unified);
-    generation++;
-
-    if (lctx) {
-        lctx->lt_set_need_reserve();
-    }
 }
 
 llama_kv_cache * lt_kv_cache::get_reserve() {
@@ -242,7 +163,7 @@ llama_kv_cache * lt_kv_cache::get_reserve() {
     if (!kv_reserve) {
         LLAMA_LOG_INFO("%s: the compute buffers are made for a prompt of %u cells, for which no memory is taken now:\n", __func__, size_full);
 
-        kv_reserve = create(hparams_no_alloc, GGML_PAD(size_full, LT_PROMPT_PAD), true, true);
+        kv_reserve = create(hparams_no_alloc, GGML_PAD(size_full, LT_PART_PAD), true, true);
     }
 
     return kv_reserve.get();

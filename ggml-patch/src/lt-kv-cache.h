@@ -17,6 +17,9 @@
 
 struct llama_cparams;
 
+// the prompt part, and a streaming part that has grown, have a multiple of so many cells
+static constexpr uint32_t LT_PART_PAD = 256;
+
 // the tokens of one sequence in a batch
 struct lt_batch_seq {
     llama_seq_id id;
@@ -350,10 +353,6 @@ private:
     // ask for room in the prompt part for the prompts of the batch
     void request_room(const lt_batch & batch, const std::vector<llama_seq_id> & move);
 
-    // ask for more cells in the streaming part: the tokens of an image can all have the same position, and with a unified
-    // cache there can be more sequences than the context was made for
-    void request_streaming(const lt_batch & batch);
-
     size_t prompt_bytes(uint32_t n_cells) const;
 
     // throws std::runtime_error if the prompt part may not have so many cells, of which n_tokens are for a new prompt
@@ -364,13 +363,6 @@ private:
     uint32_t n_saved(llama_seq_id seq_id) const;
 
     void read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
-
-    // a copy with more cells. throws std::runtime_error if there is no memory for it
-    std::unique_ptr<llama_kv_cache> grown(const llama_kv_cache * kv, uint32_t n_cells, bool unified) const;
-
-    // n_cells, or n_needed if there is no memory for so many. these throw std::runtime_error if there is no memory at all
-    void grow_prompt_part   (uint32_t n_cells, uint32_t n_needed);
-    void grow_streaming_part(uint32_t n_cells);
 
     void free_prompt_part();
 
@@ -388,6 +380,21 @@ private:
 
     // the prompt part is not needed for a sequence any more
     void leave_prompt_part(llama_seq_id seq_id);
+
+    //
+    // parts that grow, see lt-kv-cache-grow.cpp
+    //
+
+    // ask for more cells in the streaming part: the tokens of an image can all have the same position, and with a unified
+    // cache there can be more sequences than the context was made for
+    void request_streaming(const lt_batch & batch);
+
+    // a copy with more cells. throws std::runtime_error if there is no memory for it
+    std::unique_ptr<llama_kv_cache> grown(const llama_kv_cache * kv, uint32_t n_cells, bool unified) const;
+
+    // n_cells, or n_needed if there is no memory for so many. these throw std::runtime_error if there is no memory at all
+    void grow_prompt_part   (uint32_t n_cells, uint32_t n_needed);
+    void grow_streaming_part(uint32_t n_cells);
 
     //
     // the end of prompts, see lt-kv-cache-prompt-end.cpp
