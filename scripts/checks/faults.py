@@ -125,8 +125,9 @@ def cases(checkpoint: Path) -> list[Case]:
     ]
 
 
-def start(arguments: list[str], **settings) -> subprocess.Popen:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(Path(arguments[-1]).parent)}
+def start(folder: Path, arguments: list[str], **settings) -> subprocess.Popen:
+    """The command, with a cache of its own in `folder`, so that nothing of other runs helps it and nothing is left elsewhere."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / ".cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*COMMAND, *arguments], env=environment, start_new_session=True, **pipes, **settings)
 
@@ -154,7 +155,7 @@ class Runner:
         return folder
 
     def finish(self, folder: Path, more: tuple[str, ...]) -> None:
-        process = start([*self.case.arguments(folder), *more])
+        process = start(folder, [*self.case.arguments(folder), *more])
         said, _ = process.communicate(timeout=600)
         if process.returncode:
             raise Fault(f"{self.case.name}: doesn't end well: {said[-800:]}")
@@ -174,7 +175,7 @@ class Runner:
 
     def kill(self, rng: random.Random) -> None:
         folder = self.folder()
-        process = start(self.case.arguments(folder))
+        process = start(folder, self.case.arguments(folder))
         try:
             process.wait(timeout=rng.uniform(0, 1.05 * self.seconds))
             self.counts["had ended"] += 1
@@ -185,7 +186,7 @@ class Runner:
         process.stdout.close()
         there = self.look(folder)
         self.counts["whole file" if there else "no file"] += 1
-        left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        left = [path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".cache"]
         self.counts["hidden leftovers"] += bool(left)
         # a training goes on only where it has begun to save
         resumes = "--resume" in self.case.again and not there and any(folder.glob("*new*"))
@@ -199,7 +200,9 @@ class Runner:
     def fill(self, rng: random.Random) -> None:
         folder = self.folder()
         limit = int(self.size * rng.uniform(0, 0.95))
-        process = start(self.case.arguments(folder), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        process = start(
+            folder, self.case.arguments(folder), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        )
         said, _ = process.communicate(timeout=600)
         if process.returncode == 0:
             raise Fault(f"{self.case.name}: ends well with at most {limit} bytes a file")
