@@ -60,6 +60,36 @@ int32_t lt_context_spec(const llama_context * ctx, char * buf, size_t buf_size) 
     return lt_copy(kv ? kv->get_spec().str() : lt_spec().str(), buf, buf_size);
 }
 
+bool lt_context_hide(llama_context * ctx, const char * text, char * err, size_t err_size) {
+    try {
+        auto * kv = dynamic_cast<lt_kv_cache *>(ctx->get_memory());
+        if (!kv || !kv->get_spec().hides) {
+            throw std::invalid_argument(format("this context can't hide, it must be made with a spec as %s=none", LT_KEY_HIDE));
+        }
+
+        const auto & model = ctx->get_model();
+
+        const lt_spec spec = lt_spec::parse(text, model.hparams.n_layer_all, &kv->get_spec());
+        if (!spec.hides) {
+            lt_bad_value(LT_KEY_HIDE, format("\"%s\"", text), format("a spec of the form %s=1,3,5-9", LT_KEY_HIDE));
+        }
+
+        model.lt.check(spec, model);
+
+        // the last batch may still be computing
+        ctx->synchronize();
+
+        kv->hide(spec);
+    } catch (const std::exception & e) {
+        if (err && err_size > 0) {
+            lt_copy(e.what(), err, err_size);
+        }
+        return false;
+    }
+
+    return true;
+}
+
 size_t lt_kv_bytes(const llama_context * ctx, lt_kv_part part) {
     const llama_memory_i * mem = lt_get_part(ctx, part);
     if (!mem && part == LT_KV_FULL) {

@@ -1,5 +1,7 @@
 #include "lt-graph.h"
 
+#include "lt-kv-ops.h"
+
 #include "llama-batch.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -39,6 +41,10 @@ void lt_graph_input_attn_kv::set_input(const llama_ubatch * ubatch) {
 
     if (inp_streaming) {
         inp_streaming->set_input(ubatch);
+
+        if (spec.hides && inp_streaming->self_kq_mask->buffer) {
+            lt_kv_ops::hide(*kv->get_full(), kv->get_mask(), *ubatch, inp_streaming->self_kq_mask);
+        }
     }
 
     if (keep_idxs && keep_idxs->buffer) {
@@ -73,7 +79,7 @@ bool lt_graph_input_attn_kv::can_reuse(const llm_graph_params & params) {
 
     this->mctx = mctx_lt->get_full();
     if (inp_streaming) {
-        inp_streaming->mctx = mctx_lt->get_streaming();
+        inp_streaming->mctx = spec.hides ? mctx_lt->get_full() : mctx_lt->get_streaming();
     }
 
     const auto can_reuse_part = [&](const llm_graph_input_attn_kv & inp, const llama_cparams & cparams) {
@@ -100,7 +106,13 @@ std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(
 
     auto inp_full = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_full());
 
-    if (mctx_lt->get_cache().is_choosing()) {
+    if (mctx_lt->get_cache().get_spec().hides) {
+        auto inp_hidden = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_full());
+
+        return std::make_unique<lt_graph_input_attn_kv>(std::move(inp_full), std::move(inp_hidden), mctx_lt);
+    }
+
+    if (mctx_lt->get_cache().keeps_all()) {
         auto res = std::make_unique<lt_graph_input_attn_kv>(std::move(inp_full), nullptr, mctx_lt);
         res->build_keep_idxs(ctx0, ubatch);
         return res;

@@ -26,7 +26,7 @@ public:
     void build_keep_idxs(ggml_context * ctx, const llama_ubatch & ubatch);
 
 private:
-    const std::unique_ptr<llm_graph_input_attn_kv> inp_streaming; // null if no layer streams yet
+    const std::unique_ptr<llm_graph_input_attn_kv> inp_streaming; // null if no layer streams yet. of layers that only hide: the full part behind another mask
 
     const lt_kv_cache * kv;
 

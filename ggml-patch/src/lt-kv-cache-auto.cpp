@@ -38,8 +38,8 @@ static std::vector<bool> lt_laziest(const std::vector<float> & ratios, double fr
     return res;
 }
 
-bool lt_kv_cache::is_choosing() const {
-    return choosing;
+bool lt_kv_cache::keeps_all() const {
+    return all_kept;
 }
 
 lt_lazy_ratio * lt_kv_cache::get_lazy_ratio() const {
@@ -54,9 +54,9 @@ uint64_t lt_kv_cache::n_tokens(llama_seq_id seq_id) const {
     return pos_full(seq_id).size();
 }
 
-void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bool> & layers, bool choosing) {
+void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bool> & layers, bool all_kept) {
     spec.layers    = layers;
-    this->choosing = choosing;
+    this->all_kept = all_kept;
 
     kv_full      = create(hparams, size_full,      false, unified);
     kv_streaming = create(hparams, size_streaming, true,  unified);
@@ -73,7 +73,7 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
         lctx->lt_set_need_reserve();
     }
 
-    if (choosing) {
+    if (spec.is_auto() && all_kept) {
         std::vector<bool> measured(layers.size());
         for (size_t il = 0; il < layers.size(); ++il) {
             measured[il] = has_cache[il] && il < model.hparams.n_layer() && model.hparams.has_kv(il);
@@ -83,9 +83,9 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
     }
 }
 
-void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
+void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool all_kept) {
     const auto layers_old   = spec.layers;
-    const bool choosing_old = this->choosing;
+    const bool all_kept_old = this->all_kept;
 
     // the last batch may still be computing
     if (lctx) {
@@ -109,15 +109,15 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
     kv_reserve.reset();
 
     try {
-        make_parts(model.hparams, layers, choosing);
+        make_parts(model.hparams, layers, all_kept);
     } catch (...) {
         kv_full.reset();
 
         // what was there before has just been given back
         try {
-            make_parts(model.hparams, layers_old, choosing_old);
+            make_parts(model.hparams, layers_old, all_kept_old);
         } catch (...) {
-            make_parts(hparams_no_alloc, layers_old, choosing_old);
+            make_parts(hparams_no_alloc, layers_old, all_kept_old);
         }
 
         throw;
@@ -127,7 +127,7 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool choosing) {
 bool lt_kv_cache::has_memory() {
     if (is_hollow) {
         try {
-            set_layers(spec.layers, choosing);
+            set_layers(spec.layers, all_kept);
         } catch (const std::exception & err) {
             LLAMA_LOG_ERROR("%s: no memory for the KV cache, it was given back when the layers changed: %s\n", __func__, err.what());
         }
@@ -188,7 +188,7 @@ void lt_kv_cache::choose_layers() {
 
     lazy_ratio.reset();
 
-    choosing   = false;
+    all_kept   = false;
     chosen_end = seq_pos_max(0) + 1;
     generation++;
 
@@ -198,7 +198,7 @@ void lt_kv_cache::choose_layers() {
 }
 
 void lt_kv_cache::choose_anew() {
-    if (!spec.is_auto() || choosing || !pos_full(0).empty()) {
+    if (!spec.is_auto() || all_kept || !pos_full(0).empty()) {
         return;
     }
 

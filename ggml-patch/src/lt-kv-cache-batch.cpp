@@ -159,7 +159,7 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
     for (const auto & ubatch : ubatches) {
         const bool away = in_prompt_part[ubatch.seq_id_unq[0]];
 
-        if (!choosing) {
+        if (!all_kept) {
             (away ? prompt : streaming).push_back(ubatch);
         }
         res.in_prompt_part.push_back(away);
@@ -274,7 +274,7 @@ void lt_kv_cache::end_batch(const lt_batch & batch) {
         prompts[cur.id].close(cur.end);
 
         // note: as long as a streaming layer would hold everything, there is nothing to choose by
-        if (choosing) {
+        if (lazy_ratio) {
             pending.choose = n_tokens(cur.id) > (uint64_t) mask.n_sink + mask.n_window;
         }
     }
@@ -282,7 +282,7 @@ void lt_kv_cache::end_batch(const lt_batch & batch) {
     for (const auto & cur : batch) {
         const bool is_end = cur.is_last || (cur.has_logits && !is_in_prompt(cur.id));
 
-        if (is_end && !choosing && (in_prompt_part[cur.id] || is_far(cur.id))) {
+        if (is_end && !all_kept && (in_prompt_part[cur.id] || is_far(cur.id))) {
             pending.finish.push_back(cur.id);
         }
     }

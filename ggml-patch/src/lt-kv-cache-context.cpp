@@ -52,7 +52,7 @@ bool lt_kv_cache_context::next() {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
     ctx_full->next();
-    if (!kv->is_choosing()) {
+    if (!kv->keeps_all()) {
         (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->next();
     }
 
@@ -81,7 +81,7 @@ bool lt_kv_cache_context::apply() {
 
     kv->begin_ubatch(batch, ubatches.all[i_next]);
 
-    if (!kv->is_choosing()) {
+    if (!kv->keeps_all()) {
         res = res & (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->apply();
     }
 

@@ -79,7 +79,7 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
     const bool is_sure  = prompt_limit == 0 || !unified || n_seq_max == 1 || n_tokens + n_other <= n_ubatch;
     const bool is_spare = n_tokens <= n_spare && is_sure;
 
-    if (!is_spare && !choosing) {
+    if (!is_spare && !all_kept) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
 
         check_limit(n_cells, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);
@@ -156,7 +156,7 @@ void lt_kv_cache::request_room(const lt_batch & batch, const std::vector<llama_s
 }
 
 llama_kv_cache * lt_kv_cache::get_reserve() {
-    if (spec.prefill != LT_PREFILL_FULL || choosing) {
+    if (spec.prefill != LT_PREFILL_FULL || all_kept) {
         return nullptr;
     }
 

@@ -245,7 +245,7 @@ void lt_kv_cache::clamp_shift(int32_t n_past, int32_t & n_keep, int32_t & n_disc
     const int32_t n_sink = mask.n_sink;
     const int32_t n_back = mask.n_back;
 
-    if (choosing || n_past <= n_sink + n_back) {
+    if (all_kept || n_past <= n_sink + n_back) {
         return; // nothing has been dropped
     }
 

@@ -38,7 +38,7 @@ static std::string lt_read_text(llama_io_read_i & io) {
 // the spec that both contexts must have. layers that were chosen for a prompt are not part of it
 static std::string lt_spec_text(const lt_spec & spec) {
     lt_spec res = spec;
-    if (res.is_auto()) {
+    if (res.is_auto() || res.hides) {
         res.layers.assign(res.layers.size(), false);
     }
 
@@ -61,7 +61,7 @@ static std::string lt_layers_text(const lt_spec & spec) {
 
 bool lt_kv_cache::can_checkpoint(llama_seq_id seq_id) const {
     // note: a message that has just begun is little more than what it follows
-    return !choosing && !is_ahead(seq_id) && n_saved(seq_id) <= mask.n_sink + mask.n_window + LT_N_SPARE;
+    return !all_kept && !is_ahead(seq_id) && n_saved(seq_id) <= mask.n_sink + mask.n_window + LT_N_SPARE;
 }
 
 uint32_t lt_kv_cache::n_saved(llama_seq_id seq_id) const {

@@ -14,10 +14,9 @@
 
 static const char * const LT_ENV_PROMPT_LIMIT = "LT_PROMPT_LIMIT"; // [MiB]
 
-static lt_mask lt_make_mask(const lt_spec & spec, const llama_cparams & cparams, const lt_phases * phases) {
+static lt_mask lt_make_mask(const lt_spec & spec, uint64_t n_seq, const lt_phases * phases) {
     const bool full = spec.prefill == LT_PREFILL_FULL;
 
-    const uint64_t n_seq  = cparams.kv_unified ? cparams.n_seq_max : 1;
     const uint64_t n_near = ((uint64_t) spec.n_sink + spec.n_window + LT_N_SPARE)*n_seq;
 
     lt_mask res;
@@ -79,7 +78,7 @@ lt_kv_cache::lt_kv_cache(
     size_full(cparams.n_ctx_seq),
     size_streaming(lt_size_streaming(spec, cparams)),
     hparams_no_alloc(model.hparams),
-    mask(lt_make_mask(spec, cparams, &phases)),
+    mask(lt_make_mask(spec, cparams.kv_unified ? cparams.n_seq_max : 1, &phases)),
     prompt_limit(lt_env_prompt_limit()),
     prompts(LLAMA_MAX_SEQ),
     n_declared(LLAMA_MAX_SEQ, 0) {
@@ -97,17 +96,17 @@ lt_kv_cache::lt_kv_cache(
     LLAMA_LOG_INFO("%s: creating full KV cache, size = %u cells, and streaming KV cache, size = %u cells (%s)\n", __func__,
             size_full, size_streaming, spec.str().c_str());
 
-    set_layers(spec.layers, spec.is_auto());
+    set_layers(spec.layers, spec.is_auto() || spec.hides);
 }
 
 std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const {
     const layer_filter_cb filter = [&](int32_t il) {
-        return has_cache[il] && spec.is_streaming(il) == streaming;
+        return has_cache[il] && (!spec.hides && spec.is_streaming(il)) == streaming;
     };
 
     lt_kv_params params;
     params.mask          = streaming ? mask : lt_mask();
-    params.layer_buffers = !streaming && choosing;
+    params.layer_buffers = !streaming && all_kept && spec.is_auto();
 
     // note: llama_kv_cache adds positions to it
     const uint32_t n_swa = streaming ? std::min<uint32_t>(spec.n_window, INT32_MAX/2) : 0;
@@ -226,6 +225,24 @@ const lt_spec & lt_kv_cache::get_spec() const {
     return spec;
 }
 
+const lt_mask & lt_kv_cache::get_mask() const {
+    return mask;
+}
+
+void lt_kv_cache::hide(const lt_spec & spec) {
+    GGML_ASSERT(this->spec.hides && spec.hides);
+
+    this->spec = spec;
+
+    mask = lt_make_mask(spec, unified ? n_seq_max : 1, &phases);
+    generation++;
+
+    // note: ggml-alloc tells graphs apart by their sizes alone, and would keep what layers read no longer than other layers did
+    if (lctx) {
+        lctx->lt_set_need_reserve();
+    }
+}
+
 llama_kv_cache * lt_kv_cache::get_full() const {
     return kv_full.get();
 }
@@ -247,7 +264,7 @@ const lt_kv_cache::pos_set & lt_kv_cache::pos_full(llama_seq_id seq_id) const {
 }
 
 const lt_kv_cache::pos_set & lt_kv_cache::pos_streaming(llama_seq_id seq_id) const {
-    if (choosing) {
+    if (all_kept) {
         return pos_full(seq_id);
     }
 
@@ -255,7 +272,7 @@ const lt_kv_cache::pos_set & lt_kv_cache::pos_streaming(llama_seq_id seq_id) con
 }
 
 const lt_kv_cache::pos_set & lt_kv_cache::pos_streaming_until(llama_seq_id seq_id, llama_pos p_last) const {
-    if (!choosing && p_last <= kv_streaming->seq_pos_max(seq_id)) {
+    if (!all_kept && p_last <= kv_streaming->seq_pos_max(seq_id)) {
         return kv_streaming->get_cells(seq_id).seq_pos_get(seq_id);
     }
 

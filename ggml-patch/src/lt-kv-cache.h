@@ -120,6 +120,10 @@ public:
     void lt_set_context(llama_context * lctx) override;
 
     const lt_spec & get_spec() const;
+    const lt_mask & get_mask() const;
+
+    // of a cache whose layers only hide: what they hide from now on
+    void hide(const lt_spec & spec);
 
     llama_kv_cache * get_full()      const;
     llama_kv_cache * get_streaming() const;
@@ -158,7 +162,8 @@ public:
 
     // layers that are chosen for the prompt
 
-    bool is_choosing() const;
+    // all layers keep all positions
+    bool keeps_all() const;
 
     lt_lazy_ratio * get_lazy_ratio() const;
 
@@ -198,7 +203,7 @@ private:
 
     lt_phases phases;
 
-    const lt_mask mask;
+    lt_mask mask;
 
     // null while this is constructed
     llama_context * lctx = nullptr;
@@ -210,8 +215,8 @@ private:
 
     uint64_t generation = 0;
 
-    // the layers are still to be chosen. then the streaming part has none and is not used, and S = F
-    bool choosing = false;
+    // the layers are still to be chosen, or only hide. then the streaming part has none and is not used, and S = F
+    bool all_kept = false;
 
     // the parts have no memory, because there was none when the layers changed
     bool is_hollow = false;
@@ -415,9 +420,9 @@ private:
     //
 
     // make all parts anew, empty. if this throws, the parts are as they were, but empty, too; or hollow if there is no memory even for that
-    void set_layers(const std::vector<bool> & layers, bool choosing);
+    void set_layers(const std::vector<bool> & layers, bool all_kept);
 
-    void make_parts(const llama_hparams & hparams, const std::vector<bool> & layers, bool choosing);
+    void make_parts(const llama_hparams & hparams, const std::vector<bool> & layers, bool all_kept);
 
     // false, with a line in the log, if the parts are hollow and there is still no memory for them
     bool has_memory();

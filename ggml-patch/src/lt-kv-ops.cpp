@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cmath>
 
 llama_kv_cells & lt_kv_ops::cells(llama_kv_cache & kv, uint32_t strm) {
     return kv.v_cells[strm];
@@ -188,6 +189,35 @@ void lt_kv_ops::copy_all(const llama_kv_cache & src, llama_kv_cache & dst) {
         copy_data(src, strm, dst, strm, pairs);
 
         dst.v_heads[strm] = src.v_heads[strm];
+    }
+}
+
+template <typename T>
+static void lt_hide(const llama_kv_cache & kv, const lt_mask & mask, const llama_ubatch & ubatch, ggml_tensor * dst, T hidden) {
+    const int64_t n_kv = dst->ne[0];
+
+    T * data = (T *) dst->data;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id s = ubatch.seq_id[i][0];
+
+        const auto & cells = kv.get_cells(s);
+
+        for (int64_t j = 0; j < n_kv; ++j) {
+            if (cells.seq_has(j, s) && mask.is_masked(s, cells.pos_get(j), ubatch.pos[i])) {
+                data[i*n_kv + j] = hidden;
+            }
+        }
+    }
+}
+
+void lt_kv_ops::hide(const llama_kv_cache & kv, const lt_mask & mask, const llama_ubatch & ubatch, ggml_tensor * dst) {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+
+    if (dst->type == GGML_TYPE_F16) {
+        lt_hide<ggml_fp16_t>(kv, mask, ubatch, dst, ggml_fp32_to_fp16(-INFINITY));
+    } else {
+        lt_hide<float>(kv, mask, ubatch, dst, -INFINITY);
     }
 }
 

@@ -33,6 +33,9 @@ struct lt_kv_ops {
     // copy all cells and their K and V to the same cells of a cache that is at least as large
     static void copy_all(const llama_kv_cache & src, llama_kv_cache & dst);
 
+    // take from a mask for the tokens of an ubatch what the streaming mask hides
+    static void hide(const llama_kv_cache & kv, const lt_mask & mask, const llama_ubatch & ubatch, ggml_tensor * dst);
+
     // change the positions of a sequence. negative: removed
     static void map(llama_kv_cache & kv, llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map);
 

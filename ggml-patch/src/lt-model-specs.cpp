@@ -71,7 +71,7 @@ static const char * lt_why_not(const llama_model & model) {
     }
 }
 
-static void lt_check_model(const lt_spec & spec, const llama_model & model) {
+void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
     if (!spec.enabled()) {
         return;
     }
@@ -207,7 +207,7 @@ void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
         }
     }
 
-    lt_check_model(init, model);
+    check(init, model);
 
     if (init.enabled()) {
         LLAMA_LOG_INFO("%s: streaming layers: %s (%s)\n", __func__, init.str().c_str(), env && *env ? LT_ENV : "from the file");
@@ -237,7 +237,7 @@ void lt_model_specs::set(const char * text, const llama_model & model) const {
 
     lt_spec spec = lt_spec::parse(text, model.hparams.n_layer_all, file ? &*file : nullptr);
 
-    lt_check_model(spec, model);
+    check(spec, model);
 
     lt_thread_specs[id] = std::move(spec);
 }

@@ -24,6 +24,9 @@ public:
     // throws std::invalid_argument
     void set(const char * text, const llama_model & model) const;
 
+    // throws std::invalid_argument if the model can't have this spec
+    static void check(const lt_spec & spec, const llama_model & model);
+
     // the spec of contexts that this thread makes now
     const lt_spec & get() const;
 

@@ -45,7 +45,7 @@ bool lt_spec::is_auto() const {
 }
 
 bool lt_spec::enabled() const {
-    return is_auto() || any();
+    return is_auto() || hides || any();
 }
 
 bool lt_spec::any() const {
@@ -82,7 +82,7 @@ std::string lt_spec::str() const {
     }
 
     const std::string text = format("%s=%s;%s=%u;%s=%u;%s=%s",
-            LT_KEY_LAYERS, list.empty() ? "none" : list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
+            hides ? LT_KEY_HIDE : LT_KEY_LAYERS, list.empty() ? "none" : list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
 
     return is_auto() ? format("%s=%g;%s;%s=%u", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last) : text;
 }
@@ -139,7 +139,7 @@ static float lt_parse_fraction(const std::string & what, const std::string & s) 
     return res;
 }
 
-static std::vector<bool> lt_parse_layers(const std::string & s, uint32_t n_layer) {
+static std::vector<bool> lt_parse_layers(const std::string & key, const std::string & s, uint32_t n_layer) {
     std::vector<bool> res(n_layer, s == "all");
 
     if (s == "all" || s == "none") {
@@ -149,11 +149,11 @@ static std::vector<bool> lt_parse_layers(const std::string & s, uint32_t n_layer
     for (const auto & item : lt_split(s, ',')) {
         const auto range = lt_split(item, '-');
 
-        const int64_t i0 = range.size() > 2 ? -1 : lt_parse_int(LT_KEY_LAYERS, range.front());
-        const int64_t i1 = range.size() > 2 ? -1 : lt_parse_int(LT_KEY_LAYERS, range.back());
+        const int64_t i0 = range.size() > 2 ? -1 : lt_parse_int(key, range.front());
+        const int64_t i1 = range.size() > 2 ? -1 : lt_parse_int(key, range.back());
 
         if (i0 < 0 || i1 < i0 || i1 >= (int64_t) n_layer) {
-            lt_bad_value(LT_KEY_LAYERS, "\"" + item + "\"",
+            lt_bad_value(key, "\"" + item + "\"",
                     format("\"all\", \"none\", or layers and ranges of layers from 0 to %u, as in 1,3,5-9", n_layer - 1));
         }
 
@@ -210,8 +210,9 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         }
         seen.push_back(key);
 
-        if (key == LT_KEY_LAYERS) {
-            res.layers = lt_parse_layers(value, n_layer);
+        if (key == LT_KEY_LAYERS || key == LT_KEY_HIDE) {
+            res.layers = lt_parse_layers(key, value, n_layer);
+            res.hides  = key == LT_KEY_HIDE;
         } else if (key == LT_KEY_SINK) {
             res.n_sink = lt_check_u32(key, lt_parse_int(key, value), 0);
         } else if (key == LT_KEY_WINDOW) {
@@ -223,14 +224,18 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         } else if (key == LT_KEY_W_LAST) {
             res.n_last = lt_check_u32(key, lt_parse_int(key, value), 1);
         } else {
-            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s",
-                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_AUTO, LT_KEY_W_LAST));
+            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s",
+                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_HIDE));
         }
     }
 
     const auto is_seen = [&](const char * key) {
         return std::find(seen.begin(), seen.end(), key) != seen.end();
     };
+
+    if (is_seen(LT_KEY_HIDE) && (is_seen(LT_KEY_LAYERS) || is_seen(LT_KEY_AUTO))) {
+        throw std::invalid_argument(format("%s: can't be given with %s", LT_KEY_HIDE, is_seen(LT_KEY_AUTO) ? LT_KEY_AUTO : LT_KEY_LAYERS));
+    }
 
     if (res.is_auto()) {
         lt_check_auto(res, is_seen(LT_KEY_LAYERS), is_seen(LT_KEY_PREFILL), n_layer);

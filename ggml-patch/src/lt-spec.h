@@ -23,6 +23,9 @@ struct lt_spec {
     float    auto_fraction = -1.0f;
     uint32_t n_last        = 16; // the last queries of the prompt that the lazy ratio is the mean of
 
+    // a context to measure with: its cache keeps everything, and the layers are only not shown what they would have dropped
+    bool hides = false;
+
     bool is_auto() const;
 
     // a context with this spec needs a cache for streaming layers
@@ -51,6 +54,7 @@ static const char * const LT_KEY_WINDOW  = "window";
 static const char * const LT_KEY_PREFILL = "prefill";
 static const char * const LT_KEY_AUTO    = "auto";
 static const char * const LT_KEY_W_LAST  = "w_last";
+static const char * const LT_KEY_HIDE    = "hide";
 
 const char * lt_prefill_name(lt_prefill prefill);
 

@@ -10,9 +10,10 @@
 //   off
 //   layers=1,3,5-9;sink=4;window=1020;prefill=stream
 //   auto=0.5;sink=4;window=1020;w_last=16
+//   hide=1,3,5-9;sink=4;window=1020;prefill=full
 // "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
-// "layers" takes numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4,
+// "hide" is for measuring: see lt_context_hide(). "layers" and "hide" take numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4,
 // window=1020 and prefill=full.
 
 #pragma once
@@ -49,6 +50,13 @@ extern "C" {
 
     // The spec that this context runs with.
     LLAMA_API int32_t lt_context_spec(const struct llama_context * ctx, char * buf, size_t buf_size);
+
+    // For measuring: of a context that was made with a spec of the form "hide=...", what these layers hide from now on, given as such a
+    // spec. Its KV cache keeps everything in all layers, and tokens are computed as if these layers streamed: they don't see what would
+    // have been dropped. So a prompt that is read once serves for every choice of layers, sinks and window: of each, a few tokens are
+    // decoded and then removed again. What was computed before stays as it was computed.
+    // Returns false, changes nothing and writes one line to err (may be NULL) if the spec is malformed or the context is another one.
+    LLAMA_API bool lt_context_hide(struct llama_context * ctx, const char * spec, char * err, size_t err_size);
 
     // Make a context shift one that is possible: of n_past tokens the first n_keep stay, and the n_discard ones that follow are
     // removed. Without streaming layers it changes nothing.

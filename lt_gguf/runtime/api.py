@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any, NoReturn
 
 from lt_gguf.runtime.library import LibraryError, load_llama_cpp
+from lt_gguf.spec import StreamingSpec
 
 _llama_cpp = load_llama_cpp().llama_cpp
 _MODEL = _llama_cpp.llama_model_p_ctypes
@@ -48,6 +49,7 @@ def _missing(name: str) -> Callable[..., Any]:
 _lt_model_spec = _bind("lt_model_spec", ctypes.c_int32, _MODEL, _TEXT, ctypes.c_size_t)
 _lt_model_set_spec = _bind("lt_model_set_spec", ctypes.c_bool, _MODEL, ctypes.c_char_p, _TEXT, ctypes.c_size_t)
 _lt_context_spec = _bind("lt_context_spec", ctypes.c_int32, _CONTEXT, _TEXT, ctypes.c_size_t)
+_lt_context_hide = _bind("lt_context_hide", ctypes.c_bool, _CONTEXT, ctypes.c_char_p, _TEXT, ctypes.c_size_t)
 _lt_kv_bytes = _bind("lt_kv_bytes", ctypes.c_size_t, _CONTEXT, ctypes.c_int)
 _lt_kv_cells = _bind("lt_kv_cells", ctypes.c_uint32, _CONTEXT, ctypes.c_int)
 _lt_seq_positions = _bind(
@@ -86,6 +88,25 @@ def set_model_spec(model: int, spec: str | None) -> None:
 def context_spec(context: int) -> str:
     """The canonical text of the spec that `context` runs with."""
     return _text(_lt_context_spec, context)
+
+
+def context_hide(context: int, spec: StreamingSpec) -> None:
+    """What a context that was made with the spec `hide=none` hides from now on: tokens are computed as if these layers streamed.
+
+    Its KV cache keeps everything, so a prompt that is read once with full attention serves for every spec with
+    `prefill = full`: of each, tokens are decoded and then removed again.
+
+    Raises:
+        ValueError: the model can't stream so, or the context is another one; nothing has changed.
+    """
+    context_hide_text(context, spec.hide_text())
+
+
+def context_hide_text(context: int, text: str) -> None:
+    """The same with a spec's text, `hide=1,3,5-9;sink=4;window=1020;prefill=full`."""
+    error = ctypes.create_string_buffer(_ERROR_SIZE)
+    if not _lt_context_hide(context, text.encode(), error, _ERROR_SIZE):
+        raise ValueError(error.value.decode(errors="replace"))
 
 
 def kv_bytes(context: int, part: KVPart) -> int:

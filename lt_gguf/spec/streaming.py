@@ -164,8 +164,14 @@ class StreamingSpec:
         """The canonical text: `off` if no layer streams, else all four keys."""
         if not self.layers:
             return "off"
-        layers = format_layers(self.layers)
-        return f"layers={layers};sink={self.sink};window={self.window};prefill={self.prefill}"
+        return self._text("layers")
+
+    def hide_text(self) -> str:
+        """The same for a context that only hides what these layers would drop, to measure with (`lt_context_hide` of the runtime)."""
+        return self._text("hide")
+
+    def _text(self, key: str) -> str:
+        return f"{key}={format_layers(self.layers) or 'none'};sink={self.sink};window={self.window};prefill={self.prefill}"
 
 
 def _check_prefill(what: str, value: Any) -> str:
