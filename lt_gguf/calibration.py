@@ -38,6 +38,16 @@ class Texts:
     sha256: str
     documents: tuple[str, ...]
 
+    def halves(self) -> tuple[Texts, Texts]:
+        """Two parts that have nothing in common: every other document, or the first and the second half of a single one."""
+        documents = [document for document in self.documents if document.strip()]
+        if len(documents) > 1:
+            parts: tuple[Sequence[str], Sequence[str]] = documents[::2], documents[1::2]
+        else:
+            middle = len(documents[0]) // 2
+            parts = [documents[0][:middle]], [documents[0][middle:]]
+        return Texts(self.name, self.sha256, tuple(parts[0])), Texts(self.name, self.sha256, tuple(parts[1]))
+
 
 @dataclass(frozen=True)
 class Calibration:

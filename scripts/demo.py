@@ -45,7 +45,7 @@ FOLDER = ROOT / "build" / "demo"
 N_CTX = 4096  # what the model was trained for
 SINK, WINDOW = 4, 252  # 256 positions of a context of 4096: streaming layers forget most of each text
 # Which half of the layers streams: what several strategies choose is run, on so few prompts that it takes a minute or so.
-SELECTION = {"select": "auto", "samples": 2, "puzzles": 10, "calibration_length": 768, "threads": 1}
+SELECTION = {"questions": 8, "calibration_length": 768, "threads": 1}
 QUANTIZATIONS = ("q8_0", "q4_K_M")
 
 # One thread: a model this small gains nothing from more.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from lt_gguf import calibration
 from lt_gguf.analysis.subjects import Subject
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration
-from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES
+from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS
 from lt_gguf.report.report import Report
 from lt_gguf.selection import Request, Strategy
 from lt_gguf.spec import DEFAULT_PREFILL, DEFAULT_W_LAST, StreamingSpec
@@ -32,7 +32,7 @@ class Settings:
         calibration: text or JSONL file to measure on; `None`: texts that come with the package.
         calibration_field: of each line of a JSONL file.
         samples: prompts that are cut out of the texts.
-        puzzles: generated prompts with a question, where the hybrid itself is run.
+        questions: conversations about long texts to choose by, and others to judge by, where the hybrid itself is run.
         length: tokens of each prompt; `None`: 4096 or what the model was trained for, if that is less.
         w_last: last tokens of each sample whose attention is measured.
         prefill: how a prompt is to be read, `full` or `stream`.
@@ -42,7 +42,7 @@ class Settings:
     calibration: Path | None = None
     calibration_field: str = DEFAULT_FIELD
     samples: int = DEFAULT_SAMPLES
-    puzzles: int = DEFAULT_PUZZLES
+    questions: int = DEFAULT_QUESTIONS
     length: int | None = None
     w_last: int = DEFAULT_W_LAST
     prefill: str = DEFAULT_PREFILL
@@ -84,10 +84,10 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
             measured = {"w_last": how.w_last, "ratios": ratios, "calibration": described}
         if chosen.measures_hybrid:
             spec = StreamingSpec((), subject.model.n_layer, seen.sink, seen.window, how.prefill)
-            settings = {"samples": how.samples, "puzzles": how.puzzles, "length": length}
+            settings = {"questions": how.questions, "length": length}
             with subject.candidates(texts, spec, **settings, progress=announce) as candidates:
                 selection = chosen.select(replace(request, candidates=candidates))
     selection = selection or chosen.select(request)
     spec = selection.spec(subject.model.n_layer, how.prefill)
-    fraction = request.fraction if chosen.counts else None
+    fraction = None if not chosen.counts or (chosen.takes_tolerance and request.fraction is None) else request.share
     return Report(subject.name, subject.model.architecture, spec, selection, fraction, **measured)

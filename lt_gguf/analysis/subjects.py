@@ -18,7 +18,7 @@ from lt_gguf.selection.evidence import Candidates
 from lt_gguf.spec import StreamingSpec
 
 if TYPE_CHECKING:
-    from lt_gguf.evaluation.scorer import ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
 
 
 class Subject(Protocol):

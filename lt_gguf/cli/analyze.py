@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +13,12 @@ from lt_gguf.analysis import analyze as measure_and_choose
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
-from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
+from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS, check_questions
 from lt_gguf.report import plots
 from lt_gguf.report.folder import check_destination, write_report
-from lt_gguf.report.tables import print_bars, print_candidates
-from lt_gguf.selection import Request, asked_strategy, strategies
+from lt_gguf.report.tables import print_bars, print_candidates, print_warning
+from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, LazyRatio, Request, asked_strategy, parse_share, strategies
+from lt_gguf.selection.base import check_tolerance
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec
 
 
@@ -33,8 +33,14 @@ def analyze(
         str | None, typer.Option(metavar="STRATEGY", help=f"How layers are chosen: {', '.join(strategies())}.")
     ] = None,
     fraction: Annotated[
-        float, typer.Option("--streaming-fraction", metavar="SHARE", help="Share of the layers that is to stream.")
-    ] = DEFAULT_FRACTION,
+        float | None,
+        typer.Option(
+            "--streaming-fraction",
+            metavar="SHARE",
+            help="Share of the layers that is to stream; as many as lose no more than is tolerated by default, of other selections than "
+            f"loss {DEFAULT_FRACTION}.",
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option("--streaming-layers", metavar="LAYERS", help="Layers that stream, as in 1,3,5-9 (manual).")
     ] = None,
@@ -57,12 +63,24 @@ def analyze(
             help=f"Length of each; {DEFAULT_LENGTH} by default, or the model's context if that is smaller.",
         ),
     ] = None,
-    puzzles: Annotated[
+    questions: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto)."
+            metavar="N",
+            help="Conversations about long texts that the layers are chosen by, and twice as many that the choice is judged by, "
+            "for selections that run the hybrid (loss, kl, kl-greedy, auto).",
         ),
-    ] = DEFAULT_PUZZLES,
+    ] = DEFAULT_QUESTIONS,
+    max_loss: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            help="How much of what the full model finds may be lost, where no number of layers is asked for (loss).",
+        ),
+    ] = f"{DEFAULT_MAX_LOSS:.0%}",
+    max_kl: Annotated[
+        float, typer.Option(metavar="NATS", help="How far from the full model's its predictions may be (KL divergence), likewise.")
+    ] = DEFAULT_MAX_KL,
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK,
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW,
     prefill: Annotated[
@@ -79,14 +97,17 @@ def analyze(
 
     A GGUF file, quantized or not, is measured by the runtime; a checkpoint by transformers, one layer at a time.
     """
+    is_file = models.is_gguf(model)
+    if not is_file and select is None and layers is None and threshold is None:
+        select = LazyRatio.name  # a checkpoint can't be run as a hybrid
     chosen = asked_strategy(select, layers, threshold)
-    AutoSpec(fraction, sink, window, w_last)  # checks these
+    AutoSpec(DEFAULT_FRACTION if fraction is None else fraction, sink, window, w_last)  # checks these
     StreamingSpec((), 1, sink, window, prefill)
-    check_puzzles(puzzles)
+    check_questions(questions)
+    check_tolerance(tolerated := parse_share("--max-loss", max_loss), max_kl)
     if out is not None:
         plots.check()
         check_destination(out, overwrite)
-    is_file = models.is_gguf(model)
     if is_file and (device, dtype) != ("auto", "auto"):
         raise ValueError("--device and --dtype are for checkpoints: a GGUF file is measured with --n-gpu-layers as it is")
     if chosen.measures_hybrid and not is_file:
@@ -96,7 +117,7 @@ def analyze(
         )
     if is_file:
         model = str(models.resolve(model, f"the folder of a checkpoint, {models.FORMS}"))
-    request = partial(Request, n_streaming=None, fraction=fraction, layers=layers, threshold=threshold, sink=sink, window=window)
+    asked: dict[str, Any] = {"fraction": fraction, "layers": layers, "threshold": threshold, "sink": sink, "window": window}
     subject: Subject
     if is_file:
         subject = GGUFFile(model, model_options.scorer_options(options), options.verbose)
@@ -106,15 +127,17 @@ def analyze(
         calibration=calibration,
         calibration_field=calibration_field,
         samples=samples,
-        puzzles=puzzles,
+        questions=questions,
         length=length,
         w_last=w_last,
         prefill=prefill,
     )
     with ProgressBar("Measuring") as bar:
-        report = measure_and_choose(subject, chosen, request(subject.model), how, bar)
+        report = measure_and_choose(subject, chosen, Request(subject.model, **asked, max_loss=tolerated, max_kl=max_kl), how, bar)
     files = [] if out is None else write_report(report, out, overwrite)
-    print_bars(report)
+    if report.ratios is not None:
+        print_bars(report)
     print_candidates(report.selection, report.spec)
+    print_warning(report.selection)
     if files:
         print(f"{out}: {', '.join(file.name for file in files)}")

@@ -15,7 +15,7 @@ from lt_gguf import models
 from lt_gguf.cli import common, model
 from lt_gguf.conversion.options import Options
 from lt_gguf.memory.sizes import format_bytes
-from lt_gguf.report.tables import print_candidates
+from lt_gguf.report.tables import print_candidates, print_warning
 from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _print_layers(converted: Converted) -> None:
     )
     print(f"{selection.strategy}: {selection.reason}")
     print_candidates(selection, spec)
+    print_warning(selection)
 
 
 @contextmanager

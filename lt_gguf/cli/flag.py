@@ -21,7 +21,7 @@ from lt_gguf.gguf.flagging import Progress, flag_in_place
 from lt_gguf.gguf.flagging import flag as write_flagged
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report.report import Report
-from lt_gguf.report.tables import print_candidates
+from lt_gguf.report.tables import print_candidates, print_warning
 from lt_gguf.selection import Request, asked_strategy
 from lt_gguf.spec import Provenance, StreamingSpec, format_layers, parse_layers
 
@@ -45,7 +45,7 @@ def flag(
         str | None,
         typer.Option(
             metavar="STRATEGY",
-            help="Or measure now, as lt-gguf analyze does, which has more options: lazy-ratio, kl, auto, ...",
+            help="Or measure now, as lt-gguf analyze does, which has more options: loss (as many layers as the model can spare), lazy-ratio, ...",
             show_default=False,
         ),
     ] = None,
@@ -136,6 +136,7 @@ def _measure(model: GGUFModel, select: str, spec: StreamingSpec) -> tuple[Stream
         report = analyze(subject, chosen, request, Settings(prefill=spec.prefill, all_ratios=False), bar)
     print(f"{report.selection.strategy}: {report.selection.reason}")
     print_candidates(report.selection, report.spec)
+    print_warning(report.selection)
     print(f'--streaming "{report.spec}"')  # note: so that it isn't lost if the file can't be written
     return report.spec, report.provenance
 

@@ -19,7 +19,7 @@ from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
 
 if TYPE_CHECKING:
-    from lt_gguf.evaluation.scorer import ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
     from lt_gguf.runtime.llama import Llama
 
 MODEL_HELP = (
@@ -167,7 +167,7 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
 
 def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
     """The same for `evaluation.scorer.Scorer`; `more` are fields of its own. Raises ValueError: an option is out of range."""
-    from lt_gguf.evaluation.scorer import ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
 
     _check_batch_size(options)
     return ScorerOptions(

@@ -280,7 +280,9 @@ class _Conversion:
         with self._named_errors():
             request = Request(
                 Model(model.architecture, name, model.n_layer, model.n_layer_main, self.config),
-                fraction=options.share,
+                fraction=options.fraction,
+                max_loss=options.tolerated_loss,
+                max_kl=options.max_kl,
                 ratios=None if measured is None else measured.ratios,
                 layers=options.layers,
                 threshold=options.threshold,
@@ -318,7 +320,7 @@ class _Conversion:
             model.architecture,
             spec,
             selection,
-            self.options.share if takes_share else None,
+            self.options.share if takes_share and not (self.strategy.takes_tolerance and self.options.fraction is None) else None,
             *((None, None, None) if measured is None else self._as_reported(measured)),
         )
 

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
-from lt_gguf.evaluation.candidates import DEFAULT_PUZZLES, check_puzzles
+from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS, check_questions
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.memory.kv import cache_type as check_cache_type
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
-from lt_gguf.selection import Strategy, asked_strategy, strategies
+from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Strategy, asked_strategy, parse_share, strategies
+from lt_gguf.selection.base import check_tolerance
 from lt_gguf.selection.trained import Trained
 from lt_gguf.spec import (
     DEFAULT_FRACTION,
@@ -71,7 +72,11 @@ class Options:
     ] = None
     fraction: Annotated[
         float | None,
-        typer.Option("--streaming-fraction", metavar="SHARE", help=f"Share of layers that stream; {DEFAULT_FRACTION} by default."),
+        typer.Option(
+            "--streaming-fraction",
+            metavar="SHARE",
+            help=f"Share of layers that stream; as many as lose no more than is tolerated by default, of other selections than loss {DEFAULT_FRACTION}.",
+        ),
     ] = None
     layers: Annotated[
         str | None,
@@ -97,9 +102,7 @@ class Options:
 
     calibration: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Text or JSONL to measure the lazy ratios on, like what the model will read; else built-in texts."
-        ),
+        typer.Option(metavar="FILE", help="Text or JSONL to measure on, like what the model will read; else built-in texts."),
     ] = None
     calibration_field: Annotated[
         str, typer.Option(metavar="NAME", help="Field of each line of a JSONL file: a text, or a list of messages.")
@@ -111,18 +114,30 @@ class Options:
             metavar="TOKENS", help=f"Length of each; {DEFAULT_LENGTH} by default, or the model's context if that is smaller."
         ),
     ] = None
-    puzzles: Annotated[
+    questions: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Generated prompts with a question, for selections that run the hybrid (kl, kl-greedy, auto)."
+            metavar="N",
+            help="Conversations about long texts that the layers are chosen by, and twice as many that the choice is judged by, "
+            "for selections that run the hybrid (loss, kl, kl-greedy, auto).",
         ),
-    ] = DEFAULT_PUZZLES
+    ] = DEFAULT_QUESTIONS
+    max_loss: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            help="How much of what the full model finds may be lost, where no number of layers is asked for (loss).",
+        ),
+    ] = f"{DEFAULT_MAX_LOSS:.0%}"
+    max_kl: Annotated[
+        float, typer.Option(metavar="NATS", help="How far from the full model's its predictions may be (KL divergence), likewise.")
+    ] = DEFAULT_MAX_KL
     w_last: Annotated[int, typer.Option(help="Last tokens of each sample whose attention is measured.")] = DEFAULT_W_LAST
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     threads: Annotated[
         int,
         typer.Option(
-            help="CPU threads for selections that run the hybrid (kl, kl-greedy, auto); 0: the physical cores that the process may "
+            help="CPU threads for selections that run the hybrid (loss, kl, kl-greedy, auto); 0: the physical cores that the process may "
             f"use, here {usable_cores()}."
         ),
     ] = 0
@@ -184,6 +199,11 @@ class Options:
         return DEFAULT_FRACTION if self.fraction is None else self.fraction
 
     @property
+    def tolerated_loss(self) -> float:
+        """`max_loss` as a number. Raises ValueError if it isn't one."""
+        return parse_share("--max-loss", self.max_loss)
+
+    @property
     def budget(self) -> int | None:
         """`kv_budget` in bytes. Raises ValueError if it isn't a size."""
         if self.kv_budget is None:
@@ -215,7 +235,8 @@ class Options:
             raise ValueError(f"samples = {self.samples}: must be at least 1")
         if self.threads < 0:
             raise ValueError(f"threads = {self.threads}: must be at least 0")
-        check_puzzles(self.puzzles)
+        check_questions(self.questions)
+        check_tolerance(self.tolerated_loss, self.max_kl)
         self._check_selection()
         self._check_budget()
         if self.quantize is None and self.imatrix is not None:

@@ -17,19 +17,19 @@ from lt_gguf.spec import Provenance, StreamingSpec
 def open_converted(
     file: Path, n_layer: int, options: Options, texts: Texts, length: int, progress: Callable[[str, int, int], None]
 ) -> AbstractContextManager[Candidates]:
-    """Loads a converted file, the first one of a split model, and makes the prompts to measure candidates on.
+    """Loads a converted file, the first one of a split model, and makes the conversations to measure candidates on.
 
     Args:
-        length: tokens of a prompt with its continuation.
+        length: tokens of a conversation.
 
     Raises:
         ValueError: as `evaluation.candidates.open_candidates`.
     """
     from lt_gguf.evaluation.candidates import open_candidates
-    from lt_gguf.evaluation.scorer import ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
 
     spec = StreamingSpec((), n_layer, options.sink, options.window, options.prefill)
-    numbers = {"samples": options.samples, "puzzles": options.puzzles, "length": length}
+    numbers = {"questions": options.questions, "length": length}
     how = ScorerOptions(n_threads=options.threads or None, n_gpu_layers=0 if options.device == "cpu" else -1)
     show = lambda what, done, total: progress(f"Comparing {what}", done, total)  # noqa: E731
     return open_candidates(file, spec, texts, **numbers, options=how, progress=show)

@@ -1,188 +1,308 @@
 """Measures candidates, sets of layers that might stream, on the patched runtime: what strategies that measure are given.
 
-Each is run on the same prompts as the full model: calibration texts, whose last tokens are decoded, and generated puzzles, whose
-answers stand further back than a streaming layer sees.
+All are asked the same questions about the same documents. With `prefill = full` these are read once for all of them.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lt_gguf.calibration import Texts, cut_samples
+from lt_gguf.calibration import Texts
 from lt_gguf.evaluation.divergence import kl_divergence
-from lt_gguf.evaluation.haystack import Haystack
-from lt_gguf.evaluation.prompts import Tokenizer, make_prompt
-from lt_gguf.evaluation.tasks import TASKS
-from lt_gguf.selection.evidence import Evidence, Measurement
+from lt_gguf.evaluation.facts import CHOOSING, JUDGING
+from lt_gguf.evaluation.outcomes import KnownOutcomes
+from lt_gguf.evaluation.probes import QUESTIONS_OF_A_DOCUMENT, Document, Probe, Turn, make_documents
+from lt_gguf.selection.evidence import Evidence, Measurement, Outcome
 from lt_gguf.spec import StreamingSpec
 
 if TYPE_CHECKING:
-    from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
+    from lt_gguf.evaluation.shared_prompts import SharedPrompts
+    from lt_gguf.runtime.text_model import TextModel
 
-Progress = Callable[[str, int, int], None]  # what is being done, prompts done, of how many
+Progress = Callable[[str, int, int], None]  # what is being done, tokens done, of how many
 
-DEFAULT_PUZZLES = 20
-DECODED = 64  # tokens of a text that are compared: its last ones
+DEFAULT_QUESTIONS = 16  # conversations to choose by, and twice as many to judge by
+LONG_LENGTH = 16_384  # tokens of the conversations that the choice is judged by, too, where the model's context allows
+LONG_QUESTIONS = 4  # of these: reading one document takes as long as four short ones
 _SEED = 0
+_AT_ONCE = 8  # sets that are measured before they are written down: an interrupted measurement goes on with the next ones
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and how it goes on.
-
-    Args:
-        prompt: tokens that are read as a prompt.
-        continuation: tokens that are decoded after it.
-        spans: parts [begin, end) of the continuation that can only be looked up in the prompt, if it is a puzzle's.
-    """
-
-    prompt: tuple[int, ...]
-    continuation: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def compared(self) -> np.ndarray:
-        """Which tokens of the continuation count: of a puzzle's the looked-up ones, else all. bool (continuation,)"""
-        which = np.full(len(self.continuation), not self.spans)
-        for begin, end in self.spans:
-            which[begin:end] = True
-        return which
-
-    def score(self, log_probs: np.ndarray) -> float:
-        """Share of the spans whose every token is the most likely one, by log-probabilities (continuation, n_vocab)."""
-        right = log_probs.argmax(axis=1) == self.continuation
-        return sum(bool(right[begin:end].all()) for begin, end in self.spans) / len(self.spans)
+Layers = tuple[int, ...]
 
 
 class RuntimeBench:
-    """Compares hybrids with their full model on the same samples.
+    """Compares hybrids with their full model on the same conversations.
 
-    The full model's log-probabilities are kept in a file that the system removes; a set of layers is run once, however
-    often it is asked for.
-
-    Args:
-        scorer: of the model.
-        spec: what a streaming layer sees, and how prompts are read; its layers don't count.
-        samples: at least one text and one puzzle.
-        done: is called after each prompt with the number of tokens that were run.
-    """
-
-    def __init__(
-        self, scorer: Scorer, spec: StreamingSpec, samples: Sequence[Sample], done: Callable[[int], None] = lambda n: None
-    ) -> None:
-        self._scorer, self._spec, self._samples, self._done = scorer, spec, samples, done
-        self._full: list[np.ndarray] = []  # for each sample: (compared tokens, n_vocab)
-        self._found: dict[tuple[int, ...], Evidence] = {}
-
-    @property
-    def runs(self) -> int:
-        """How many sets of layers were run."""
-        return len(self._found)
-
-    def measure(self, layers: tuple[int, ...]) -> Evidence:
-        """Runs all samples with these streaming layers; with none, it is the full model.
-
-        Raises:
-            ValueError: the model can't stream so, or a sample doesn't fit the context.
-        """
-        spec = replace(self._spec, layers=layers)
-        if spec.layers not in self._found:
-            if spec.layers:
-                self.measure(())
-            else:
-                self._full = self._room()
-            self._found[spec.layers] = self._run(spec)
-        return self._found[spec.layers]
-
-    def _run(self, spec: StreamingSpec) -> Evidence:
-        self._scorer.with_streaming(spec)
-        of_texts, of_answers, scores = [], [], []
-        outputs = self._scorer.logprobs((sample.prompt, sample.continuation) for sample in self._samples)
-        for sample, full, log_probs in zip(self._samples, self._full, outputs, strict=True):
-            compared = log_probs[sample.compared]
-            if not spec.layers:
-                full[:] = compared
-            divergence = kl_divergence(full, compared)
-            if sample.spans:
-                of_answers.append(divergence)
-                scores.append(sample.score(log_probs))
-            else:
-                of_texts.append(divergence)
-            self._done(len(sample.prompt) + len(sample.continuation))
-        kl_text, kl_answer = (float(np.concatenate(parts).mean()) for parts in (of_texts, of_answers))
-        return Evidence(kl_text, kl_answer, tuple(scores))
-
-    def _room(self) -> list[np.ndarray]:
-        n_tokens = [int(sample.compared.sum()) for sample in self._samples]
-        # note: 0.6 MB a token with a vocabulary of 150,000
-        everything = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(sum(n_tokens), self._scorer.n_vocab))  # noqa: SIM115 (closed with the array)
-        return np.split(everything, np.cumsum(n_tokens)[:-1])
-
-
-class RuntimeCandidates:
-    """Two benches with different prompts on one loaded model, and an account of what they run.
+    The full model's log-probabilities are kept in a file that the system removes. A set of layers is measured once, however often
+    it is asked for.
 
     Args:
-        scorer: of the model.
+        model: whose layers.
+        options: how it is run.
         spec: what a streaming layer sees, and how prompts are read; its layers don't count.
-        texts: calibration texts.
-        samples: prompts of each bench that are cut out of them.
-        puzzles: generated prompts of each bench, of all tasks of the evaluation in turn.
-        length: tokens of each prompt with its continuation.
-        progress: is called with what is announced, and after each prompt.
-
-    Raises:
-        ValueError: a number is out of range, there is too little text, or a puzzle is longer than `length`.
+        documents: at least one.
+        known: what has been measured of these documents before, and takes what is measured now.
+        done: is called with a number of tokens that were read or computed.
     """
 
     def __init__(
         self,
-        scorer: Scorer,
+        model: TextModel,
+        options: ScorerOptions,
+        spec: StreamingSpec,
+        documents: Sequence[Document],
+        known: KnownOutcomes,
+        done: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        self._model, self._options, self._spec, self._known, self._done = model, options, spec, known, done
+        self._documents = sorted(documents, key=lambda document: document.length)
+        self._prompts: dict[int, SharedPrompts] = {}  # by length
+        self._states: dict[tuple[int, ...], np.ndarray] = {}  # of documents that have been read
+        self._full: list[np.ndarray] | None = None  # for each probe: log-probabilities (compared tokens, n_vocab)
+        self._closing = ExitStack()
+        self.read = self.computed = 0  # tokens
+
+    def close(self) -> None:
+        """Frees the contexts."""
+        self._closing.close()
+
+    @property
+    def sets(self) -> int:
+        """How many sets of layers have been measured, now or before."""
+        return self._known.count(self._spec)
+
+    @property
+    def tokens_to_read(self) -> int:
+        """Of all documents, with `prefill = full` but once."""
+        return sum(len(document.prefix) for document in self._documents)
+
+    @property
+    def tokens_of_a_set(self) -> int:
+        """That are computed for each set."""
+        n = sum(len(document.text) + sum(map(_n_tokens, document.conversations)) for document in self._documents)
+        return n + (self.tokens_to_read if self._spec.prefill == "stream" else 0)
+
+    def with_window(self, window: int) -> RuntimeBench:
+        """The same documents, as they have been read, for streaming layers with another window."""
+        spec = replace(self._spec, window=window)
+        other = RuntimeBench(self._model, self._options, spec, self._documents, self._known, self._done)
+        other._prompts, other._states, other._closing = self._prompts, self._states, self._closing
+        return other
+
+    def measure(self, layers: Layers) -> Evidence:
+        """Asks everything with these streaming layers; with none, it is the full model.
+
+        Raises:
+            ValueError: the model can't stream so, or a conversation doesn't fit the context.
+        """
+        return self.measure_all([layers])[0]
+
+    def measure_all(self, sets: Sequence[Layers]) -> list[Evidence]:
+        """The same for many sets, for which a question is read once."""
+        missing = [layers for layers in dict.fromkeys(sets) if not self._known.has(self._spec, layers)]
+        for begin in range(0, len(missing), _AT_ONCE):
+            self._measure(missing[begin : begin + _AT_ONCE])
+        return [Evidence(self._known.get(self._spec, layers)) for layers in sets]
+
+    def _measure(self, sets: list[Layers]) -> None:
+        if self._full is None:
+            self._full = self._room()
+            sets = [(), *(layers for layers in sets if layers)]  # what all are compared with
+        outcomes: dict[Layers, list[Outcome]] = {layers: [] for layers in sets}
+        probes = iter(self._full)
+        for number, document in enumerate(self._documents):
+            full = [next(probes) for _ in range(document.n_probes)]
+            prompts = self._context(document)
+            if self._spec.prefill == "full":
+                self._recall(prompts, document)
+                for layers, found in self._ask_all(prompts, document, sets, read=True):
+                    outcomes[layers] += self._outcomes(layers, document, number, found, full)
+                continue
+            for layers in sets:  # each reads the document for itself
+                prompts.clear()
+                prompts.hide(self._hybrid(layers))
+                self._read(prompts, document.prefix)
+                for _, found in self._ask_all(prompts, document, [layers], read=False):
+                    outcomes[layers] += self._outcomes(layers, document, number, found, full)
+        for layers in sets:
+            self._known.add(self._spec, layers, outcomes[layers])
+
+    def _ask_all(
+        self, prompts: SharedPrompts, document: Document, sets: Sequence[Layers], read: bool
+    ) -> Iterator[tuple[Layers, list[np.ndarray]]]:
+        """All that is asked about a document which has been read, for some sets: log-probabilities for each of its probes.
+
+        `read`: the first messages are read once for all sets, with full attention.
+        """
+        n_prefix = prompts.n_past()
+        texts: dict[Layers, np.ndarray] = {}
+        for layers in sets:
+            prompts.hide(self._hybrid(layers))
+            (rows,) = prompts.decode([document.text])
+            texts[layers] = rows[:-1]
+            prompts.cut([n_prefix])
+            self._count(len(document.text))
+        conversations = document.conversations
+        prompts.share(len(conversations))
+        first_messages = [first.message for first, _ in conversations]
+        if read:
+            prompts.hide(None)
+            prompts.read(first_messages)
+            self._count(sum(map(len, first_messages)))
+        n_past = [prompts.n_past(seq) for seq in range(len(conversations))]
+        for layers in sets:
+            prompts.hide(self._hybrid(layers))
+            if not read:
+                prompts.read(first_messages)
+            first = prompts.decode([turn.answer for turn, _ in conversations])
+            prompts.read([turn.message for _, turn in conversations])
+            later = prompts.decode([turn.answer for _, turn in conversations])
+            prompts.cut(n_past)
+            self._count(sum(map(_n_tokens, conversations)))
+            found = [texts[layers]]
+            for turns, both in zip(conversations, zip(first, later)):
+                found += [row[turn.span[0] - 1 : turn.span[1] - 1] for turn, row in zip(turns, both)]
+            yield layers, found
+
+    def _outcomes(
+        self, layers: Layers, document: Document, number: int, found: list[np.ndarray], full: list[np.ndarray]
+    ) -> Iterator[Outcome]:
+        for i, (probe, log_probs, expected) in enumerate(zip(document.probes, found, full, strict=True)):
+            if not layers:
+                expected[:] = log_probs
+            conversation = number * QUESTIONS_OF_A_DOCUMENT + max(0, i - 1) // 2
+            yield self._outcome(probe, document, conversation, log_probs, expected)
+
+    @staticmethod
+    def _outcome(probe: Probe, document: Document, conversation: int, log_probs: np.ndarray, full: np.ndarray) -> Outcome:
+        expected = np.asarray(probe.expected)
+        weights = np.exp(
+            full[np.arange(len(expected)), expected].astype(np.float64)
+        )  # what the full model doesn't know counts little
+        known, found = (float((weights * (rows.argmax(axis=1) == expected)).mean()) for rows in (full, log_probs))
+        hit = bool((log_probs.argmax(axis=1) == expected).all())
+        kl = float(kl_divergence(full, log_probs).mean())
+        return Outcome(probe.where, probe.kind, document.length, conversation, kl, known, found, hit)
+
+    def _hybrid(self, layers: Layers) -> StreamingSpec | None:
+        return replace(self._spec, layers=layers) if layers else None
+
+    def _context(self, document: Document) -> SharedPrompts:
+        if document.length not in self._prompts:
+            from lt_gguf.evaluation.shared_prompts import SharedPrompts
+
+            alike = [other for other in self._documents if other.length == document.length]
+            n_ctx, n_seq = max(other.n_tokens for other in alike), max(len(other.conversations) for other in alike)
+            self._prompts[document.length] = self._closing.enter_context(SharedPrompts(self._model, self._options, n_ctx, n_seq))
+        return self._prompts[document.length]
+
+    def _recall(self, prompts: SharedPrompts, document: Document) -> None:
+        """Lets a context hold a document, as it was read with full attention."""
+        if document.prefix in self._states:
+            prompts.restore(self._states[document.prefix], len(document.prefix))
+            return
+        prompts.clear()
+        prompts.hide(None)
+        self._read(prompts, document.prefix)
+        self._states[document.prefix] = prompts.save()
+
+    def _read(self, prompts: SharedPrompts, prefix: tuple[int, ...]) -> None:
+        step = self._options.n_batch
+        for begin in range(0, len(prefix), step):  # note: so that somebody who waits sees that it goes on
+            part = prefix[begin : begin + step]
+            prompts.read([part])
+            self.read += len(part)
+            self._done(len(part))
+
+    def _count(self, n: int) -> None:
+        self.computed += n
+        self._done(n)
+
+    def _room(self) -> list[np.ndarray]:
+        n_tokens = [len(probe.expected) for document in self._documents for probe in document.probes]
+        # note: 0.6 MB a token with a vocabulary of 150,000
+        everything = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(sum(n_tokens), self._model.n_vocab))  # noqa: SIM115 (closed with the array)
+        return np.split(everything, np.cumsum(n_tokens)[:-1])
+
+
+class RuntimeCandidates:
+    """Two benches with different documents and questions on one loaded model, and an account of what they run.
+
+    Args:
+        model: whose layers.
+        options: how it is run.
+        spec: what a streaming layer sees, and how prompts are read; its layers don't count.
+        texts: what the documents are made of.
+        questions: conversations to choose by; twice as many are judged by, because a tolerance is kept by these.
+        length: tokens of each.
+        progress: is called with what is announced, and after each step.
+
+    Raises:
+        ValueError: a number is out of range, or a conversation is longer than `length`.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        options: ScorerOptions,
         spec: StreamingSpec,
         texts: Texts,
         *,
-        samples: int,
-        puzzles: int,
+        questions: int,
         length: int,
         progress: Progress = lambda what, done, total: None,
     ) -> None:
-        check_puzzles(puzzles)
-        if scorer.n_ctx_train and length > scorer.n_ctx_train:
-            raise ValueError(f"calibration length = {length}: must be at most the model's context of {scorer.n_ctx_train}")
-        self._texts, self._progress = texts, progress
-        self._n_texts, self._n_puzzles, self._length = samples, puzzles, length
-        self._prompts = self._tokens = 0
-        self._announced, self._to_do = "", 0
-        of_texts = text_samples(scorer, texts, 2 * samples, length)
-        choosing, judging = (puzzle_samples(scorer, spec, puzzles, length, [_SEED, i]) for i in range(2))
-        self.choosing = RuntimeBench(scorer, spec, [*of_texts[::2], *choosing], self._count)
-        self.judging = RuntimeBench(scorer, spec, [*of_texts[1::2], *judging], self._count)
+        check_questions(questions)
+        if model.n_ctx_train and length > model.n_ctx_train:
+            raise ValueError(f"calibration length = {length}: must be at most the model's context of {model.n_ctx_train}")
+        self._texts, self._progress, self._questions, self._length = texts, progress, questions, length
+        self._announced, self._done, self._to_do = "", 0, 0
+        to_choose, to_judge = texts.halves()
+        far = max(spec.window, 0)
+        choosing = make_documents(model, to_choose, CHOOSING, questions, length, far, [_SEED, 0])
+        judging = make_documents(model, to_judge, JUDGING, 2 * questions, length, far, [_SEED, 1])
+        if length < LONG_LENGTH <= model.n_ctx_train:
+            judging += make_documents(model, to_judge, JUDGING, min(LONG_QUESTIONS, questions), LONG_LENGTH, far, [_SEED, 2])
+        self._lengths = tuple(sorted({document.length for document in [*choosing, *judging]}))
+        self.choosing, self.judging = (
+            RuntimeBench(model, options, spec, documents, KnownOutcomes.of(model.file, options, documents), self._count)
+            for documents in (choosing, judging)
+        )
 
-    def announce(self, runs: int) -> None:
-        """Tells the progress display how much is to be run at most."""
-        n = self._n_texts + self._n_puzzles
-        self._announced = f"candidates: up to {runs} runs of {n} prompts of {self._length:,} tokens"
-        self._to_do = self._prompts + runs * n
-        self._progress(self._announced, self._prompts, self._to_do)
+    def close(self) -> None:
+        """Frees the contexts."""
+        self.choosing.close()
+        self.judging.close()
+
+    def announce(self, choosing: int, judging: int) -> None:
+        """Tells the progress display how much is to be done at most."""
+        n = 0
+        for bench, sets in ((self.choosing, choosing), (self.judging, judging)):
+            if sets:
+                n += (0 if bench.read else bench.tokens_to_read) + sets * bench.tokens_of_a_set
+        self._announced = f"loss: up to {choosing} sets of layers on {self._questions} conversations of {self._length:,} tokens, and {judging} on others"
+        self._to_do = self._done + n
+        self._progress(self._announced, self._done, self._to_do)
 
     @property
     def measurement(self) -> Measurement:
-        """What has been run until now, by both benches."""
-        data = self._texts.name, self._texts.sha256
-        runs = self.choosing.runs + self.judging.runs
-        return Measurement(*data, self._n_texts, self._n_puzzles, self._length, runs, self._prompts, self._tokens)
+        """What has been measured until now, by both benches."""
+        benches = self.choosing, self.judging
+        read, computed, sets = (sum(getattr(bench, name) for bench in benches) for name in ("read", "computed", "sets"))
+        return Measurement(self._texts.name, self._texts.sha256, self._questions, self._lengths, sets, read, computed)
 
     def _count(self, n_tokens: int) -> None:
-        self._prompts += 1
-        self._tokens += n_tokens
-        self._progress(self._announced, self._prompts, self._to_do)
+        self._done += n_tokens
+        self._to_do = max(self._to_do, self._done)
+        self._progress(self._announced, self._done, self._to_do)
 
 
 @contextmanager
@@ -191,8 +311,7 @@ def open_candidates(
     spec: StreamingSpec,
     texts: Texts,
     *,
-    samples: int,
-    puzzles: int,
+    questions: int,
     length: int,
     options: ScorerOptions | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -200,47 +319,32 @@ def open_candidates(
     """Loads a GGUF file for as long as the with block lasts. The arguments are those of `RuntimeCandidates`.
 
     Raises:
-        ValueError: as `Scorer` and `RuntimeCandidates` do.
+        ValueError: as `TextModel` and `RuntimeCandidates` do.
     """
-    from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
+    from lt_gguf.runtime.text_model import TextModel
 
-    with Scorer(file, "off", options or ScorerOptions()) as scorer:
-        yield RuntimeCandidates(scorer, spec, texts, samples=samples, puzzles=puzzles, length=length, progress=progress)
+    options = options or ScorerOptions()
+    if options.n_gpu_layers == 0 and options.cache_type_v in ("f16", "bf16", "f32"):
+        # a CPU computes the few tokens of a candidate faster without it, 2.7 times at 4,096 tokens
+        options = replace(options, flash_attn=False)
+    model = TextModel(file, options.n_gpu_layers)
+    try:
+        candidates = RuntimeCandidates(model, options, spec, texts, questions=questions, length=length, progress=progress)
+        try:
+            yield candidates
+        finally:
+            candidates.close()
+    finally:
+        model.close()
 
 
-def check_puzzles(puzzles: int) -> None:
+def check_questions(questions: int) -> None:
     """Raises ValueError if so many can't be asked."""
-    if puzzles < 1:
-        raise ValueError(f"puzzles = {puzzles}: must be at least 1")
+    if questions < 1:
+        raise ValueError(f"questions = {questions}: must be at least 1")
 
 
-def text_samples(tokenizer: Tokenizer, texts: Texts, n: int, length: int) -> list[Sample]:
-    """`n` samples cut out of texts, spread evenly over them; at most a quarter of each is decoded.
-
-    Raises:
-        ValueError: as `cut_samples` does.
-    """
-    n_decoded = min(DECODED, length // 4)
-    prompts = cut_samples(texts, lambda text: tokenizer.tokenize(text, special=True), tokenizer.bos, n, length)
-    return [Sample(tuple(tokens[:-n_decoded]), tuple(tokens[-n_decoded:])) for tokens in prompts]
-
-
-def puzzle_samples(tokenizer: Tokenizer, spec: StreamingSpec, n: int, length: int, seed: Sequence[int]) -> list[Sample]:
-    """`n` puzzles of all tasks in turn, whose needles are spread over what streaming layers don't see at the end.
-
-    Their keys and wordings are not those that an evaluation asks for: what is chosen here can be evaluated there.
-
-    Raises:
-        ValueError: a puzzle is longer than `length`.
-    """
-    tasks = list(TASKS.values())
-    far = max(0.0, 1 - spec.window / length)
-    samples = []
-    for i in range(n):
-        rng = np.random.default_rng([*seed, i])
-        depth = far * (i + 0.5) / n
-        prompt = make_prompt(tokenizer, tasks[i % len(tasks)], rng, length, depth, Haystack(), held_out=False)
-        # note: the answer's given beginning is decoded, as if the model had written it (see `Prompt.n_given`)
-        spans = tuple((prompt.n_given + begin, prompt.n_given + end) for begin, end in prompt.spans)
-        samples.append(Sample(prompt.prompt, (*prompt.given, *prompt.answer), spans))
-    return samples
+def _n_tokens(conversation: tuple[Turn, Turn]) -> int:
+    first, later = conversation
+    return len(first.answer) + len(later.message) + len(later.answer)

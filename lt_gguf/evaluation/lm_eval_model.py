@@ -22,7 +22,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lt_gguf.evaluation.scorer import Request, Scorer, ScorerOptions
+from lt_gguf.evaluation.context import ScorerOptions
+from lt_gguf.evaluation.scorer import Request, Scorer
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.models import resolve
 from lt_gguf.runtime.library import load_llama_cpp

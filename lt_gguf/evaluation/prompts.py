@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> str | None:
         """Its Jinja template, `None` if it has none."""
+
+    @property
+    def eos_text(self) -> str:
+        """How a template writes the end of an answer, empty if the model has no such token."""
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Without `bos`; `special`: names of special tokens in the text are these tokens."""
@@ -100,7 +104,7 @@ def make_prompt(
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth = {depth}: must be from 0, the beginning of the text, to 1, its end")
     puzzle = task.puzzle(WordSource(rng, held_out))
-    answer, spans = _answer_tokens(tokenizer, puzzle)
+    answer, spans = answer_tokens(tokenizer, puzzle)
     placing = int(rng.integers(2**63))
     sentences = haystack.sentences(rng)
     filler: list[str] = []
@@ -108,11 +112,11 @@ def make_prompt(
     def asked_with(n: int) -> str:
         filler.extend(islice(sentences, max(0, n - len(filler))))
         parts = hide(np.random.default_rng(placing), filler[:n], [puzzle], depth)
-        return _ask(tokenizer, " ".join(part.text for part in parts), puzzle.question)
+        return ask(tokenizer, " ".join(part.text for part in parts), puzzle.question)
 
     @cache
     def tokens_with(n: int) -> tuple[int, ...]:
-        return _encode(tokenizer, asked_with(n) + _space(tokenizer) + puzzle.prefix)
+        return encode(tokenizer, asked_with(n) + space(tokenizer) + puzzle.prefix)
 
     def n_tokens(n: int) -> int:
         return len(tokens_with(n)) + len(answer)
@@ -123,11 +127,11 @@ def make_prompt(
     while n_tokens(too_many) <= length:
         too_many *= 2
     n = bisect_right(range(too_many), length, lo=too_many // 2, key=n_tokens) - 1
-    tokens, asked = tokens_with(n), _encode(tokenizer, asked_with(n))
-    return Prompt(task.name, tokens, len(tokens) - _n_common(tokens, asked), answer, spans, puzzle, depth)
+    tokens, asked = tokens_with(n), encode(tokenizer, asked_with(n))
+    return Prompt(task.name, tokens, len(tokens) - n_common(tokens, asked), answer, spans, puzzle, depth)
 
 
-def _answer_tokens(tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def answer_tokens(tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """The tokens after the answer's given beginning, and where in them each looked-up piece is."""
     # note: counted behind the prefix, since the first word of a text may have other tokens; pieces end where words end,
     # where no tokenizer has a token that goes on
@@ -143,43 +147,61 @@ def _answer_tokens(tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[tuple[int, ...
     return tuple(tokens), tuple(spans)
 
 
-def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
+def n_common(first: Sequence[int], second: Sequence[int]) -> int:
     """With how many of the same tokens both begin."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
-def _ask(tokenizer: Tokenizer, text: str, question: str) -> str:
+def ask(tokenizer: Tokenizer, text: str, question: str) -> str:
     """The prompt up to where the answer begins. `scripts/testbed/testbed_data.py` trains on the same two forms."""
     if tokenizer.chat_template is None:
         return f"{text}\nQuestion: {question}\nAnswer:"
-    return _render(tokenizer.chat_template, f"{text}\n{question}")
+    return _render(tokenizer.chat_template, tokenizer.eos_text, [f"{text}\n{question}"])
 
 
-def _space(tokenizer: Tokenizer) -> str:
+def go_on(tokenizer: Tokenizer, text: str, question: str, answer: str, later_question: str) -> str:
+    """How a conversation that began with `ask` goes on after its answer: a later question, up to where its answer begins.
+
+    Raises:
+        ValueError: the model's chat template refuses it, or doesn't write the answer as it was given.
+    """
+    if tokenizer.chat_template is None:
+        return f"\nQuestion: {later_question}\nAnswer:"
+    rendered = _render(tokenizer.chat_template, tokenizer.eos_text, [f"{text}\n{question}", answer, later_question])
+    # note: what a template writes before an answer may change once there is a later message, as with thoughts
+    before, found, between = rendered.rpartition(answer)
+    if not found or len(before) < len(text):
+        raise ValueError("the model's chat template can't be used: it doesn't write answers as they were given")
+    return between
+
+
+def space(tokenizer: Tokenizer) -> str:
     """What is between the prompt and the answer."""
     return " " if tokenizer.chat_template is None else ""
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     tokens = tokenizer.tokenize(text, special=tokenizer.chat_template is not None)
     bos = list(tokenizer.bos)
     has_bos = tokens[: len(bos)] == bos  # a template may spell it out
     return tuple(tokens if has_bos else bos + tokens)
 
 
-def _render(template: str, message: str) -> str:
-    """A user's message in a chat template, up to where the model answers; without the token that begins a text."""
+def _render(template: str, eos_text: str, messages: Sequence[str]) -> str:
+    """A user's messages and the answers between them in a chat template, up to where the model answers; without the token that begins
+    a text."""
     import jinja2
 
+    roles = ("user", "assistant")
+    conversation: Any = [{"role": roles[i % 2], "content": message} for i, message in enumerate(messages)]
     try:
-        return _formatter(template)(messages=[{"role": "user", "content": message}]).prompt
+        return _formatter(template, eos_text)(messages=conversation).prompt
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"the model's chat template can't be used: {' '.join(str(error).split())}") from None
 
 
 @cache
-def _formatter(template: str) -> Jinja2ChatFormatter:
+def _formatter(template: str, eos_text: str) -> Jinja2ChatFormatter:
     from lt_gguf.runtime.library import load_llama_cpp
 
-    # note: it ends texts with eos_token where a template writes a past answer, which our prompts don't have
-    return load_llama_cpp().llama_chat_format.Jinja2ChatFormatter(template, eos_token="", bos_token="")
+    return load_llama_cpp().llama_chat_format.Jinja2ChatFormatter(template, eos_token=eos_text, bos_token="")

@@ -9,22 +9,16 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, cache_type
-from lt_gguf.runtime import api, crash
-from lt_gguf.runtime.batch import POSITION, SEQUENCE, WANTED, Batch, batch_part
-from lt_gguf.runtime.cpu import usable_cores
-from lt_gguf.runtime.library import load_llama_cpp
-from lt_gguf.runtime.log import captured_errors
+from lt_gguf.evaluation.context import DEFAULT_OPTIONS, ScorerOptions, ScoringContext
+from lt_gguf.runtime import api
+from lt_gguf.runtime.batch import POSITION, SEQUENCE, batch_part
 from lt_gguf.runtime.text_model import TextModel
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running, runtime_text
-from lt_gguf.spec.fields import check_integer, is_auto
-
-_llama_cpp = load_llama_cpp().llama_cpp
+from lt_gguf.spec.fields import is_auto
 
 T = TypeVar("T")
 Request = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt and of its answer
@@ -32,51 +26,12 @@ Question = tuple[Sequence[int], int] | tuple[Sequence[int], int, Sequence[int]] 
 Keep = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of rows of log-probabilities and the tokens at their places
 
 _N_CTX_STEP = 1024  # a context that grows grows by so many tokens, so that it rarely does
-_LOGITS_BYTES = 2**26  # most that are taken at a time: with a large vocabulary, batches of answers are smaller
 
 _NO_TOKENS = np.empty(0, np.int32)
 
 
 def _keep_all(rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return rows
-
-
-@dataclass(frozen=True)
-class ScorerOptions:
-    """How a model is loaded and run.
-
-    Args:
-        n_ctx: most tokens of one request, prompt and answer together; 0: as many as there are, the context grows. (Give
-            it for models whose RoPE depends on the size of the context.)
-        n_parallel: requests that are worked on at a time.
-        n_batch: tokens that are computed at once.
-        n_threads: CPU threads; `None`: the physical cores that the process may use.
-        n_gpu_layers: layers that run on the GPU, if there is one; -1: all.
-        cache_type_k: type of K in the KV cache, a key of `lt_gguf.memory.kv.CACHE_TYPES`.
-        cache_type_v: the same of V.
-        flash_attn: use flash attention.
-
-    Raises:
-        ValueError: a value is out of range; the message names it and says what is allowed.
-    """
-
-    n_ctx: int = 0
-    n_parallel: int = 4
-    n_batch: int = 512
-    n_threads: int | None = None
-    n_gpu_layers: int = 0
-    cache_type_k: str = DEFAULT_CACHE_TYPE
-    cache_type_v: str = DEFAULT_CACHE_TYPE
-    flash_attn: bool = True
-
-    def __post_init__(self) -> None:
-        check_integer("n_ctx", self.n_ctx, 0)
-        check_integer("n_parallel", self.n_parallel, 1, _llama_cpp.llama_max_parallel_sequences())
-        check_integer("n_batch", self.n_batch, 1)
-        check_integer("n_threads", 1 if self.n_threads is None else self.n_threads, 1)
-        check_integer("n_gpu_layers", self.n_gpu_layers, -1)
-        cache_type(self.cache_type_k)
-        cache_type(self.cache_type_v)
 
 
 class Scorer(TextModel):
@@ -96,11 +51,11 @@ class Scorer(TextModel):
         self,
         file: str | os.PathLike[str],
         streaming: StreamingSpec | AutoSpec | str | None = None,
-        options: ScorerOptions = ScorerOptions(),
+        options: ScorerOptions = DEFAULT_OPTIONS,
     ) -> None:
         super().__init__(file, options.n_gpu_layers)
         self.options = options
-        self._context: int | None = None
+        self._context: ScoringContext | None = None
         try:
             self._set_spec(streaming)
             self._make_context(options.n_ctx or _N_CTX_STEP)
@@ -126,7 +81,7 @@ class Scorer(TextModel):
         """Which layers stream, `None` if none does. Where they are chosen for the prompt: for the last one that was read."""
         if self._context is None:
             return None
-        spec, _ = parse_running(api.context_spec(self._context), self.n_layer)
+        spec, _ = parse_running(api.context_spec(self._context.handle), self.n_layer)
         return spec if spec.layers else None
 
     def with_streaming(self, streaming: StreamingSpec | AutoSpec | str | None) -> None:
@@ -144,7 +99,7 @@ class Scorer(TextModel):
         if isinstance(spec, StreamingSpec) and spec.n_layer != self.n_layer:
             raise ValueError(f"streaming: is for a model of {spec.n_layer} layers, must be for {self.n_layer}")
         try:
-            api.set_model_spec(self._model.model, None if spec is None else runtime_text(spec))
+            api.set_model_spec(self.handle, None if spec is None else runtime_text(spec))
         except ValueError as error:
             raise ValueError(f"streaming: {error}") from None
 
@@ -248,8 +203,8 @@ class Scorer(TextModel):
             raise ValueError("a request's prompt is empty: must have at least one token, as the one that begins a text")
         # note: the last token of an answer is not computed
         self._need(max(len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, n_answer, strict=True)))
-        with captured_errors(forward=False):  # a context that chooses its layers makes its caches anew, and says so
-            _llama_cpp.llama_memory_clear(_llama_cpp.llama_get_memory(self._context), False)
+        assert self._context is not None  # `_need` has made it
+        self._context.clear()
         wanted = [np.arange(len(prompt)) == len(prompt) - 1 for prompt in prompts]
         parts = [batch_part(prompt, 0, seq, wanted[seq]) for seq, prompt in enumerate(prompts)]
         return self._decode(np.concatenate(parts, axis=1), keep, expected, [len(prompt) for prompt in prompts])
@@ -278,29 +233,16 @@ class Scorer(TextModel):
             what is kept, by default float32 (those that are wanted, n_vocab): log-probabilities.
         """
         assert self._context is not None  # `_read` has made it
-        n_at_once = self._batch.size if len(n_prompt) else self._n_answer_at_once
+        n_at_once = self._context.n_at_once if len(n_prompt) else self._context.n_wanted_at_once
         kept = [keep(np.empty((0, self.n_vocab), np.float32), _NO_TOKENS)]
         for begin in range(0, tokens.shape[1], n_at_once):
             part = tokens[:, begin : begin + n_at_once]
             for seq in part[SEQUENCE, part[POSITION] == 0].tolist():
-                api.prompt_begin(self._context, seq, n_prompt[seq])
-            rows = self._compute(part)
+                self._context.begin_prompt(seq, n_prompt[seq])
+            rows = self._context.compute(part)
             kept.append(keep(rows, expected[: len(rows)]))
             expected = expected[len(rows) :]
         return np.concatenate(kept)
-
-    def _compute(self, tokens: np.ndarray) -> np.ndarray:
-        """One llama_decode: float32 (tokens that are wanted, n_vocab) log-probabilities."""
-        self._batch.fill(tokens)
-        n, n_wanted = tokens.shape[1], int(tokens[WANTED].sum())
-        doing = "decoding" if n == n_wanted else f"reading a prompt, {n} tokens"
-        with captured_errors(forward=False) as log, crash.step(f"{doing}, {self.file}"):
-            code = _llama_cpp.llama_decode(self._context, self._batch.native)
-        if code:
-            raise RuntimeError(f"llama_decode returned {code}: {log.reason or 'it gives no reason'}")
-        if not n_wanted:
-            return np.empty((0, self.n_vocab), np.float32)
-        return _log_softmax(np.ctypeslib.as_array(_llama_cpp.llama_get_logits(self._context), (n_wanted, self.n_vocab)))
 
     def _need(self, n_tokens: int) -> None:
         """Has a context with room for so many tokens in a sequence; a new one is empty."""
@@ -311,38 +253,16 @@ class Scorer(TextModel):
 
     def _make_context(self, n_ctx: int) -> None:
         self._free_context()
-        options, model = self.options, self._model.model
-        if is_auto(api.model_spec(model)) and options.n_parallel > 1:
+        options = self.options
+        if is_auto(api.model_spec(self.handle)) and options.n_parallel > 1:
             raise ValueError(f"n_parallel = {options.n_parallel}: must be 1 where the layers are chosen for the prompt")
-        parameters = _llama_cpp.llama_context_default_params()
-        parameters.n_ctx = n_ctx * options.n_parallel
-        parameters.n_seq_max = options.n_parallel
-        parameters.n_batch = options.n_batch
-        parameters.n_threads = parameters.n_threads_batch = options.n_threads or usable_cores()
-        parameters.type_k = cache_type(options.cache_type_k).ggml_type
-        parameters.type_v = cache_type(options.cache_type_v).ggml_type
-        parameters.flash_attn_type = int(options.flash_attn)
-        # a part of the cache for each sequence: in a common one the attention of each would go over the tokens of all
-        parameters.kv_unified = False
-        with captured_errors(forward=False) as log, crash.step(f"making a context of {parameters.n_ctx} tokens, {self.file}"):
-            self._context = _llama_cpp.llama_init_from_model(model, parameters)
-        if not self._context:
-            raise ValueError(f"{self.file}: {log.reason or 'no context can be made'}")
+        self._context = ScoringContext(self, options, n_ctx, options.n_parallel)
         self._n_ctx = n_ctx
-        self._batch = Batch(_llama_cpp.llama_n_batch(self._context))
-        self._n_answer_at_once = min(self._batch.size, max(1, _LOGITS_BYTES // (4 * self.n_vocab)))
 
     def _free_context(self) -> None:
-        if self._context:
-            with captured_errors(forward=False):  # it says how much memory it gives back
-                _llama_cpp.llama_free(self._context)
+        if self._context is not None:
+            self._context.close()
         self._context = None
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """The same shape and type; sums are in float64."""
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -44,6 +44,11 @@ class CheckpointScorer:
         """In Jinja, `None` if there is none."""
         return self._tokenizer.chat_template
 
+    @property
+    def eos_text(self) -> str:
+        """How a template writes the end of an answer."""
+        return self._tokenizer.eos_token or ""
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Without `bos`; names of special tokens in the text are these tokens."""
         return self._tokenizer(text, add_special_tokens=False).input_ids

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lt_gguf.report import plots
+from lt_gguf.report import loss_plots, plots
 from lt_gguf.report.model_card import streaming_section
 from lt_gguf.report.report import Report
 
@@ -17,7 +17,9 @@ REPORT = "report.json"
 SECTION = "report.md"
 BARS = "lazy_ratio"
 HEAT_MAP = "lazy_ratio_by_sample"
-FILES = (f"{BARS}.png", f"{BARS}.svg", f"{HEAT_MAP}.png", f"{HEAT_MAP}.svg", SECTION, REPORT)
+LOSS = "loss"
+LOSS_BY_LAYER = "loss_by_layer"
+FILES = (*(f"{stem}.{suffix}" for stem in (BARS, HEAT_MAP, LOSS, LOSS_BY_LAYER) for suffix in ("png", "svg")), SECTION, REPORT)
 
 
 def write_report(report: Report, folder: Path, overwrite: bool = False) -> list[Path]:
@@ -73,6 +75,9 @@ def _write_into(report: Report, folder: Path) -> list[str]:
         plots.save(plots.lazy_ratio_bars(mean, layers, f"Lazy ratios of {report.model}", report.conditions), folder / BARS)
         title = f"Lazy ratios of {report.model} by sample"
         plots.save(plots.ratio_heat_map(report.ratios, layers, title, report.conditions), folder / HEAT_MAP)
+    if loss_plots.pictures_of_loss(report):
+        plots.save(loss_plots.loss_curve(report), folder / LOSS)
+        plots.save(loss_plots.loss_strip(report), folder / LOSS_BY_LAYER)
     (folder / SECTION).write_text(streaming_section(report), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return [name for name in FILES if (folder / name).exists()]

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, KVShape, kv_memory
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.report.loss_plots import pictures_of_loss
 from lt_gguf.report.report import Report
-from lt_gguf.selection.evidence import Candidate
+from lt_gguf.selection.evidence import WHERE, Candidate
 from lt_gguf.spec import StreamingSpec, format_layers
 
 CONTEXTS = (4096, 32768, 131072)
@@ -93,17 +94,29 @@ def streaming_section(report: Report, folder: str = "") -> str:
         f"Chosen by `{chosen.strategy}`: {_plain(chosen.reason)}.",
     ]
     mean = report.mean_ratios
+    path = f"{folder.rstrip('/')}/" if folder else ""
     if mean is not None:
-        path = f"{folder.rstrip('/')}/" if folder else ""
         parts += [
             _measured(report),
             f"![Lazy ratio of each layer, the streaming ones marked]({path}lazy_ratio.png)",
             f"![Lazy ratio of each layer and sample]({path}lazy_ratio_by_sample.png)",
             _ratio_table(mean, spec),
         ]
+    if chosen.warning is not None:
+        parts.append(f"**{_plain(chosen.warning)}.**")
     if chosen.candidates:
+        if pictures_of_loss(report):
+            parts += [
+                f"![Loss over the share of streaming layers]({path}loss.png)",
+                f"![Loss of each layer alone]({path}loss_by_layer.png)",
+            ]
         parts += [_compared(report), _candidate_table(chosen.candidates, spec)]
     return "\n\n".join(parts) + "\n"
+
+
+def number(value: float) -> str:
+    """With four decimals; a dash where nothing was measured."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _prefill(spec: StreamingSpec) -> str:
@@ -129,23 +142,29 @@ def _ratio_table(mean: Sequence[float], spec: StreamingSpec) -> str:
 
 def _compared(report: Report) -> str:
     text = (
-        "These candidates were run with the full model on the same prompts. How far their predictions are from its own is the KL "
-        "divergence, in nats: over the last tokens of texts, and over what answers to puzzles have to look up far back in their "
-        "prompts. What they find of that is the share in the last column."
+        "These candidates were asked the same as the full model. How far their predictions are from its own is the KL divergence, in "
+        "nats: where a text goes on, and over what has to be looked up far back in it to answer a question in the first message, beside "
+        "the text, or in a later one. Lost is the share that a candidate doesn't find of what the full model finds, and found is the "
+        "share of the answers whose every token is the most likely one."
     )
     measured = report.selection.measurement
     return text if measured is None else f"{text} Measured on {_plain(str(measured))}."
 
 
 def _candidate_table(candidates: Sequence[Candidate], spec: StreamingSpec) -> str:
-    lines = ["| candidate | streaming layers | KL, texts | KL, answers | found | |", "| --- | --- | --: | --: | --: | --- |"]
+    heads = (*(f"KL, {where}" for where in WHERE), "lost", "found")
+    lines = [f"| candidate | streaming layers | {' | '.join(heads)} | |", f"| --- | --- |{' --: |' * len(heads)} --- |"]
     for candidate in candidates:
         evidence = candidate.evidence
         streams = bool(candidate.layers) and set(candidate.layers) <= set(spec.layers)
-        lines.append(
-            f"| {_plain(candidate.name)} | {format_layers(candidate.layers) or 'none'} | {evidence.kl_text:.4f} | "
-            f"{evidence.kl_answer:.4f} | {evidence.accuracy:.1%} | {'streams' if streams else ''} |"
-        )
+        numbers = [number(evidence.kl_where(where).value) for where in WHERE]
+        loss = evidence.loss
+        numbers += [
+            f"{loss.value:.1%} ({loss.low:.1%} to {loss.high:.1%})" if candidate.layers else "0 %",
+            f"{evidence.accuracy:.1%}",
+        ]
+        layers = format_layers(candidate.layers) or "none"
+        lines.append(f"| {_plain(candidate.name)} | {layers} | {' | '.join(numbers)} | {'streams' if streams else ''} |")
     return "\n".join(lines) if len(lines) <= _LONG_TABLE else _folded("All candidates", lines)
 
 

@@ -47,7 +47,7 @@ def lazy_ratio_bars(ratios: Sequence[float], layers: Collection[int], title: str
     """
     from matplotlib.patches import Patch
 
-    figure, axes = _figure(len(ratios), title, subtitle)
+    figure, axes = layer_figure(len(ratios), title, subtitle)
     for il, ratio in enumerate(ratios):
         if math.isnan(ratio):
             axes.text(il, 0.02, "not measured", rotation="vertical", ha="center", va="bottom", fontsize=7, color="#555555")
@@ -82,7 +82,7 @@ def ratio_heat_map(ratios_by_sample: Sequence[Sequence[float]], layers: Collecti
 
     ratios = np.ma.masked_invalid(np.asarray(ratios_by_sample, dtype=np.float64))
     n_samples, n_layer = ratios.shape
-    figure, axes = _figure(n_layer, title, subtitle)
+    figure, axes = layer_figure(n_layer, title, subtitle)
     axes.set_facecolor("white")
     not_measured: dict[str, Any] = {"facecolor": "none", "edgecolor": "#BBBBBB", "hatch": "xxx", "linewidth": 0}
     axes.fill_between([-0.5, n_layer - 0.5], -0.5, n_samples - 0.5, **not_measured)
@@ -133,21 +133,31 @@ def save_as(figure: Figure, path: Path) -> Path:
             unfinished.unlink()
 
 
-def _figure(n_layer: int, title: str, subtitle: str) -> tuple[Figure, Axes]:
-    """A figure with an axis of layers. It is nobody's current one, so nothing is kept after it and no screen is needed."""
+def new_figure(title: str, subtitle: str, width: float = 7.0, height: float = 4.4) -> tuple[Figure, Axes]:
+    """A figure with axes, in inches. It is nobody's current one, so nothing is kept after it and no screen is needed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(min(16.0, max(7.0, 0.2 * n_layer)), _HEIGHT), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    # note: $ would begin a formula
-    figure.suptitle(title.replace("$", r"\$"), fontsize=12)
-    axes.set_title(subtitle.replace("$", r"\$"), fontsize=9, color="#444444", pad=12)
-    axes.set_xlim(-0.6, n_layer - 0.4)
-    axes.set_xticks(_ticks(n_layer))
-    axes.set_xlabel("layer")
+    figure.suptitle(plain(title), fontsize=12)
+    axes.set_title(plain(subtitle), fontsize=9, color="#444444", pad=12)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def layer_figure(n_layer: int, title: str, subtitle: str) -> tuple[Figure, Axes]:
+    """The same with an axis of layers."""
+    figure, axes = new_figure(title, subtitle, min(16.0, max(7.0, 0.2 * n_layer)), _HEIGHT)
+    axes.set_xlim(-0.6, n_layer - 0.4)
+    axes.set_xticks(_ticks(n_layer))
+    axes.set_xlabel("layer")
+    return figure, axes
+
+
+def plain(text: str) -> str:
+    """A text in which no $ begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _style(streams: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 
 from lt_gguf.calibration import Calibration
 from lt_gguf.selection.base import Selection, fit_ratios, mean_over_samples
-from lt_gguf.selection.evidence import Candidate, Evidence, Measurement
+from lt_gguf.selection.evidence import TEXT, WHERE, Candidate, Evidence, Measurement, Outcome
 from lt_gguf.spec import Provenance, StreamingSpec
 
 FORMAT_VERSION = 1
+_OUTCOME = tuple(field.name for field in fields(Outcome))
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`. NaN, which JSON doesn't have, is null."""
-        mean = self.mean_ratios
+        mean, measured = self.mean_ratios, self.selection.measurement
         return {
             "version": FORMAT_VERSION,
             "model": self.model,
@@ -86,6 +87,7 @@ class Report:
             "n_layer": self.spec.n_layer,
             "strategy": self.selection.strategy,
             "reason": self.selection.reason,
+            "warning": self.selection.warning,
             "fraction": self.fraction,
             "streaming_layers": list(self.spec.layers),
             "sink": self.spec.sink,
@@ -97,7 +99,7 @@ class Report:
             "lazy_ratio_by_sample": None if self.ratios is None else list(map(_without_nan, self.ratios)),
             "calibration": None if self.calibration is None else self._described_calibration(),
             "candidates": [_describe(candidate) for candidate in self.selection.candidates] or None,
-            "measurement": None if self.selection.measurement is None else asdict(self.selection.measurement),
+            "measurement": None if measured is None else asdict(measured) | {"lengths": list(measured.lengths)},
         }
 
     @classmethod
@@ -124,7 +126,7 @@ class Report:
             _get(content, "model", "a string", _is_string),
             _get(content, "architecture", "a string", _is_string),
             spec,
-            Selection(strategy, spec.layers, reason, sink, window, None, *measured),
+            Selection(strategy, spec.layers, reason, sink, window, None, *measured, _read_warning(content)),
             _get(content, "fraction", "a number from 0 to 1, or null", _is_fraction),
             _get(content, "w_last", "an integer of at least 1, or null", lambda value: value is None or _is_count(value)),
             _read_ratios(content, n_layer),
@@ -206,8 +208,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_scores(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(score is not None and _is_fraction(score) for score in value)
+def _is_outcomes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_outcome, value)) and any(outcome[0] != TEXT for outcome in value)
+
+
+def _is_outcome(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != len(_OUTCOME):
+        return False
+    where, kind, length, prompt, kl, known, found, hit = value
+    are_right = where in WHERE and _is_string(kind) and _is_count(length) and _is_integer(prompt) and isinstance(hit, bool)
+    return are_right and _is_number(kl) and all(share is not None and _is_fraction(share) for share in (known, found))
 
 
 def _is_objects(value: Any) -> bool:
@@ -242,8 +252,14 @@ def _read_calibration(content: Mapping[str, Any]) -> Calibration | None:
 
 def _describe(candidate: Candidate) -> dict[str, Any]:
     evidence = candidate.evidence
-    found = {"kl_text": evidence.kl_text, "kl_answer": evidence.kl_answer, "accuracy": evidence.accuracy}
-    return {"name": candidate.name, "layers": list(candidate.layers), **found, "scores": list(evidence.scores)}
+    kl = {f"kl_{where}": _or_null(evidence.kl_where(where).value) for where in WHERE}
+    said = {"loss": [_or_null(number) for number in evidence.loss], "accuracy": evidence.accuracy, **kl}
+    outcomes = [list(astuple(outcome)) for outcome in evidence.outcomes]
+    return {"name": candidate.name, "layers": list(candidate.layers), **said, "outcomes": outcomes}
+
+
+def _or_null(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _read_candidates(content: Mapping[str, Any], n_layer: int) -> tuple[Candidate, ...]:
@@ -251,18 +267,18 @@ def _read_candidates(content: Mapping[str, Any], n_layer: int) -> tuple[Candidat
     if content.get("candidates") is None:
         return ()
     listed = _get(content, "candidates", "null, or a list of objects", _is_objects)
-    return tuple(_read_candidate(described, n_layer) for described in listed)
+    # note: older reports don't say what became of each question; their layers are as good
+    return tuple(_read_candidate(described, n_layer) for described in listed if "outcomes" in described)
 
 
 def _read_candidate(described: Mapping[str, Any], n_layer: int) -> Candidate:
     try:
         name = _get(described, "name", "a string", _is_string)
         layers = StreamingSpec(tuple(_get(described, "layers", "a list of layers", _is_integers)), n_layer).layers
-        kl_text, kl_answer = (float(_get(described, key, "a number", _is_number)) for key in ("kl_text", "kl_answer"))
-        scores = _get(described, "scores", "a list of numbers from 0 to 1", _is_scores)
+        listed = _get(described, "outcomes", f"a list of lists of {', '.join(_OUTCOME)}", _is_outcomes)
     except ValueError as error:
         raise ValueError(f"candidates: {error}") from None
-    return Candidate(name, layers, Evidence(kl_text, kl_answer, tuple(map(float, scores))))
+    return Candidate(name, layers, Evidence(tuple(Outcome(*outcome) for outcome in listed)))
 
 
 def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:
@@ -270,12 +286,23 @@ def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:
     if described is None:
         return None
     _get(content, "measurement", "an object, or null", lambda value: isinstance(value, dict))
-    counts = ("texts", "puzzles", "length", "runs", "prompts", "tokens")
+    if "conversations" not in described:  # an older report
+        return None
     try:
         data = [_get(described, key, "a string", _is_string) for key in ("data", "sha256")]
-        return Measurement(*data, *(_get(described, key, "an integer of at least 1", _is_count) for key in counts))
+        conversations = _get(described, "conversations", "an integer of at least 1", _is_count)
+        lengths = tuple(_get(described, "lengths", "a list of integers", _is_integers))
+        counts = (_get(described, key, "an integer", _is_integer) for key in ("sets", "read", "computed"))
+        return Measurement(*data, conversations, lengths, *counts)
     except ValueError as error:
         raise ValueError(f"measurement: {error}") from None
+
+
+def _read_warning(content: Mapping[str, Any]) -> str | None:
+    warning = content.get("warning")  # note: older reports have no such key
+    if warning is not None and not _is_string(warning):
+        raise ValueError(f"warning = {_short(warning)}: must be a string, or null")
+    return warning
 
 
 def _agree(stored: Any, mean: tuple[float, ...]) -> bool:

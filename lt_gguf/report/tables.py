@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from rich.console import Console
 from rich.table import Table
 
+from lt_gguf.report.model_card import number
 from lt_gguf.report.report import Report
 from lt_gguf.selection import Selection
+from lt_gguf.selection.evidence import WHERE
 from lt_gguf.spec import StreamingSpec, format_layers
 
 BAR_WIDTH = 40
@@ -39,14 +42,22 @@ def print_candidates(selection: Selection, spec: StreamingSpec) -> None:
     if not selection.candidates:
         return
     console = Console(highlight=False)
-    table = Table("candidate", "streaming layers", "KL, texts", "KL, answers", "found", box=None)
+    table = Table("candidate", "streaming layers", *(f"KL, {where}" for where in WHERE), "lost", "found", box=None)
     for column in table.columns[2:]:
         column.justify = "right"
     for candidate in selection.candidates:
         evidence = candidate.evidence
-        numbers = f"{evidence.kl_text:.4f}", f"{evidence.kl_answer:.4f}", f"{evidence.accuracy:.1%}"
+        kl = (number(evidence.kl_where(where).value) for where in WHERE)
+        lost = "-" if math.isnan(evidence.loss.value) else f"{evidence.loss.value:.1%}"
+        numbers = *kl, lost, f"{evidence.accuracy:.1%}"
         streams = bool(candidate.layers) and set(candidate.layers) <= set(spec.layers)
         table.add_row(candidate.name, format_layers(candidate.layers) or "none", *numbers, style="green" if streams else None)
     console.print(table)
     if selection.measurement is not None:
         console.print(f"measured on {selection.measurement}", soft_wrap=True, markup=False)
+
+
+def print_warning(selection: Selection) -> None:
+    """Says on stderr what is lost, where that is more than is tolerated."""
+    if selection.warning is not None:
+        print(f"warning: {selection.warning}", file=sys.stderr)

@@ -45,10 +45,15 @@ class TextModel:
                 self._model = _binding._internals.LlamaModel(path_model=str(file), params=parameters)
             except ValueError as error:
                 raise ValueError(f"{file}: {log.reason}" if log.reason else str(error)) from error
-        handle = self._model.model
+        handle = self.handle
         self.n_vocab: int = self._model.n_vocab()
         self.n_layer: int = _llama_cpp.llama_model_n_layer(handle) + _llama_cpp.llama_model_n_layer_nextn(handle)
         self.n_ctx_train: int = self._model.n_ctx_train()
+
+    @property
+    def handle(self) -> Any:
+        """The llama_model."""
+        return self._model.model
 
     def close(self) -> None:
         """Frees the model. Nothing else can be done afterwards."""
@@ -73,9 +78,14 @@ class TextModel:
         return None if token < 0 else token
 
     @cached_property
+    def eos_text(self) -> str:
+        """The text of that token, as chat templates write it; empty if there is none."""
+        return "" if self.end_token is None else self.detokenize([self.end_token], special=True)
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The file's, in Jinja."""
-        template = _llama_cpp.llama_model_chat_template(self._model.model, None)
+        template = _llama_cpp.llama_model_chat_template(self.handle, None)
         return None if template is None else template.decode()
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:

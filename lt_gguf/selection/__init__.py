@@ -7,19 +7,23 @@ something that runs any set of layers and says how far that is from the full mod
 
 from __future__ import annotations
 
-from lt_gguf.selection.base import Model, Request, Selection, Strategy, fit_ratios
+from lt_gguf.selection.base import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Model, Request, Selection, Strategy, fit_ratios, parse_share
 from lt_gguf.selection.best import Auto
 from lt_gguf.selection.frequency import Frequency
 from lt_gguf.selection.interleave import InterleaveEven, InterleaveOdd
 from lt_gguf.selection.kl import Kl, KlGreedy
 from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
+from lt_gguf.selection.loss import Loss
 from lt_gguf.selection.manual import Manual
 from lt_gguf.selection.preset import PRESETS, Preset
 from lt_gguf.selection.threshold import Threshold
 from lt_gguf.selection.trained import Trained
 
 __all__ = [
+    "DEFAULT_MAX_KL",
+    "DEFAULT_MAX_LOSS",
     "DEFAULT_STRATEGY",
+    "LazyRatio",
     "Model",
     "Request",
     "Selection",
@@ -27,15 +31,16 @@ __all__ = [
     "asked_strategy",
     "fit_ratios",
     "laziest",
+    "parse_share",
     "strategies",
     "strategy",
 ]
 
 _STRATEGIES: dict[str, type[Strategy]] = {
     each.name: each
-    for each in (LazyRatio, Frequency, Threshold, InterleaveOdd, InterleaveEven, Kl, KlGreedy, Auto, Manual, Preset, Trained)
+    for each in (Loss, LazyRatio, Frequency, Threshold, InterleaveOdd, InterleaveEven, Kl, KlGreedy, Auto, Manual, Preset, Trained)
 }
-DEFAULT_STRATEGY = LazyRatio.name
+DEFAULT_STRATEGY = Loss.name
 
 
 def strategies() -> tuple[str, ...]:

@@ -13,6 +13,9 @@ import numpy as np
 from lt_gguf.selection.evidence import Candidate, Candidates, Measurement
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
+DEFAULT_MAX_LOSS = 0.01
+DEFAULT_MAX_KL = 0.1  # nats
+
 
 @dataclass(frozen=True)
 class Model:
@@ -40,7 +43,7 @@ class Request:
     Args:
         model: whose layers.
         n_streaming: how many layers must stream so that a KV budget is kept; `None`: the share `fraction`.
-        fraction: share of the layers that is to stream, rounded down.
+        fraction: share of the layers that is to stream, rounded down; `None`: the strategy's own number, or `DEFAULT_FRACTION`.
         ratios: lazy ratios, float64 (samples, layers), NaN where none was measured; `None` if none were. Layers at the end
             that only predict ahead may be left out.
         layers: the layers that the user names, for `manual`.
@@ -48,6 +51,8 @@ class Request:
         sink: number of first positions that a streaming layer sees.
         window: number of last positions that it sees.
         candidates: what measures sets of layers on the hybrid itself, with this sink and window; `None` if it can't be run.
+        max_loss: what may be lost of what the full model finds, from 0 to 1, for `loss`.
+        max_kl: largest KL divergence from the full model, in nats, for `loss`.
 
     Raises:
         ValueError: a number is out of range, or the ratios aren't those of this model.
@@ -55,23 +60,31 @@ class Request:
 
     model: Model
     n_streaming: int | None = None
-    fraction: float = DEFAULT_FRACTION
+    fraction: float | None = None
     ratios: np.ndarray | None = None
     layers: str | None = None
     threshold: float | None = None
     sink: int = DEFAULT_SINK
     window: int = DEFAULT_WINDOW
     candidates: Candidates | None = None
+    max_loss: float = DEFAULT_MAX_LOSS
+    max_kl: float = DEFAULT_MAX_KL
 
     def __post_init__(self) -> None:
         n_layer, n_main = self.model.n_layer, self.model.n_layer_main
-        StreamingSpec.interleaved(n_layer, self.fraction, self.sink, self.window)  # checks these
+        StreamingSpec.interleaved(n_layer, self.share, self.sink, self.window)  # checks these
+        check_tolerance(self.max_loss, self.max_kl)
         if self.n_streaming is not None and not 0 <= self.n_streaming <= n_main:
             raise ValueError(f"streaming layers = {self.n_streaming}: must be from 0 to {n_main}, the layers that can stream")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}: must be a lazy ratio, a number from 0 to 1")
         if self.ratios is not None:
             object.__setattr__(self, "ratios", fit_ratios(self.ratios, n_layer, n_main))
+
+    @property
+    def share(self) -> float:
+        """The share of the layers, for strategies that have no number of their own."""
+        return DEFAULT_FRACTION if self.fraction is None else self.fraction
 
     @property
     def mean_ratios(self) -> np.ndarray:
@@ -92,13 +105,17 @@ class Request:
             ValueError: the budget needs more layers than there are candidates.
         """
         if self.n_streaming is None:
-            return len(StreamingSpec.interleaved(n_candidates, self.fraction).layers) if n_candidates else 0
+            return len(StreamingSpec.interleaved(n_candidates, self.share).layers) if n_candidates else 0
         if self.n_streaming > n_candidates:
             raise ValueError(
                 f"the KV budget needs {self.n_streaming} streaming layers, only {n_candidates} can be chosen: "
                 "must be a larger budget or a smaller context"
             )
         return self.n_streaming
+
+    def asked_count(self, n_candidates: int) -> int | None:
+        """The same; `None` if nobody has asked for a number. Raises ValueError as `count`."""
+        return None if self.n_streaming is None and self.fraction is None else self.count(n_candidates)
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,7 @@ class Selection:
             what the user says.
         candidates: what was measured on the hybrid itself, if anything was; the full model is the first.
         measurement: what it was measured on.
+        warning: what is lost with it, if that is more than is tolerated; one line.
     """
 
     strategy: str
@@ -125,6 +143,7 @@ class Selection:
     prefill: str | None = None
     candidates: tuple[Candidate, ...] = ()
     measurement: Measurement | None = None
+    warning: str | None = None
 
     def spec(self, n_layer: int, prefill: str = DEFAULT_PREFILL) -> StreamingSpec:
         """The spec of a model of `n_layer` layers. Raises ValueError as `StreamingSpec` does."""
@@ -143,6 +162,7 @@ class Strategy(ABC):
     measures_hybrid: ClassVar[bool] = False  # runs candidates on the model, which must be a GGUF file
     takes_layers: ClassVar[bool] = False
     takes_threshold: ClassVar[bool] = False
+    takes_tolerance: ClassVar[bool] = False  # decides by it how many layers stream, unless a number is asked for
     counts: ClassVar[bool] = True  # makes as many layers stream as it is asked to
     instead: ClassVar[str] = "a larger budget or a smaller context"  # what would be right where it breaks the budget
 
@@ -164,7 +184,7 @@ class Strategy(ABC):
         if self.measures_hybrid:
             if request.candidates is None:
                 raise ValueError(f"selection {self.name}: runs the hybrid itself, must be asked of a GGUF file")
-            request.candidates.announce(self.runs(request))
+            request.candidates.announce(*self.runs(request))
         selection = self.choose(request)
         if request.n_streaming is not None and len(selection.layers) < request.n_streaming:
             raise ValueError(
@@ -182,9 +202,9 @@ class Strategy(ABC):
         if threshold is not None and not self.takes_threshold:
             raise ValueError(f"selection {self.name}: takes no --threshold, only threshold does")
 
-    def runs(self, request: Request) -> int:
-        """How many sets of layers are run on the hybrid at most, the full model included."""
-        return 0
+    def runs(self, request: Request) -> tuple[int, int]:
+        """How many sets of layers are measured at most, the full model included: to choose by, and to judge by."""
+        return 0, 0
 
     @abstractmethod
     def choose(self, request: Request) -> Selection:
@@ -193,6 +213,23 @@ class Strategy(ABC):
     def selection(self, request: Request, layers: list[int] | tuple[int, ...], reason: str) -> Selection:
         """A selection with the request's own sink and window."""
         return Selection(self.name, tuple(sorted(layers)), reason, request.sink, request.window)
+
+
+def parse_share(what: str, text: str | float) -> float:
+    """Reads `1%` or `0.01`. Raises ValueError, which names it as `what`: it is neither."""
+    said = str(text).strip()
+    try:
+        return float(said.removesuffix("%")) / (100 if said.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f'{what} = "{text}": must be a share, as in 1% or 0.01') from None
+
+
+def check_tolerance(max_loss: float, max_kl: float) -> None:
+    """Raises ValueError if a tolerance of the loss is out of range."""
+    if not 0 <= max_loss <= 1:
+        raise ValueError(f"max loss = {max_loss}: must be a share from 0 to 1, as in 1% or 0.01")
+    if not 0 <= max_kl < math.inf:
+        raise ValueError(f"max KL = {max_kl}: must be a number of nats of at least 0, as in 0.1")
 
 
 def fit_ratios(ratios: Any, n_layer: int, n_layer_main: int | None = None) -> np.ndarray:

@@ -29,19 +29,20 @@ class Auto(Strategy):
         self.kl = Kl()
         self.strategies: tuple[Strategy, ...] = (LazyRatio(), Frequency(), InterleaveOdd(), InterleaveEven(), self.kl)
 
-    def runs(self, request: Request) -> int:
-        return self.kl.runs(request) + 1 + len(self.strategies)
+    def runs(self, request: Request) -> tuple[int, int]:
+        return self.kl.runs(request)[0], 1 + len(self.strategies)
 
     def choose(self, request: Request) -> Selection:
         assert request.candidates is not None
         selections = [each.choose(request) for each in self.strategies]
         bench = request.candidates.judging
         full = Candidate("full", (), bench.measure(()))
-        candidates = [Candidate(found.strategy, found.layers, bench.measure(found.layers)) for found in selections]
+        measured = bench.measure_all([found.layers for found in selections])
+        candidates = [Candidate(found.strategy, found.layers, evidence) for found, evidence in zip(selections, measured)]
         chosen = best(candidates)
         reason = (
             f"as {chosen.name} chooses, the best measured of {len(candidates)} candidates: {chosen.evidence.accuracy:.1%} of "
-            f"what {len(full.evidence.scores)} puzzles ask for is found, {full.evidence.accuracy:.1%} by the full model, "
+            f"what {len(full.evidence.scores)} questions ask for is found, {full.evidence.accuracy:.1%} by the full model, "
             f"and the KL divergence is {chosen.evidence.kl:.2g} nats"
         )
         found = self.selection(request, chosen.layers, reason)

@@ -1,35 +1,155 @@
-"""What was measured of candidates, sets of layers that might stream, on the hybrid model itself."""
+"""What was measured of candidates, sets of layers that might stream: how much of what the full model knows they lose.
+
+The loss of a set is measured on probes: tokens that follow a prompt which the streaming layers don't see all of any more. Each is
+asked of the full model and of the hybrid, with the same tokens before it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
+
+from lt_gguf.statistics import Estimate, mean_interval, relative_loss
+
+TEXT, FIRST, LATER = "text", "first", "later"
+WHERE = (TEXT, FIRST, LATER)
+
+LEAST_KNOWN = 0.05  # below that, what the full model finds says nothing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one probe.
+
+    Args:
+        where: `text`: the text goes on; `first`: the answer to a question in the first message, which is read with full attention
+            beside the text; `later`: to one in a later message, which the hybrid reads.
+        kind: of the question, or `text`.
+        length: tokens of the conversation that it belongs to.
+        prompt: number of that conversation; its probes are not independent of each other.
+        kl: KL divergence full || hybrid of the next token's distribution, in nats, mean over the tokens that are compared.
+        known: what the full model finds: over the tokens, the mean of its probability where it is right, that is where it finds the
+            token that stands there most likely, and of 0 elsewhere.
+        found: what the hybrid finds of that: the mean of the full model's probability where the hybrid is right.
+        hit: whether the hybrid finds each of them most likely.
+    """
+
+    where: str
+    kind: str
+    length: int
+    prompt: int
+    kl: float
+    known: float
+    found: float
+    hit: bool
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """How far a hybrid is from its full model on calibration prompts, and how well it finds things in them.
+    """What was measured of one set of layers. What the full model itself doesn't know counts as little as it is known.
 
     Args:
-        kl_text: KL divergence full || hybrid of the next token's distribution, in nats, mean over tokens of texts.
-        kl_answer: the same over those tokens of answers that can only be looked up in the prompt.
-        scores: for each puzzle the share of what is to be looked up that the model finds, from 0 to 1.
+        outcomes: at least one of an answer.
     """
 
-    kl_text: float
-    kl_answer: float
-    scores: tuple[float, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @cached_property
+    def answers(self) -> tuple[Outcome, ...]:
+        """Those of questions."""
+        return tuple(outcome for outcome in self.outcomes if outcome.where != TEXT)
 
     @property
+    def known(self) -> float:
+        """How much of the answers the full model finds, from 0 to 1."""
+        return _mean([outcome.known for outcome in self.answers])
+
+    @property
+    def is_informed(self) -> bool:
+        """Whether the full model finds enough for a loss to say something."""
+        return self.known >= LEAST_KNOWN
+
+    @cached_property
+    def loss(self) -> Estimate:
+        """The share of what the full model finds that the hybrid doesn't, with an interval over conversations; below 0: it finds more.
+        NaN if the full model finds nothing."""
+        return self.loss_where(FIRST, LATER)
+
+    def loss_where(self, *where: str) -> Estimate:
+        """The same of some of the answers."""
+        answers = self.among(*where)
+        known, found = (_means(answers, [getattr(outcome, name) for outcome in answers]) for name in ("known", "found"))
+        if not any(known):
+            return Estimate(math.nan, math.nan, math.nan)
+        return relative_loss({"": known}, {"": found})
+
+    def kl_where(self, *where: str) -> Estimate:
+        """The mean divergence of some of the probes with an interval over conversations, in nats; NaN if there are none."""
+        outcomes = self.among(*where)
+        if not outcomes:
+            return Estimate(math.nan, math.nan, math.nan)
+        # note: a model that finds nothing still says how far its predictions change
+        weights = [outcome.known if outcome.where != TEXT and self.is_informed else 1.0 for outcome in outcomes]
+        scale = len(outcomes) / math.fsum(weights)
+        values = _means(outcomes, [scale * weight * outcome.kl for weight, outcome in zip(weights, outcomes)])
+        return mean_interval(values, limits=(0.0, math.inf))
+
+    @property
+    def kl_text(self) -> float:
+        return self.kl_where(TEXT).value
+
+    @property
+    def kl_answer(self) -> float:
+        """Of questions, wherever they are asked, so that a first one counts as much as a later one."""
+        return _mean([kl for kl in (self.kl_where(where).value for where in (FIRST, LATER)) if not math.isnan(kl)])
+
+    @cached_property
     def kl(self) -> float:
-        """One number for both: a layer must neither change the text nor lose what is far away, so half the weight each."""
-        return (self.kl_text + self.kl_answer) / 2
+        """One number for all: a layer must neither change the text nor lose what is far away, whenever it is asked for."""
+        return _mean([kl for kl in (self.kl_where(where).value for where in WHERE) if not math.isnan(kl)])
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """For each answer 1 if it is found, else 0."""
+        return tuple(float(outcome.hit) for outcome in self.answers)
 
     @property
     def accuracy(self) -> float:
-        """The mean score."""
-        return math.fsum(self.scores) / len(self.scores)
+        """The share of the answers that are found."""
+        return _mean(self.scores)
+
+    @property
+    def worst(self) -> Outcome:
+        """The answer that most is lost of."""
+        return max(self.answers, key=lambda outcome: outcome.known - outcome.found)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of its conversations, ascending."""
+        return tuple(sorted({outcome.length for outcome in self.outcomes}))
+
+    def of_length(self, length: int) -> Evidence:
+        """What was measured with conversations of that length."""
+        return Evidence(tuple(outcome for outcome in self.outcomes if outcome.length == length))
+
+    def among(self, *where: str) -> tuple[Outcome, ...]:
+        return tuple(outcome for outcome in self.outcomes if outcome.where in where)
+
+
+def _means(outcomes: Sequence[Outcome], values: Iterable[float]) -> list[float]:
+    """The mean over each conversation, all of which have as many outcomes."""
+    of_prompt: dict[int, list[float]] = defaultdict(list)
+    for outcome, value in zip(outcomes, values, strict=True):
+        of_prompt[outcome.prompt].append(value)
+    return [_mean(found) for found in of_prompt.values()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -48,40 +168,42 @@ class Measurement:
     Args:
         data: name of the calibration text.
         sha256: of its bytes.
-        texts: prompts that were cut out of it, each time a candidate was run.
-        puzzles: generated prompts that ask for something in them, each time.
-        length: tokens of a prompt and its continuation, at most.
-        runs: how many times a set of layers was run on all of them, the full model included.
-        prompts: read in all runs together.
-        tokens: of these, with their continuations.
+        conversations: with a text in the first message and two questions each, to choose by; twice as many others to judge by.
+        lengths: of them, in tokens.
+        sets: sets of layers that were measured, the full model included.
+        read: tokens of prompts that were read with full attention, for all sets together.
+        computed: tokens that were computed for the sets.
     """
 
     data: str
     sha256: str
-    texts: int
-    puzzles: int
-    length: int
-    runs: int
-    prompts: int
-    tokens: int
+    conversations: int
+    lengths: tuple[int, ...]
+    sets: int
+    read: int
+    computed: int
 
     def __str__(self) -> str:
+        lengths = " and ".join(f"{length:,}" for length in self.lengths)
         return (
-            f"{self.texts} texts ({self.data}, sha256 {self.sha256[:12]}) and {self.puzzles} puzzles of up to {self.length:,} "
-            f"tokens; {self.runs} runs, {self.prompts:,} prompts, {self.tokens:,} tokens"
+            f"{self.conversations} conversations to choose by and {2 * self.conversations} others to judge by, of {lengths} tokens, from {self.data} (sha256 "
+            f"{self.sha256[:12]}); {self.sets} sets of layers, {self.read:,} tokens read and {self.computed:,} computed for the sets"
         )
 
 
 class Bench(Protocol):
-    """Measures sets of streaming layers on the same prompts; the empty set is the full model."""
+    """Measures sets of streaming layers on the same probes; the empty set is the full model."""
 
     def measure(self, layers: tuple[int, ...]) -> Evidence: ...
+
+    def measure_all(self, sets: Sequence[tuple[int, ...]]) -> list[Evidence]:
+        """The same for many sets, for which a prompt is read once."""
 
 
 class Candidates(Protocol):
     """What a strategy that measures the hybrid itself is given.
 
-    `judging` has other prompts than `choosing`: what was chosen because it did well on some prompts is judged on others.
+    `judging` has questions of other kinds than `choosing`: what was chosen because it did well on some is judged on others.
     """
 
     @property
@@ -90,8 +212,8 @@ class Candidates(Protocol):
     @property
     def judging(self) -> Bench: ...
 
-    def announce(self, runs: int) -> None:
-        """Says what is about to be run at most, before it is."""
+    def announce(self, choosing: int, judging: int) -> None:
+        """Says how many sets are about to be measured at most, before they are."""
 
     @property
     def measurement(self) -> Measurement:

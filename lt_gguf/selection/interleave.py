@@ -37,7 +37,7 @@ class InterleaveEven(Strategy):
 def _share(request: Request) -> float | Fraction:
     """The share of the layers that streams: what was asked for, or what the budget's number is."""
     n_main = request.model.n_layer_main
-    return request.fraction if request.n_streaming is None else Fraction(request.count(n_main), n_main)
+    return request.share if request.n_streaming is None else Fraction(request.count(n_main), n_main)
 
 
 def _reason(layers: list[int] | tuple[int, ...], request: Request, which: str) -> str:

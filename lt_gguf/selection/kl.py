@@ -22,15 +22,16 @@ class Kl(Strategy):
     name = "kl"
     measures_hybrid = True
 
-    def runs(self, request: Request) -> int:
-        return 1 + request.model.n_layer_main
+    def runs(self, request: Request) -> tuple[int, int]:
+        return 1 + request.model.n_layer_main, 0
 
     def choose(self, request: Request) -> Selection:
         assert request.candidates is not None
         n_main = request.model.n_layer_main
         bench = request.candidates.choosing
         full = Candidate("full", (), bench.measure(()))
-        alone = [Candidate(f"layer {il}", (il,), bench.measure((il,))) for il in range(n_main)]
+        measured = bench.measure_all([(il,) for il in range(n_main)])
+        alone = [Candidate(f"layer {il}", (il,), evidence) for il, evidence in enumerate(measured)]
         kl = [candidate.evidence.kl for candidate in alone]
         # note: as elsewhere, of equal layers those with the lower numbers stay full
         order = sorted(range(n_main), key=lambda il: (kl[il], -il))
@@ -57,9 +58,9 @@ class KlGreedy(Strategy):
     name = "kl-greedy"
     measures_hybrid = True
 
-    def runs(self, request: Request) -> int:
+    def runs(self, request: Request) -> tuple[int, int]:
         n_main = request.model.n_layer_main
-        return 1 + sum(n_main - i for i in range(request.count(n_main)))
+        return 1 + sum(n_main - i for i in range(request.count(n_main))), 0
 
     def choose(self, request: Request) -> Selection:
         assert request.candidates is not None
@@ -71,7 +72,8 @@ class KlGreedy(Strategy):
             # note: of equal layers the one with the highest number comes first, and streams
             left = [il for il in reversed(range(n_main)) if il not in chosen]
             grown = [(il, tuple(sorted((*chosen, il)))) for il in left]
-            tried = [Candidate(f"with layer {il}", layers, bench.measure(layers)) for il, layers in grown]
+            measured = bench.measure_all([layers for _, layers in grown])
+            tried = [Candidate(f"with layer {il}", layers, evidence) for (il, layers), evidence in zip(grown, measured)]
             steps.append(min(tried, key=lambda candidate: candidate.evidence.kl))
         last = steps[-1]
         reason = (

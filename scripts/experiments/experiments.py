@@ -28,8 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from lt_gguf.conversion import convert
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.results import Journal, model_hash
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.summary import FULL
 from lt_gguf.hf.shared_prefill import CheckpointScorer
 

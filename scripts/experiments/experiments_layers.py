@@ -12,10 +12,10 @@ from experiments_settings import FRACTIONS, N_RANDOM, W_LAST
 
 from lt_gguf.calibration import read_texts
 from lt_gguf.evaluation.candidates import open_candidates
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.prompts import Tokenizer, make_prompt
 from lt_gguf.evaluation.results import write_text
-from lt_gguf.evaluation.scorer import ScorerOptions
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy

@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lt_gguf.calibration import Texts
 from lt_gguf.conversion import convert
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.evaluate import Plan, evaluate
 from lt_gguf.evaluation.results import Journal, model_hash, write_text
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.stories import story
 from lt_gguf.evaluation.summary import FULL, Summary
 from lt_gguf.evaluation.tasks import TASKS

@@ -13,7 +13,7 @@ from lt_gguf.gguf.file import read_model
 from lt_gguf.report.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
-SMALL = ["--samples", 1, "--puzzles", 2, "--calibration-length", 420, "--window", 60, "--threads", 1]
+SMALL = ["--samples", 1, "--questions", 2, "--calibration-length", 600, "--window", 60, "--threads", 1]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def test_analyze(lt_gguf_command, demo_file, stories_file, tmp_path):
     n = read_model(demo_file).n_layer
     command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--prefill", "stream", "--select"]
     status, out, err = lt_gguf_command(*command, "kl", "--out", tmp_path / "report")
-    assert status == 0 and err.splitlines() == [f"candidates: up to {n + 1} runs of 3 prompts of 420 tokens"]
+    assert status == 0 and err.splitlines() == [f"loss: up to {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"]
     report = Report.read(tmp_path / "report" / "report.json")
     assert report.selection.strategy == "kl" and report.ratios is not None and report.spec.prefill == "stream"
     lines = (line.split() for line in out.splitlines())
     rows = [words for words in lines if words[:1] == ["layer"] and words[1].isdigit()]
     assert [row[1] for row in rows] == [str(il) for il in range(n)]
-    kl = [(float(row[3]) + float(row[4])) / 2 for row in rows]
+    kl = [sum(map(float, row[3:6])) / 3 for row in rows]
     np.testing.assert_allclose(kl, [c.evidence.kl for c in report.selection.candidates[1:]], atol=1e-4)
     assert f'--streaming "{report.spec}"' in out and f"kl: {report.selection.reason}" in out
     assert f"measured on {report.selection.measurement}" in out
@@ -58,11 +58,11 @@ def test_analyze_has_other_layers_for_another_prefill(lt_gguf_command, demo_file
 
 @pytest.mark.slow
 def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
-    small = partial(analysis.Settings, samples=1, puzzles=2, length=420, calibration=stories_file)
+    small = partial(analysis.Settings, samples=1, questions=2, length=600, calibration=stories_file)
     monkeypatch.setattr(analysis, "Settings", small)
     new = tmp_path / "new.gguf"
     status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl", "--sink", 2)
-    assert status == 0 and err.startswith("candidates: up to")
+    assert status == 0 and err.startswith("loss: up to")
     model = read_model(new)
     assert (model.spec.sink, model.spec.window, model.spec.prefill) == (2, 60, "stream")
     assert len(model.spec.layers) == model.n_layer // 2
@@ -85,9 +85,9 @@ def test_flag_by_a_strategy_that_measures_nothing(lt_gguf_command, demo_file, tm
     "arguments, complaint",
     [
         (["analyze", DEMO, "--select", "kl"], "selection kl: runs the hybrid itself, must be asked of a GGUF file: "),
-        (["analyze", "FILE", "--puzzles", 0], "puzzles = 0: must be at least 1"),
+        (["analyze", "FILE", "--questions", 0], "questions = 0: must be at least 1"),
         (["analyze", "FILE", "--prefill", "later"], 'prefill = "later": must be "full" or "stream"'),
-        (["flag", "FILE", "OUT", "--select", "worst"], 'selection = "worst": must be one of lazy-ratio, '),
+        (["flag", "FILE", "OUT", "--select", "worst"], 'selection = "worst": must be one of loss, lazy-ratio, '),
         (["flag", "FILE", "OUT", "--select", "manual"], "selection manual: needs --streaming-layers"),
         (["flag", "FILE", "OUT", "--select", "kl", "--off"], "--select and --off: give one of them"),
     ],

@@ -12,7 +12,7 @@ from lt_gguf.gguf.file import read_model
 from lt_gguf.report.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
-MEASURED = {"sink": 4, "window": 60, "samples": 1, "puzzles": 2, "calibration_length": 420, "w_last": 8, "device": "cpu"}
+MEASURED = {"sink": 4, "window": 60, "samples": 1, "questions": 2, "calibration_length": 600, "w_last": 8, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +40,13 @@ def test_kl(stories_file, tmp_path):
     assert max(kl[il] for il in model.spec.layers) <= min(kl[il] for il in range(n) if il not in model.spec.layers)
     assert len(set(kl.values())) == n
     measured = report.selection.measurement
-    assert (measured.data, measured.runs, measured.prompts) == ("stories.txt", n + 1, 3 * (n + 1))
+    assert (measured.data, measured.conversations, measured.sets) == ("stories.txt", 2, n + 1)
     assert report.ratios is None and names(tmp_path / "a-report") == ["README.md", "report.json", "report.md"]
     card = (tmp_path / "a-report" / "README.md").read_text()
-    assert "| layer 0 | 0 | " in card and f"{n + 1} runs" in card and str(tmp_path) not in card
-    budget = f"Comparing candidates: up to {n + 1} runs of 3 prompts of 420 tokens"
-    assert (budget, 0, 3 * (n + 1)) in steps and (budget, 3 * (n + 1), 3 * (n + 1)) in steps
+    assert "| layer 0 | 0 | " in card and f"{n + 1} sets of layers" in card and str(tmp_path) not in card
+    budget = f"Comparing loss: up to {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"
+    shown = [step[1:] for step in steps if step[0] == budget]
+    assert shown[0][0] == 0 and shown[-1][0] > 0.9 * shown[-1][1] and shown == sorted(shown)
 
 
 @pytest.mark.slow
@@ -73,7 +74,9 @@ def test_a_dry_run_runs_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"puzzles": 0}, "puzzles = 0: must be at least 1"),
+        ({"questions": 0}, "questions = 0: must be at least 1"),
+        ({"max_loss": "much"}, '--max-loss = "much": must be a share, as in 1% or 0.01'),
+        ({"max_kl": -1}, "max KL = -1: must be a number of nats of at least 0"),
         ({"calibration_length": 64}, "must be more than sink . window = 64"),
         ({"calibration": Path("none.txt")}, "none.txt"),
     ],

@@ -7,7 +7,8 @@ import pytest
 
 from lt_gguf.calibration import Texts
 from lt_gguf.evaluation.candidates import RuntimeBench, RuntimeCandidates, Sample, open_candidates, puzzle_samples, text_samples
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.context import ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.stories import story
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.evaluation.words import keys

@@ -11,8 +11,9 @@ from support.oracle import Subject, random_tokens
 
 from lt_gguf.calibration import Texts
 from lt_gguf.evaluation import divergence
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.divergence import Means, compare, kl_divergence, measure, summarize, text_samples
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.statistics import mean_interval
 
 SPEC = "layers=1,3;sink=2;window=24;prefill="

@@ -9,9 +9,10 @@ import pytest
 from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 from support.words_tokenizer import TEMPLATE, WordsTokenizer
 
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.retrieval import ROOM_FOR_WORDS, Answer, Question, hash_of, prompt_of, questions, run
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.tasks import TASKS
 
 LENGTH = 400

@@ -10,7 +10,8 @@ from support.small_gguf import write_small
 from support.tiny_checkpoint import hybrid_file  # noqa: F401
 
 from lt_gguf.evaluation import scorer as scorer_module
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.context import ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.spec import AutoSpec, StreamingSpec, Typed
 
 SINK, WINDOW = 4, 40

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.prompts import make_prompt
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.tasks import find_task
 from lt_gguf.hf.shared_prefill import CheckpointScorer
 from lt_gguf.spec import StreamingSpec

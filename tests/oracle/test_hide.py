@@ -56,7 +56,11 @@ def test_other_cache_types(subject, measured, kv, flash):
     model: Subject = subject("llama")
     parts, spec = turns(1), model.spec(4, 40, (0, 2), prefill="full")
     settings = SETTINGS | {"kv": kv, "flash": flash}
-    with model.context("hide=none", **settings) as one, model.context(spec, **settings) as hybrid, model.context(None, **settings) as full:
+    with (
+        model.context("hide=none", **settings) as one,
+        model.context(spec, **settings) as hybrid,
+        model.context(None, **settings) as full,
+    ):
         one.read_prompt(parts[0])
         hide(one, spec)
         found = read_conversation(one, parts, skip=1)
@@ -167,5 +171,8 @@ def test_what_cannot_be_hidden_is_refused(subject, text, reason):
 @pytest.mark.parametrize("spec", [None, "layers=1", "auto=0.5"])
 def test_other_contexts_hide_nothing(subject, spec):
     model: Subject = subject("llama")
-    with model.context(spec, **SETTINGS) as other, pytest.raises(ValueError, match="can't hide, it must be made with a spec as hide=none"):
+    with (
+        model.context(spec, **SETTINGS) as other,
+        pytest.raises(ValueError, match="can't hide, it must be made with a spec as hide=none"),
+    ):
         api().context_hide_text(other.handle, "hide=1")

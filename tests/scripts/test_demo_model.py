@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.haystack import Haystack
 from lt_gguf.evaluation.prompts import make_prompt
 from lt_gguf.evaluation.retrieval import questions, run
-from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.hf import analysis
 from lt_gguf.selection import Model, Request, strategy

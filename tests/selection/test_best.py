@@ -39,12 +39,12 @@ def select(judging) -> tuple[Selection, object]:
 def test_the_best_measured_is_taken(winner):
     found, measured = select(lambda layers: evidence(0.0 if layers in ((), CHOSEN[winner]) else 0.5))
     assert (found.strategy, found.layers) == ("auto", CHOSEN[winner])
-    assert found.reason.startswith(f"as {winner} chooses, the best measured of 5 candidates: 100.0% of what 1 puzzles ask for")
+    assert found.reason.startswith(f"as {winner} chooses, the best measured of 5 candidates: 100.0% of what 1 questions ask for")
     assert {candidate.name: candidate.layers for candidate in found.candidates} == {"full": ()} | CHOSEN
     # kl chooses by other prompts than those on which it is judged
     assert measured.judging.asked == [(), *CHOSEN.values()]
     assert measured.choosing.asked == [(), *((il,) for il in range(N_LAYER))]
-    assert measured.announced == [len(measured.judging.asked) + len(measured.choosing.asked)]
+    assert measured.announced == [(len(measured.choosing.asked), len(measured.judging.asked))]
 
 
 def test_what_is_found_counts_before_the_divergence():
@@ -60,7 +60,7 @@ def test_within_noise_the_divergence_decides():
     ones = [1.0] * 19
     close = [Candidate("a", (0,), evidence(0.5, 1.0, *ones)), Candidate("b", (1,), evidence(0.1, 0.0, *ones))]
     assert best(close).name == "b" and best(close[::-1]).name == "b"
-    # the same share over many puzzles is no noise any more
+    # the same share over many questions is no noise any more
     clear = [Candidate("a", (0,), evidence(0.5, *[1.0, *ones] * 20)), Candidate("b", (1,), evidence(0.1, *[0.0, *ones] * 20))]
     assert best(clear).name == "a" and best(clear[::-1]).name == "a"
 
@@ -84,18 +84,19 @@ def test_the_evidence_in_the_report_and_the_card():
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert content["strategy"] == "auto" == report.provenance.selection
     assert [described["name"] for described in content["candidates"]] == ["full", *CHOSEN]
-    assert content["candidates"][1] == {
-        "name": "lazy-ratio", "layers": [1, 2, 5], "kl_text": pytest.approx(0.3), "kl_answer": pytest.approx(0.3),
-        "accuracy": 0.625, "scores": [1.0, 0.5, 1.0, 0.0],
-    }  # fmt: skip
-    assert content["measurement"]["runs"] == 13
+    lazy = content["candidates"][1]
+    assert (lazy["name"], lazy["layers"], lazy["accuracy"], lazy["kl_later"]) == ("lazy-ratio", [1, 2, 5], 0.5, None)
+    assert (lazy["kl_text"], lazy["kl_first"]) == (pytest.approx(0.3), pytest.approx(0.3))
+    assert lazy["loss"][0] == pytest.approx(0.375) and lazy["loss"][1] < 0.375 < lazy["loss"][2]
+    assert lazy["outcomes"][2] == ["first", "number", 100, 1, pytest.approx(0.3), 1.0, 0.5, False]
+    assert content["measurement"]["sets"] == 13
     assert Report.from_json(content) == report
     text = streaming_section(report)
-    assert "| full | none | 0.0000 | 0.0000 | 100.0% |  |" in text
-    assert "| frequency | 1-3 | 0.3000 | 0.3000 | 62.5% |  |" in text
+    assert "| full | none | 0.0000 | 0.0000 | - | 0 % | 100.0% |  |" in text
+    assert "| frequency | 1-3 | 0.3000 | 0.3000 | - | 37.5% (" in text
     table = text.split("| candidate |")[1]
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.endswith("| streams |")] == ["lazy-ratio"]
-    assert "2 texts (book.txt, sha256 0123456789ab) and 3 puzzles of up to 100 tokens; 13 runs, 65 prompts" in text
+    assert "3 conversations to choose by and 6 others to judge by, of 100 and 400 tokens, from book.txt (sha256 0123456789ab); 13 sets" in text
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,13 @@ def test_the_evidence_in_the_report_and_the_card():
     [
         ("candidates", 3, "candidates = 3: must be null, or a list of objects"),
         ("candidates", [3], "candidates = .3.: must be null, or a list of objects"),
-        ("candidates", [{"name": "x"}], "candidates: layers: is missing, must be a list of layers"),
+        ("candidates", [{"name": "x", "outcomes": []}], "candidates: layers: is missing, must be a list of layers"),
         ("layers", [6], 'candidates: layers = "6": must be'),
-        ("kl_text", "much", "candidates: kl_text = .much.: must be a number"),
-        ("scores", [], r"candidates: scores = \[\]: must be a list of numbers from 0 to 1"),
-        ("scores", [2], r"candidates: scores = \[2\]"),
+        ("outcomes", [], r"candidates: outcomes = \[\]: must be a list of lists of where, kind, length, prompt, kl, known, found, hit"),
+        ("outcomes", [["first", "number", 100, 1, 0.3, 1.0, 2, True]], "candidates: outcomes = "),
+        ("outcomes", [["text", "text", 100, 1, 0.3, 1.0, 1, True]], "candidates: outcomes = "),
         ("measurement", [], r"measurement = \[\]: must be an object, or null"),
-        ("runs", 0, "measurement: runs = 0: must be an integer of at least 1"),
+        ("conversations", 0, "measurement: conversations = 0: must be an integer of at least 1"),
     ],
 )
 def test_wrong_evidence_in_a_report(key, value, complaint):

@@ -36,7 +36,7 @@ def test_the_layers_that_cost_least_alone():
     )
     assert measured.choosing.asked == [(), (0,), (1,), (2,), (3,)]
     assert measured.judging.asked == []
-    assert measured.announced == [5]
+    assert measured.announced == [(5, 0)]
 
 
 @pytest.mark.parametrize("fraction, layers", [(0.25, (1,)), (0.75, (0, 1, 3)), (1, (0, 1, 2, 3)), (0, ())])
@@ -55,7 +55,7 @@ def test_texts_and_answers_count_alike(name):
     costs = {0: (0.1, 0.9), 1: (0.4, 0.4), 2: (0.9, 0.3), 3: (0.6, 0.1)}
 
     def both(layers: Layers) -> Evidence:
-        return Evidence(sum(costs[il][0] for il in layers), sum(costs[il][1] for il in layers), (1.0,))
+        return evidence(sum(costs[il][1] for il in layers), kl_text=sum(costs[il][0] for il in layers))
 
     assert select(name, candidates(both)).layers == (1, 3)
 
@@ -73,7 +73,7 @@ def test_greedy_sees_what_only_shows_together():
     assert [candidate.layers for candidate in found.candidates] == [(), (1,), (1, 3)]
     assert [candidate.name for candidate in found.candidates] == ["full", "with layer 1", "with layer 3"]
     assert found.candidates[-1].evidence == backing_up((1, 3))
-    assert measured.announced == [1 + 4 + 3] and len(measured.choosing.asked) == 8
+    assert measured.announced == [(1 + 4 + 3, 0)] and len(measured.choosing.asked) == 8
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
@@ -85,7 +85,7 @@ def test_as_many_runs_as_announced(case):
             Request(Model("llama", "a model", n_main, n_main), n_streaming=n_streaming, candidates=measured)
         )
         assert found.layers == tuple(range(n_streaming))  # layer il costs il nats
-        assert measured.announced == [len(measured.choosing.asked)]
+        assert measured.announced == [(len(measured.choosing.asked), 0)]
 
 
 def test_layers_that_only_predict_ahead_are_not_run():
@@ -100,7 +100,7 @@ def test_what_is_recorded():
         ("full", ()), ("layer 0", (0,)), ("layer 1", (1,)), ("layer 2", (2,)), ("layer 3", (3,)),
     ]  # fmt: skip
     assert [candidate.evidence.kl for candidate in found.candidates] == [0, *ALONE]
-    assert found.measurement.runs == 5
+    assert found.measurement.sets == 5
     report = Report("m.gguf", "llama", found.spec(5), found, fraction=0.5)
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
 

@@ -14,7 +14,7 @@ from lt_gguf.spec import Provenance
 
 NAN = math.nan
 BY_RATIOS = ("lazy-ratio", "frequency", "threshold")
-MEASURING = ("kl", "kl-greedy", "auto")
+MEASURING = ("loss", "kl", "kl-greedy", "auto")
 
 
 def request(ratios=None, n_layer: int = 8, n_main: int | None = None, **settings) -> Request:
@@ -161,7 +161,7 @@ def test_manual():
 
 def test_the_registry_has_them_all():
     by_ratios_or_none = ["lazy-ratio", "frequency", "threshold", "interleave-odd", "interleave-even"]
-    names = [*by_ratios_or_none, *MEASURING, "manual", "preset", "trained"]
+    names = ["loss", *by_ratios_or_none, *MEASURING[1:], "manual", "preset", "trained"]
     assert strategies() == (*names, "preset:QwQ-32B-LightTransfer")
     for name in strategies():
         chosen = strategy(name)
@@ -173,12 +173,12 @@ def test_the_registry_has_them_all():
 
 @pytest.mark.parametrize("name", ["laziest", "", "lazy-ratio:", "preset:", "preset:QwQ-32B", "manual:1,2"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=f'selection = "{name}": must be one of lazy-ratio, .*preset:QwQ-32B-LightTransfer'):
+    with pytest.raises(ValueError, match=f'selection = "{name}": must be one of loss, lazy-ratio, .*preset:QwQ-32B-LightTransfer'):
         strategy(name)
 
 
 def test_what_is_asked_for_by_the_options_alone():
-    assert asked_strategy(None, None, None).name == "lazy-ratio"
+    assert asked_strategy(None, None, None).name == "loss"
     assert asked_strategy(None, "1,3", None).name == "manual"
     assert asked_strategy(None, None, 0.8).name == "threshold"
     assert asked_strategy("frequency", None, None).name == "frequency"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lt_gguf.selection.evidence import Evidence, Measurement
+from lt_gguf.selection.evidence import FIRST, TEXT, Evidence, Measurement, Outcome
 
 Layers = tuple[int, ...]
 
 
-def evidence(kl: float, *scores: float) -> Evidence:
-    return Evidence(kl, kl, scores or (1.0,))
+def evidence(kl: float, *found: float, kl_text: float | None = None) -> Evidence:
+    """Of one text, and of a question for each number, the share that is found of an answer that the full model knows."""
+    text = Outcome(TEXT, TEXT, 100, 0, kl if kl_text is None else kl_text, 1.0, 1.0, True)
+    return Evidence((text, *(Outcome(FIRST, "number", 100, i, kl, 1.0, share, share == 1) for i, share in enumerate(found or (1.0,)))))
 
 
 @dataclass
@@ -26,21 +28,24 @@ class FakeBench:
             self.asked.append(layers)
         return self.of(layers)
 
+    def measure_all(self, sets: Sequence[Layers]) -> list[Evidence]:
+        return [self.measure(layers) for layers in sets]
+
 
 @dataclass
 class FakeCandidates:
     choosing: FakeBench
     judging: FakeBench
-    announced: list[int] = field(default_factory=list)
+    announced: list[tuple[int, int]] = field(default_factory=list)
 
-    def announce(self, runs: int) -> None:
+    def announce(self, choosing: int, judging: int) -> None:
         assert not self.choosing.asked and not self.judging.asked
-        self.announced.append(runs)
+        self.announced.append((choosing, judging))
 
     @property
     def measurement(self) -> Measurement:
-        runs = len(self.choosing.asked) + len(self.judging.asked)
-        return Measurement("book.txt", "0123456789abcdef", 2, 3, 100, runs, 5 * runs, 500 * runs)
+        sets = len(self.choosing.asked) + len(self.judging.asked)
+        return Measurement("book.txt", "0123456789abcdef", 3, (100, 400), sets, 500, 5 * sets)
 
 
 def candidates(choosing: Callable[[Layers], Evidence], judging: Callable[[Layers], Evidence] | None = None) -> FakeCandidates:

@@ -61,7 +61,8 @@ elif STEP == "lazy ratios":
     crash_in("llama_decode")
     llm.lazy_ratios(list(range(3, 103)), sink=4, window=60)
 elif STEP in ("scoring", "scoring, decoding", "context"):
-    from lt_gguf.evaluation.scorer import Scorer, ScorerOptions
+    from lt_gguf.evaluation.context import ScorerOptions
+    from lt_gguf.evaluation.scorer import Scorer
 
     if STEP == "context":
         crash_in("llama_init_from_model")

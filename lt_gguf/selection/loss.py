@@ -1,0 +1,173 @@
+"""`loss`: as many layers stream as the model can spare, measured on the hybrid itself.
+
+A lazy ratio says where a layer looks on average, not what the model loses: the one head that retrieves vanishes in a mean. So layers
+are ordered by what is lost when each streams alone; then they are added one after the other, and what all of them lose together
+decides how many stream. Losses don't add up: two layers may do each other's work, and only both together are missed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lt_gguf.selection.base import Request, Selection, Strategy
+from lt_gguf.selection.evidence import Bench, Candidate, Evidence
+from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
+
+# A layer is put aside if with it the loss is so many times what it was plus what the layer loses alone, and more than the least.
+STEP_BACK = 3.0
+STEP_BACK_LEAST = 0.01  # nats
+
+_AT_ONCE = 4  # steps that are measured together, because most of them are taken
+_JUDGED = 8  # sizes that are judged before the largest one within the tolerance is looked for
+
+
+class Loss(Strategy):
+    """The largest set of layers whose loss, on questions of other kinds than it was chosen on, is within a tolerance.
+
+    Where a share, a number of layers or a KV budget is asked for, it is the set of that size; the reason says what it loses then, and
+    how many layers would be within the tolerance.
+    """
+
+    name = "loss"
+    measures_hybrid = True
+    takes_tolerance = True
+
+    def runs(self, request: Request) -> tuple[int, int]:
+        n = request.model.n_layer_main
+        judged = 1 + _JUDGED + math.ceil(math.log2(n + 1))
+        return 1 + 2 * n, judged if request.ratios is None else 2 * judged
+
+    def choose(self, request: Request) -> Selection:
+        assert request.candidates is not None
+        n_main = request.model.n_layer_main
+        choosing, judging = request.candidates.choosing, request.candidates.judging
+        full = Candidate("full", (), choosing.measure(()))
+        alone = [
+            Candidate(f"layer {il}", (il,), evidence)
+            for il, evidence in enumerate(choosing.measure_all([(il,) for il in range(n_main)]))
+        ]
+        path = grow(choosing, [candidate.evidence.kl for candidate in alone])
+        judged = _Judged(judging, path)
+        within = judged.largest(request)
+        asked = request.asked_count(n_main)
+        n = within if asked is None else asked
+        layers, evidence = path[n], judged.evidence(n)
+        steps = [Candidate(f"{self.name}, {size}", path[size], judged.evidence(size)) for size in judged.sizes]
+        steps += self._laziest(request, judged.sizes)
+        found = self.selection(request, layers, _reason(request, judged.evidence(0), evidence, n, within, asked is not None))
+        return replace(
+            found,
+            candidates=(full, *alone, *steps),
+            measurement=request.candidates.measurement,
+            warning=_warning(request, evidence, n, within),
+        )
+
+    @staticmethod
+    def _laziest(request: Request, sizes: Sequence[int]) -> list[Candidate]:
+        """What the paper's choice loses at the same sizes, if lazy ratios have been measured."""
+        assert request.candidates is not None
+        if request.ratios is None:
+            return []
+        mean = request.mean_ratios[: request.model.n_layer_main].tolist()
+        sets = {size: laziest(mean, size) for size in sizes if 0 < size <= len(request.measured_layers)}
+        measured = request.candidates.judging.measure_all(list(sets.values()))
+        return [Candidate(f"{LazyRatio.name}, {size}", layers, found) for (size, layers), found in zip(sets.items(), measured)]
+
+
+def grow(bench: Bench, alone: Sequence[float]) -> list[tuple[int, ...]]:
+    """Sets of 0, 1, 2, ... layers, each with all of the one before it.
+
+    Added is what loses least alone; what loses far more together with those before it comes last.
+
+    Args:
+        bench: measures sets.
+        alone: the loss of each layer alone, in nats.
+    """
+    # note: as elsewhere, of equal layers those with the lower numbers stay full
+    waiting = sorted(range(len(alone)), key=lambda il: (alone[il], -il))
+    path: list[tuple[int, ...]] = [()]
+    loss = 0.0
+    put_aside: list[int] = []
+    while waiting:
+        at_once = waiting[:_AT_ONCE]
+        sets = [tuple(sorted((*path[-1], *at_once[: i + 1]))) for i in range(len(at_once))]
+        for il, layers, evidence in zip(at_once, sets, bench.measure_all(sets)):
+            waiting.remove(il)
+            if evidence.kl > max(STEP_BACK * (loss + alone[il]), STEP_BACK_LEAST):
+                put_aside.append(il)
+                break  # what was measured of the sets with this layer says nothing now
+            path.append(layers)
+            loss = evidence.kl
+    for il in put_aside:
+        path.append(tuple(sorted((*path[-1], il))))
+    return path
+
+
+def is_within(request: Request, evidence: Evidence) -> bool:
+    """Whether a set loses no more than is tolerated: of what the full model finds, where it finds enough to say so, and in nats."""
+    if evidence.kl > request.max_kl:
+        return False
+    # note: also at the length at which it loses most
+    losses = [evidence.of_length(length).loss.value for length in evidence.lengths]
+    return not evidence.is_informed or max(losses) <= request.max_loss
+
+
+class _Judged:
+    """What the sets of a path lose on the prompts that none of them was chosen by."""
+
+    def __init__(self, bench: Bench, path: Sequence[tuple[int, ...]]) -> None:
+        self._bench, self._path = bench, path
+        self._found: dict[int, Evidence] = {}
+        n = len(path) - 1
+        sizes = sorted({round(n * i / _JUDGED) for i in range(_JUDGED + 1)})
+        self._found.update(zip(sizes, bench.measure_all([path[size] for size in sizes]), strict=True))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those that have been measured, ascending."""
+        return sorted(self._found)
+
+    def evidence(self, size: int) -> Evidence:
+        if size not in self._found:
+            self._found[size] = self._bench.measure(self._path[size])
+        return self._found[size]
+
+    def largest(self, request: Request) -> int:
+        """The largest size that is within the tolerance, if with more layers more is lost; 0: none is."""
+        within = max(size for size in self.sizes if size == 0 or is_within(request, self._found[size]))
+        beyond = min((size for size in self.sizes if size > within), default=within + 1)
+        while beyond - within > 1:
+            size = (within + beyond) // 2
+            if is_within(request, self.evidence(size)):
+                within = size
+            else:
+                beyond = size
+        return within
+
+
+def _reason(request: Request, full: Evidence, evidence: Evidence, n: int, within: int, asked: bool) -> str:
+    n_main = request.model.n_layer_main
+    what = "as were asked for" if asked else "the most that lose no more than is tolerated"
+    text = f"{n} of {n_main} layers, {what}, chosen by what is lost with them"
+    if not n:
+        return text
+    if evidence.is_informed:
+        loss = evidence.loss
+        text += (
+            f": on questions of other kinds {loss.value:.1%} (95 % interval {loss.low:.1%} to {loss.high:.1%}) of what the full model "
+            f"finds, which is {full.known:.0%} of what is asked for"
+        )
+    else:
+        text += f": the full model finds only {full.known:.1%} of what is asked for, too little to say what is lost of it"
+    return f"{text}, and a KL divergence of {evidence.kl:.2g} nats"
+
+
+def _warning(request: Request, evidence: Evidence, n: int, within: int) -> str | None:
+    """What somebody has to know who asked for more than the model can spare."""
+    if n <= within or is_within(request, evidence):
+        return None
+    lost = f"{evidence.loss.value:.1%} of what the full model finds" if evidence.is_informed else f"{evidence.kl:.2g} nats"
+    tolerated = f"{request.max_loss:.3g} of what it finds and {request.max_kl:.3g} nats"
+    return f"{n} streaming layers lose {lost} (KL {evidence.kl:.2g} nats); within the tolerance ({tolerated}) are up to {within} layers"
