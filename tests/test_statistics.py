@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_gguf.statistics import mean_interval, mean_score, paired_difference, relative_loss, wilson
+from lt_gguf.statistics import lost_share, mean_interval, mean_score, paired_difference, relative_loss, wilson
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
@@ -212,3 +212,27 @@ def test_mean_interval_of_few_values():
 def test_values_without_a_mean(values):
     with pytest.raises(ValueError, match="values: must be finite numbers"):
         mean_interval(values)
+
+
+def test_the_share_that_is_lost_of_what_is_found():
+    rng = np.random.default_rng(3)
+    full = rng.random(60)
+    hybrid = full * (rng.random(60) > 0.2)
+    found = lost_share(full, hybrid)
+    assert found.value == pytest.approx(1 - hybrid.sum() / full.sum())
+    assert found.low < found.value < found.high and 0.1 < found.high - found.low < 0.4
+    assert lost_share(full, full) == (0, 0, 0)
+    assert lost_share([0.5, 0.0, 1.0], [1.0, 0.0, 0.5]).value == 0
+    with pytest.raises(ValueError, match="the full model finds nothing"):
+        lost_share([0.0, 0.0], [0.0, 1.0])
+
+
+def test_the_interval_of_a_lost_share_holds_the_truth():
+    """Of 300 experiments with 32 prompts, of which each loses a tenth of the answers on average."""
+    rng = np.random.default_rng(4)
+    held = 0
+    for _ in range(300):
+        full = rng.random(32)
+        found = lost_share(full, full * (rng.random(32) > 0.1))
+        held += found.low <= 0.1 <= found.high
+    assert held > 0.85 * 300

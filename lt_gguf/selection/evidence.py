@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from lt_gguf.statistics import Estimate, mean_interval, relative_loss
+from lt_gguf.statistics import Estimate, lost_share, mean_interval
 
 TEXT, FIRST, LATER = "text", "first", "later"
 WHERE = (TEXT, FIRST, LATER)
@@ -85,7 +85,7 @@ class Evidence:
         known, found = (_means(answers, [getattr(outcome, name) for outcome in answers]) for name in ("known", "found"))
         if not any(known):
             return Estimate(math.nan, math.nan, math.nan)
-        return relative_loss({"": known}, {"": found})
+        return lost_share(known, found)
 
     def kl_where(self, *where: str) -> Estimate:
         """The mean divergence of some of the probes with an interval over conversations, in nats; NaN if there are none."""

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from lt_gguf.calibration import Texts
-from lt_gguf.evaluation.candidates import RuntimeBench, RuntimeCandidates, Sample, open_candidates, puzzle_samples, text_samples
+from lt_gguf.evaluation.candidates import RuntimeBench, RuntimeCandidates, open_candidates
 from lt_gguf.evaluation.context import ScorerOptions
-from lt_gguf.evaluation.scorer import Scorer
+from lt_gguf.evaluation.facts import CHOOSING, JUDGING
+from lt_gguf.evaluation.outcomes import KnownOutcomes
+from lt_gguf.evaluation.probes import Document, make_documents
+from lt_gguf.evaluation.shared_prompts import SharedPrompts
 from lt_gguf.evaluation.stories import story
-from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.evaluation.words import keys
+from lt_gguf.runtime.text_model import TextModel
+from lt_gguf.selection.evidence import FIRST, LATER, TEXT
 from lt_gguf.spec import StreamingSpec
 
-SINK, WINDOW, LENGTH = 4, 60, 420
-OPTIONS = ScorerOptions(n_threads=1, n_parallel=2)
+SINK, WINDOW, LENGTH = 4, 60, 600
+OPTIONS = ScorerOptions(n_threads=1, flash_attn=False)
+EXACT = ScorerOptions(n_threads=1, cache_type_k="f32", cache_type_v="f32", flash_attn=False)
 
 
 @pytest.fixture(scope="module")
-def scorer(demo_gguf):
-    with Scorer(demo_gguf, "off", OPTIONS) as scorer:
-        yield scorer
+def model(demo_gguf):
+    model = TextModel(demo_gguf)
+    yield model
+    model.close()
 
 
 @pytest.fixture(scope="module")
@@ -30,138 +38,170 @@ def texts() -> Texts:
     return Texts("stories.txt", "ab" * 32, tuple(story(rng) for _ in range(120)))
 
 
-def spec_of(scorer: Scorer, layers=(), prefill: str = "full") -> StreamingSpec:
-    return StreamingSpec(layers, scorer.n_layer, SINK, WINDOW, prefill)
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def spec_of(model: TextModel, layers=(), prefill: str = "full") -> StreamingSpec:
+    return StreamingSpec(layers, model.n_layer, SINK, WINDOW, prefill)
+
+
+def documents_of(model: TextModel, texts: Texts, n: int = 2, kinds=CHOOSING, seed: int = 7) -> list[Document]:
+    return make_documents(model, texts, kinds, n, LENGTH, WINDOW, [seed])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
+def read_by_hand(llm, document: Document) -> list[np.ndarray]:
+    """What lt_gguf.Llama says to each probe of a document: prompts are read, answers are decoded token by token."""
+
+    def decode(tokens, rows: list[np.ndarray]) -> None:
+        for token in tokens:
+            llm.eval([token])
+            rows.append(np.array(llm._ctx.get_logits()[: llm.n_vocab()], dtype=np.float64))
+
+    found = []
+    text: list[np.ndarray] = []
+    llm.reset()
+    llm.eval(document.prefix)
+    decode(document.text[:-1], text)
+    found.append(log_softmax(np.array(text)))
+    for conversation in document.conversations:
+        llm.reset()
+        read: tuple[int, ...] = document.prefix
+        for turn in conversation:
+            rows: list[np.ndarray] = []
+            llm.eval([*read, *turn.message])
+            decode(turn.answer, rows)
+            begin, end = turn.span
+            found.append(log_softmax(np.array(rows))[begin - 1 : end - 1])
+            read = ()
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prefill", ["full", "stream"], ids=["reading-in-full", "reading-in-streams"])
-def test_the_numbers_are_those_of_a_run_by_hand(demo_gguf, scorer, texts, prefill):
-    """Each token of the continuation decoded alone, by lt_gguf.Llama; KL and scores by their definitions."""
+def test_the_numbers_are_those_of_a_run_by_hand(demo_gguf, model, texts, prefill):
+    """The hybrid really streams in lt_gguf.Llama, and reads each conversation for itself; all numbers by their definitions."""
     import lt_gguf
 
-    samples = [*text_samples(scorer, texts, 1, 200), *puzzle_samples(scorer, spec_of(scorer), 2, LENGTH, [7])]
-    layers = (1, 2)
-    exact = ScorerOptions(n_threads=1, n_parallel=2, cache_type_k="f32", cache_type_v="f32", flash_attn=False)
-    with Scorer(demo_gguf, "off", exact) as own:
-        found = RuntimeBench(own, spec_of(scorer, prefill=prefill), samples).measure(layers)
-    of_texts, of_answers, scores = [], [], []
+    (document,) = documents_of(model, texts)
+    layers = (1, 3)
+    found = RuntimeBench(model, EXACT, spec_of(model, prefill=prefill), [document], KnownOutcomes()).measure_all([layers, (2,), ()])[0]
     settings = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}  # 0: f32
     settings |= {"flash_attn": False, "verbose": False}
-    for sample in samples:
-        by_model = []
-        for streaming in ("off", spec_of(scorer, layers, prefill)):
-            llm = lt_gguf.Llama(str(demo_gguf), streaming=streaming, **settings)
-            llm.eval(sample.prompt)
-            rows = []
-            for token in sample.continuation:
-                rows.append(np.array(llm._ctx.get_logits()[: llm.n_vocab()], dtype=np.float64))
-                llm.eval([token])
-            by_model.append(log_softmax(np.array(rows)))
-        full, hybrid = by_model
-        kl = (np.exp(full) * (full - hybrid)).sum(axis=1)
-        if not sample.spans:
-            of_texts += kl.tolist()
-            continue
-        right = hybrid.argmax(axis=1) == np.array(sample.continuation)
-        of_answers += [kl[i] for begin, end in sample.spans for i in range(begin, end)]
-        scores.append(np.mean([right[begin:end].all() for begin, end in sample.spans]))
-    assert len(of_texts) == 50 and len(of_answers) > 0  # a quarter of the text is decoded
-    assert found.kl_text == pytest.approx(np.mean(of_texts), rel=1e-3, abs=1e-6)
-    assert found.kl_answer == pytest.approx(np.mean(of_answers), rel=1e-3, abs=1e-6)
-    assert found.scores == tuple(scores)
-    assert found.kl_answer > 0
+    full, hybrid = (
+        read_by_hand(lt_gguf.Llama(str(demo_gguf), streaming=streaming, **settings), document)
+        for streaming in ("off", spec_of(model, layers, prefill))
+    )
+    probes = document.probes
+    assert [outcome.where for outcome in found.outcomes] == [probe.where for probe in probes] == [TEXT, *[FIRST, LATER] * 2]
+    for outcome, probe, p, q in zip(found.outcomes, probes, full, hybrid, strict=True):
+        expected = np.array(probe.expected)
+        weights = np.exp(p[np.arange(len(expected)), expected])
+        assert outcome.kl == pytest.approx((np.exp(p) * (p - q)).sum(axis=1).mean(), rel=2e-3, abs=1e-6)
+        assert outcome.known == pytest.approx((weights * (p.argmax(axis=1) == expected)).mean(), abs=1e-4)
+        assert outcome.found == pytest.approx((weights * (q.argmax(axis=1) == expected)).mean(), abs=1e-4)
+        assert outcome.hit == (q.argmax(axis=1) == expected).all()
+    assert found.kl_answer > 1e-3
 
 
-def test_a_score_is_the_share_of_the_parts_that_are_all_right():
-    sample = Sample((1,), (5, 6, 7, 8), ((0, 2), (3, 4)))
-    log_probs = np.full((4, 10), -9.0)
-    log_probs[range(4), sample.continuation] = -0.1
-    assert sample.score(log_probs) == 1
-    log_probs[2, 0] = 0  # between the parts
-    assert sample.score(log_probs) == 1
-    log_probs[1, 0] = 0
-    assert sample.score(log_probs) == 0.5
-    assert sample.compared.tolist() == [True, True, False, True]
-    assert Sample((1,), (5, 6)).compared.all()
-
-
-def test_the_full_model_and_what_was_run_before(scorer, texts):
-    samples = [*text_samples(scorer, texts, 1, 100), *puzzle_samples(scorer, spec_of(scorer), 1, LENGTH, [0])]
-    tokens = []
-    bench = RuntimeBench(scorer, spec_of(scorer), samples, tokens.append)
+def test_what_was_measured_before_is_not_measured_again(model, texts, own_cache):
+    documents = documents_of(model, texts)
+    path = own_cache / "known.jsonl"
+    tokens: list[int] = []
+    bench = RuntimeBench(model, OPTIONS, spec_of(model), documents, KnownOutcomes(path), tokens.append)
     some = bench.measure((2,))
-    assert bench.runs == 2 and len(tokens) == 4  # the full model was run first
+    assert bench.sets == 2 and sum(tokens) == bench.read + bench.computed  # the full model was run first
+    assert bench.read == bench.tokens_to_read == sum(len(document.prefix) for document in documents)
+    before = len(tokens)
     full = bench.measure(())
-    assert (full.kl_text, full.kl_answer) == (0, 0)
-    assert bench.measure((2,)) is some and bench.runs == 2 and len(tokens) == 4
-    assert sum(tokens) == 2 * sum(len(sample.prompt) + len(sample.continuation) for sample in samples)
+    assert (full.kl, full.loss.value) == (0, 0) and bench.measure((2,)) == some and len(tokens) == before
+    # another process goes on with what is in the file, of which the last line is half a line
+    with open(path, "a") as file:
+        file.write(json.dumps({"layers": "hide=3;", "outcomes": []})[:-9])
+    again = RuntimeBench(model, OPTIONS, spec_of(model), documents, KnownOutcomes(path), tokens.append)
+    assert again.measure_all([(2,), ()]) == [some, full] and len(tokens) == before
+    other = again.with_window(30)
+    assert other.measure((2,)).kl != some.kl and len(tokens) > before
 
 
 @pytest.mark.slow
-def test_a_model_without_far_sight_answers_otherwise(scorer, texts):
-    samples = [*text_samples(scorer, texts, 1, 200), *puzzle_samples(scorer, spec_of(scorer), 10, LENGTH, [3])]
-    bench = RuntimeBench(scorer, spec_of(scorer), samples)
-    full, blind = bench.measure(()), bench.measure(tuple(range(scorer.n_layer)))
-    assert blind.kl_answer > 0.1 and full.kl_answer == 0
+def test_a_model_without_far_sight_answers_otherwise(model, texts):
+    bench = RuntimeBench(model, OPTIONS, spec_of(model), documents_of(model, texts, 8), KnownOutcomes())
+    blind = bench.measure(tuple(range(model.n_layer)))
+    assert min(blind.kl_where(where).value for where in (FIRST, LATER)) > 0.1
 
 
-def test_puzzles(scorer):
-    samples = puzzle_samples(scorer, spec_of(scorer), 10, LENGTH, [5])
-    said = [scorer.detokenize(sample.prompt) for sample in samples]
-    assert all(LENGTH - 40 < len(sample.prompt) + len(sample.continuation) <= LENGTH for sample in samples)
-    assert all(sample.spans for sample in samples) and len(TASKS) == 5
-    held_out = [key for key in keys(held_out=True) if any(key in text for text in said)]
-    assert not held_out or all(f"the {key} is" not in text for key in held_out for text in said)
-    # what is asked for is where a streaming layer doesn't look: the value, of a needle, is far from the end
-    for sample in (samples[0], samples[5]):
-        (begin, end), *_ = sample.spans
-        value = sample.continuation[begin:end]
-        places = [i for i in range(len(sample.prompt)) if sample.prompt[i : i + len(value)] == value]
-        assert places and max(places) < len(sample.prompt) - WINDOW
-    again = puzzle_samples(scorer, spec_of(scorer), 10, LENGTH, [5])
-    assert again == samples
-    others = puzzle_samples(scorer, spec_of(scorer), 10, LENGTH, [6])
-    assert not {sample.prompt for sample in samples} & {sample.prompt for sample in others}
+def test_documents_ask_for_what_is_far_away(model, texts):
+    documents = documents_of(model, texts, 6)
+    assert [len(document.conversations) for document in documents] == [4, 2]
+    said = ""
+    for document in documents:
+        for first, later in document.conversations:
+            tokens = document.prefix + first.message + first.answer + later.message + later.answer
+            assert LENGTH - 100 < len(tokens) <= LENGTH and document.n_tokens >= len(tokens)
+            assert (first.where, later.where) == (FIRST, LATER) and first.kind != later.kind
+            said += model.detokenize(tokens)
+            for turn in (first, later):
+                begin, end = turn.span
+                assert 1 <= begin < end <= len(turn.answer)  # its beginning is decoded, too
+                value = turn.answer[begin:end]
+                n = len(document.prefix)
+                places = [i for i in range(n) if document.prefix[i : i + len(value)] == value]
+                assert places and max(places) < n - WINDOW, (turn, model.detokenize(document.prefix))
+    assert {turn.kind for document in documents for both in document.conversations for turn in both} == set(CHOOSING)
+    assert not any(f"the {key}" in said.lower() for key in keys(held_out=True))
+    assert documents_of(model, texts, 6) == documents
+    assert not set(CHOOSING) & set(JUDGING)
 
 
 @pytest.mark.slow
-def test_two_benches_with_other_prompts(demo_gguf, texts):
+def test_two_benches_with_other_questions(demo_gguf, model, texts, own_cache):
     steps = []
-    settings = {"samples": 2, "puzzles": 3, "length": LENGTH, "options": OPTIONS}
-    with Scorer(demo_gguf, "off", OPTIONS) as scorer:
-        spec = spec_of(scorer)
-    with open_candidates(demo_gguf, spec, texts, **settings, progress=lambda *step: steps.append(step)) as measured:
-        one, other = measured.choosing._samples, measured.judging._samples
-        assert len(one) == len(other) == 5
-        assert not {sample.prompt for sample in one} & {sample.prompt for sample in other}
-        measured.announce(3)
+    settings = {"questions": 2, "length": LENGTH, "options": OPTIONS}
+    with open_candidates(demo_gguf, spec_of(model), texts, **settings, progress=lambda *step: steps.append(step)) as measured:
+        one, other = measured.choosing._documents, measured.judging._documents
+        assert sum(len(document.conversations) for document in one) == 2
+        assert sum(len(document.conversations) for document in other) == 4
+        assert not {document.prefix for document in one} & {document.prefix for document in other}
+        measured.announce(2, 1)
         measured.choosing.measure((0,))
         measured.judging.measure(())
         found = measured.measurement
-    assert steps[0] == ("candidates: up to 3 runs of 5 prompts of 420 tokens", 0, 15)
-    assert steps[-1] == (steps[0][0], 15, 15)
-    n_tokens = 2 * sum(len(s.prompt + s.continuation) for s in one) + sum(len(s.prompt + s.continuation) for s in other)
-    assert (found.data, found.sha256, found.texts, found.puzzles, found.length) == ("stories.txt", "ab" * 32, 2, 3, LENGTH)
-    assert (found.runs, found.prompts, found.tokens) == (3, 15, n_tokens)
+    assert steps[0][:2] == ("loss: up to 2 sets of layers on 2 conversations of 600 tokens, and 1 on others", 0)
+    assert steps[-1][1] == found.read + found.computed and steps == sorted(steps, key=lambda step: step[1])
+    assert (found.data, found.sha256, found.conversations, found.lengths, found.sets) == ("stories.txt", "ab" * 32, 2, (LENGTH,), 3)
+    assert found.read == sum(len(document.prefix) for document in (*one, *other))
+    assert len(list((own_cache / "measured").iterdir())) == 2
+
+
+def test_a_document_is_kept_and_recalled(model, texts):
+    """What comes after it is the same, whether it has just been read or was saved."""
+    (document,) = documents_of(model, texts)
+    with SharedPrompts(model, OPTIONS, document.n_tokens, 2) as prompts:
+        prompts.read([document.prefix])
+        state = prompts.save()
+        (first,) = prompts.decode([document.text])
+        prompts.restore(state, len(document.prefix))
+        (second,) = prompts.decode([document.text])
+    np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"puzzles": 0}, "puzzles = 0: must be at least 1"),
-        ({"samples": 0}, "samples = 0: must be at least 1"),
-        ({"samples": 900}, "stories.txt: part 1 of 1800 has"),
+        ({"questions": 0}, "questions = 0: must be at least 1"),
         ({"length": 1 << 20}, "calibration length = 1048576: must be at most the model's context of"),
-        ({"length": 100}, "takes .* tokens, must be at most 100"),
+        ({"length": 80}, "conversations take .* tokens at least, must be at most 80: ask for longer ones"),
     ],
 )
-def test_what_cannot_be_measured(scorer, texts, changes, complaint):
-    settings = {"samples": 2, "puzzles": 5, "length": LENGTH} | changes
+def test_what_cannot_be_measured(model, texts, changes, complaint):
+    settings = {"questions": 2, "length": LENGTH} | changes
     with pytest.raises(ValueError, match=complaint) as error:
-        RuntimeCandidates(scorer, spec_of(scorer), texts, **settings)
+        RuntimeCandidates(model, OPTIONS, spec_of(model), texts, **settings)
     assert "\n" not in str(error.value)
