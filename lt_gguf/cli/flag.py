@@ -45,7 +45,7 @@ def flag(
         str | None,
         typer.Option(
             metavar="STRATEGY",
-            help="Or measure now, as lt-gguf analyze does, which has more options: loss (as many layers as the model can spare), lazy-ratio, ...",
+            help="Or measure now, as lt-gguf analyze does, which has more options: loss (as many as the model can spare), ...",
             show_default=False,
         ),
     ] = None,

@@ -75,7 +75,8 @@ class Options:
         typer.Option(
             "--streaming-fraction",
             metavar="SHARE",
-            help=f"Share of layers that stream; as many as lose no more than is tolerated by default, of other selections than loss {DEFAULT_FRACTION}.",
+            help="Share of layers that stream; as many as lose no more than is tolerated by default, of other selections than loss "
+            f"{DEFAULT_FRACTION}.",
         ),
     ] = None
     layers: Annotated[

@@ -288,7 +288,10 @@ class RuntimeCandidates:
         for bench, sets in ((self.choosing, choosing), (self.judging, judging)):
             if sets:
                 n += (0 if bench.read else bench.tokens_to_read) + sets * bench.tokens_of_a_set
-        self._announced = f"loss: up to {choosing} sets of layers on {self._questions} conversations of {self._length:,} tokens, and {judging} on others"
+        self._announced = (
+            f"loss: up to {choosing} sets of layers on {self._questions} conversations of {self._length:,} tokens, "
+            f"and {judging} on others"
+        )
         self._to_do = self._done + n
         self._progress(self._announced, self._done, self._to_do)
 

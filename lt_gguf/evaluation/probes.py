@@ -109,7 +109,8 @@ def make_documents(
         ValueError: `length` is too small, or the model's chat template refuses a message.
     """
     haystack = haystack_of(texts.documents)
-    documents, asked = [], 0
+    documents: list[Document] = []
+    asked = 0
     while asked < n:
         rng = np.random.default_rng([*seed, length, len(documents)])
         n_asked = min(QUESTIONS_OF_A_DOCUMENT, n - asked)
@@ -150,7 +151,7 @@ class _Writer:
         text, puzzles = self._text(n)
         self._sentences(n + _LAST_SENTENCES)
         goes_on = text + " " + " ".join(self.filler[n : n + _LAST_SENTENCES])
-        conversations = [self._conversation(text, *puzzles[2 * i : 2 * i + 2], *pair) for i, pair in enumerate(self.pairs)]
+        conversations = [self._conversation(text, puzzles[2 * i : 2 * i + 2], pair) for i, pair in enumerate(self.pairs)]
         prompts = [conversation[0].message for conversation in conversations]
         # the text as it would go on has another end of its last sentence, a token or two
         going_on = encode(self.tokenizer, ask(self.tokenizer, goes_on, ""))
@@ -192,12 +193,12 @@ class _Writer:
         """Where the text has no passage to ask for, as with very short prompts."""
         return next(kind for kind in self.kinds.values() if kind is not None)
 
-    def _conversation(self, text: str, first: Puzzle, later: Puzzle, first_kind: str, later_kind: str) -> tuple[Turn, Turn]:
-        tokenizer = self.tokenizer
+    def _conversation(self, text: str, puzzles: Sequence[Puzzle], kinds: tuple[str, str]) -> tuple[Turn, Turn]:
+        tokenizer, (first, later) = self.tokenizer, puzzles
         message = ask(tokenizer, text, first.question)
         answered = first.prefix + first.rest
         between = go_on(tokenizer, text, first.question, answered, later.question)
-        return self._turn(FIRST, first_kind, message, first, True), self._turn(LATER, later_kind, between, later, False)
+        return self._turn(FIRST, kinds[0], message, first, True), self._turn(LATER, kinds[1], between, later, False)
 
     def _turn(self, where: str, kind: str, message: str, puzzle: Puzzle, begins: bool) -> Turn:
         """`message` is everything before the answer that hasn't been read."""
@@ -219,7 +220,7 @@ class _Writer:
 
         def n_tokens(n: int, pairs: Sequence[tuple[str, str]]) -> int:
             text, puzzles = self._text(n)
-            turns = (self._conversation(text, *puzzles[2 * i : 2 * i + 2], *pair) for i, pair in enumerate(pairs))
+            turns = (self._conversation(text, puzzles[2 * i : 2 * i + 2], pair) for i, pair in enumerate(pairs))
             return max(sum(len(turn.message) + len(turn.answer) for turn in both) for both in turns)
 
         if (least := n_tokens(1, self.pairs)) > self.length:

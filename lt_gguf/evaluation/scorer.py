@@ -79,7 +79,7 @@ class Scorer(TextModel):
     @property
     def spec(self) -> StreamingSpec | None:
         """Which layers stream, `None` if none does. Where they are chosen for the prompt: for the last one that was read."""
-        if self._context is None:
+        if self._context is None or self._context.handle is None:
             return None
         spec, _ = parse_running(api.context_spec(self._context.handle), self.n_layer)
         return spec if spec.layers else None

@@ -32,9 +32,10 @@ def loss_curve(report: Report) -> Figure:
         axes.fill_between(shares, low, high, color=colour, alpha=0.12, linewidth=0)
     share = len(report.spec.layers) / n_layer
     axes.axvline(share, color="#444444", linewidth=1, linestyle=":")
-    axes.annotate(
-        f"chosen: {len(report.spec.layers)} of {n_layer}", (share, 1), (4, -4), textcoords="offset points", va="top", fontsize=9
-    )
+    # on the side where there is room
+    side, shift = ("right", -4) if share > 0.6 else ("left", 4)
+    chosen = f"chosen: {len(report.spec.layers)} of {n_layer}"
+    axes.annotate(chosen, (share, 1), (shift, -4), textcoords="offset points", ha=side, va="top", fontsize=9)
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.1, 1)
     axes.yaxis.set_major_formatter("{x:.0%}")
@@ -51,7 +52,7 @@ def loss_curve(report: Report) -> Figure:
     def to_share(memory: Any) -> Any:
         return (1 - memory) / (1 - kept)
 
-    memory = axes.secondary_xaxis(-0.28, functions=(to_memory, to_share))
+    memory = axes.secondary_xaxis(-0.24, functions=(to_memory, to_share))
     memory.xaxis.set_major_formatter("{x:.0%}")
     memory.set_xlabel(f"KV cache at {N_CTX:,} tokens, of the full model's")
     axes.legend(loc="upper left", bbox_to_anchor=(0.0, 0.92), frameon=False, fontsize=9)

@@ -292,8 +292,8 @@ def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:
         data = [_get(described, key, "a string", _is_string) for key in ("data", "sha256")]
         conversations = _get(described, "conversations", "an integer of at least 1", _is_count)
         lengths = tuple(_get(described, "lengths", "a list of integers", _is_integers))
-        counts = (_get(described, key, "an integer", _is_integer) for key in ("sets", "read", "computed"))
-        return Measurement(*data, conversations, lengths, *counts)
+        sets, read, computed = (_get(described, key, "an integer", _is_integer) for key in ("sets", "read", "computed"))
+        return Measurement(data[0], data[1], conversations, lengths, sets, read, computed)
     except ValueError as error:
         raise ValueError(f"measurement: {error}") from None
 

@@ -29,7 +29,9 @@ def test_analyze(lt_gguf_command, demo_file, stories_file, tmp_path):
     n = read_model(demo_file).n_layer
     command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--prefill", "stream", "--select"]
     status, out, err = lt_gguf_command(*command, "kl", "--out", tmp_path / "report")
-    assert status == 0 and err.splitlines() == [f"loss: up to {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"]
+    assert status == 0 and err.splitlines() == [
+        f"loss: up to {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"
+    ]
     report = Report.read(tmp_path / "report" / "report.json")
     assert report.selection.strategy == "kl" and report.ratios is not None and report.spec.prefill == "stream"
     lines = (line.split() for line in out.splitlines())

@@ -91,7 +91,9 @@ def test_the_numbers_are_those_of_a_run_by_hand(demo_gguf, model, texts, prefill
 
     (document,) = documents_of(model, texts)
     layers = (1, 3)
-    found = RuntimeBench(model, EXACT, spec_of(model, prefill=prefill), [document], KnownOutcomes()).measure_all([layers, (2,), ()])[0]
+    found = RuntimeBench(model, EXACT, spec_of(model, prefill=prefill), [document], KnownOutcomes()).measure_all(
+        [layers, (2,), ()]
+    )[0]
     settings = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}  # 0: f32
     settings |= {"flash_attn": False, "verbose": False}
     full, hybrid = (

@@ -96,7 +96,10 @@ def test_the_evidence_in_the_report_and_the_card():
     assert "| frequency | 1-3 | 0.3000 | 0.3000 | - | 37.5% (" in text
     table = text.split("| candidate |")[1]
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.endswith("| streams |")] == ["lazy-ratio"]
-    assert "3 conversations to choose by and 6 others to judge by, of 100 and 400 tokens, from book.txt (sha256 0123456789ab); 13 sets" in text
+    assert (
+        "3 conversations to choose by and 6 others to judge by, of 100 and 400 tokens, from book.txt (sha256 0123456789ab); 13 sets"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,11 @@ def test_the_evidence_in_the_report_and_the_card():
         ("candidates", [3], "candidates = .3.: must be null, or a list of objects"),
         ("candidates", [{"name": "x", "outcomes": []}], "candidates: layers: is missing, must be a list of layers"),
         ("layers", [6], 'candidates: layers = "6": must be'),
-        ("outcomes", [], r"candidates: outcomes = \[\]: must be a list of lists of where, kind, length, prompt, kl, known, found, hit"),
+        (
+            "outcomes",
+            [],
+            r"candidates: outcomes = \[\]: must be a list of lists of where, kind, length, prompt, kl, known, found, hit",
+        ),
         ("outcomes", [["first", "number", 100, 1, 0.3, 1.0, 2, True]], "candidates: outcomes = "),
         ("outcomes", [["text", "text", 100, 1, 0.3, 1.0, 1, True]], "candidates: outcomes = "),
         ("measurement", [], r"measurement = \[\]: must be an object, or null"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -34,7 +35,9 @@ def select(measured: FakeCandidates, **settings) -> Selection:
 def test_as_many_as_lose_no_more_than_is_tolerated(max_loss, n):
     found = select(candidates(additive), max_loss=max_loss, max_kl=10)
     assert found.layers == tuple(sorted(ORDER[:n])) and found.warning is None
-    assert found.reason.startswith(f"{n} of 8 layers, the most that lose no more than is tolerated, chosen by what is lost with them")
+    assert found.reason.startswith(
+        f"{n} of 8 layers, the most that lose no more than is tolerated, chosen by what is lost with them"
+    )
 
 
 def test_the_divergence_is_a_limit_of_its_own():
@@ -83,7 +86,7 @@ def test_a_step_back_where_two_layers_do_each_others_work():
 def test_the_path_grows_by_one_layer_at_a_time(alone):
     path = grow(FakeBench(lambda layers: evidence(math.sqrt(sum(alone[il] for il in layers)))), alone)
     assert [len(layers) for layers in path] == list(range(len(alone) + 1))
-    assert all(set(few) < set(more) for few, more in zip(path, path[1:]))
+    assert all(set(few) < set(more) for few, more in itertools.pairwise(path))
 
 
 def test_no_more_is_measured_than_was_announced():

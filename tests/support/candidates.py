@@ -13,7 +13,9 @@ Layers = tuple[int, ...]
 def evidence(kl: float, *found: float, kl_text: float | None = None) -> Evidence:
     """Of one text, and of a question for each number, the share that is found of an answer that the full model knows."""
     text = Outcome(TEXT, TEXT, 100, 0, kl if kl_text is None else kl_text, 1.0, 1.0, True)
-    return Evidence((text, *(Outcome(FIRST, "number", 100, i, kl, 1.0, share, share == 1) for i, share in enumerate(found or (1.0,)))))
+    return Evidence(
+        (text, *(Outcome(FIRST, "number", 100, i, kl, 1.0, share, share == 1) for i, share in enumerate(found or (1.0,))))
+    )
 
 
 @dataclass
