@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct, a model of a laptop's size at its smallest, reads 6,000 t
 them, which no model can know, and is asked for one after the other in a conversation: once with full attention, once as a
 hybrid. Both are asked the same, so what the hybrid loses is what it doesn't find and the full model does.
 
-Which layers stream was measured once, and models/smollm2/report.json says how and with which losses: on two cores it takes as
+Which layers stream was measured once, and models/smollm2/README.md says how and with which losses: on two cores it takes as
 long as all the rest of the demo several times over.
 """
 
@@ -26,7 +26,6 @@ from lt_gguf.gguf.file import read_model
 from lt_gguf.gguf.flagging import flag
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report.report import Report
-from lt_gguf.report.tables import print_candidates
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import format_layers
 
@@ -85,9 +84,9 @@ def run(folder: Path) -> None:
     n_layers = f"{len(report.spec.layers)} of {model.n_layer} layers stream"
     console.print(
         f"\n[bold]A real model[/bold]: {models.MODELS['smollm2']}; {n_layers} ({format_layers(report.spec.layers)}), sink "
-        f"{report.spec.sink}, window {report.spec.window}. What was measured when they were chosen, with what each choice loses:"
+        f"{report.spec.sink}, window {report.spec.window}. They are those that lose least alone: models/smollm2/README.md has what was "
+        "measured."
     )
-    print_candidates(report.selection, report.spec)
 
     text = ""
     conversations: dict[str, Conversation] = {}

@@ -187,7 +187,8 @@ class Measurement:
         lengths = " and ".join(f"{length:,}" for length in self.lengths)
         return (
             f"{self.conversations} conversations to choose by and {2 * self.conversations} others to judge by, of {lengths} "
-            f"tokens, from {self.data} (sha256 {self.sha256[:12]}); {self.sets} sets of layers, {self.read:,} tokens read and {self.computed:,} computed for the sets"
+            f"tokens, from {self.data} (sha256 {self.sha256[:12]}); {self.sets} sets of layers, {self.read:,} tokens read and "
+            f"{self.computed:,} computed for the sets"
         )
 
 

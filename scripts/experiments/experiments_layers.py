@@ -23,9 +23,7 @@ from lt_gguf.spec import StreamingSpec
 
 _SEED = 20_000  # of calibration prompts: never that of an evaluation
 _SAMPLES = 40  # that lazy ratios are measured on
-_TEXTS, _PUZZLES = 4, 25  # that candidates are run on
-
-Layers = tuple[int, ...]
+_QUESTIONS = 16  # conversations that candidates are chosen by
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def choose(
         drawn = np.random.default_rng([_SEED, i]).choice(n_layer, n_layer // 2, replace=False)
         layers[f"random {i + 1}"] = tuple(sorted(drawn.tolist()))
     spec = StreamingSpec((), n_layer, sink, window, "full")
-    numbers = {"samples": _TEXTS, "puzzles": _PUZZLES, "length": length, "progress": progress}
+    numbers = {"questions": _QUESTIONS, "length": length, "progress": progress}
     options = ScorerOptions(n_threads=threads)
     with open_candidates(file, spec, read_texts(None), **numbers, options=options) as candidates:
         for fraction in FRACTIONS:
