@@ -25,6 +25,8 @@ _SEED = 20_000  # of calibration prompts: never that of an evaluation
 _SAMPLES = 40  # that lazy ratios are measured on
 _QUESTIONS = 16  # conversations that candidates are chosen by
 
+Layers = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Choice:
