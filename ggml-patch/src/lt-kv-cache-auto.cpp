@@ -148,7 +148,7 @@ void lt_kv_cache::choose_layers() {
 
     lt_kv_ops::cell_pairs pairs;
     for (const auto & [p, i] : src.seq_pos_get(0)) {
-        if (p < (llama_pos) mask.n_sink || p > src.seq_pos_max(0) - (llama_pos) mask.n_window) {
+        if (p < (llama_pos) mask.n_sink || p >= src.seq_pos_max(0) + 1 - (llama_pos) mask.n_back) {
             pairs.push_back({ i, (uint32_t) pairs.size() });
         }
     }

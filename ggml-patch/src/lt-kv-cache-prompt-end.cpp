@@ -52,7 +52,7 @@ bool lt_kv_cache::copy_back(llama_seq_id seq_id, cell_map & copied) {
     const pos_set & pos_src = src.seq_pos_get(seq_id);
 
     const auto is_kept = [&](llama_pos p) {
-        return p < (llama_pos) mask.n_sink || p >= src.seq_pos_max(seq_id) + 1 - (llama_pos) mask.n_window;
+        return p < (llama_pos) mask.n_sink || p >= src.seq_pos_max(seq_id) + 1 - (llama_pos) mask.n_back;
     };
 
     // what the streaming part has of the time before the prompt stays where it is, as far as it is kept

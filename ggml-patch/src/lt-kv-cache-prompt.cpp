@@ -189,7 +189,7 @@ void lt_kv_cache::move_to_prompt_part(const std::vector<llama_seq_id> & seq_ids)
     // note: for what a new prompt sees, its beginning must be known. it follows what is there
     for (const llama_seq_id s : seq_ids) {
         if (!prompts[s].current()) {
-            phases.first[s] = std::max(0, kv_streaming->seq_pos_max(s) + 1 - (llama_pos) mask.n_window);
+            phases.first[s] = std::max(0, kv_streaming->seq_pos_max(s) + 1 - (llama_pos) mask.n_back);
         }
     }
 

@@ -73,6 +73,19 @@ uint32_t lt_kv_cache::n_saved(llama_seq_id seq_id) const {
         for (const auto & [_, i] : cells.seq_pos_get(seq_id)) {
             res += !mask.is_spare(cells, i, seq_id);
         }
+
+        return res;
+    }
+
+    for (uint32_t strm = 0; strm < kv_streaming->get_n_stream(); ++strm) {
+        const auto & cells = lt_kv_ops::cells(*kv_streaming, strm);
+
+        uint32_t n = 0;
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            n += !cells.is_empty(i) && !mask.is_spare(cells, i, -1);
+        }
+
+        res = std::max(res, n);
     }
 
     return res;
@@ -211,6 +224,16 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
 
         uint32_t n_streaming;
         io.read(&n_streaming, sizeof(n_streaming));
+
+        // note: there are as many tokens in the full part of the state. a damaged number must not become an allocation
+        if (n_streaming > kv_full->get_size()) {
+            throw std::runtime_error(format("the state holds %u tokens, more than the context of %u tokens", n_streaming, kv_full->get_size()));
+        }
+
+        // the tokens of an image, for example
+        if (n_streaming > kv_streaming->get_size() && (seq_id < 0 || !unified)) {
+            grow_streaming_part(n_streaming);
+        }
 
         const bool fits = seq_id < 0 || make_room(seq_id, n_streaming);
 

@@ -14,8 +14,9 @@
 
 static const char * const LT_ENV_PROMPT_LIMIT = "LT_PROMPT_LIMIT"; // [MiB]
 
-static lt_mask lt_make_mask(const lt_spec & spec, uint64_t n_seq, const lt_phases * phases) {
-    const bool full = spec.prefill == LT_PREFILL_FULL;
+static lt_mask lt_make_mask(const lt_spec & spec, const llama_hparams & hparams, uint64_t n_seq, const lt_phases * phases) {
+    const bool full    = spec.prefill == LT_PREFILL_FULL;
+    const bool repeats = hparams.n_pos_per_embd() > 1;
 
     const uint64_t n_near = ((uint64_t) spec.n_sink + spec.n_window + LT_N_SPARE)*n_seq;
 
@@ -23,7 +24,7 @@ static lt_mask lt_make_mask(const lt_spec & spec, uint64_t n_seq, const lt_phase
 
     res.n_sink   = spec.n_sink;
     res.n_window = spec.n_window;
-    res.n_back   = full ? spec.n_window : spec.n_window - 1;
+    res.n_back   = std::min<uint32_t>(spec.n_window - !full + repeats, INT32_MAX);
     res.phases   = phases;
 
     res.n_cells_decode = GGML_PAD((uint32_t) std::min<uint64_t>(n_near, INT32_MAX), 256);
@@ -78,7 +79,7 @@ lt_kv_cache::lt_kv_cache(
     size_full(cparams.n_ctx_seq),
     size_streaming(lt_size_streaming(spec, cparams)),
     hparams_no_alloc(model.hparams),
-    mask(lt_make_mask(spec, cparams.kv_unified ? cparams.n_seq_max : 1, &phases)),
+    mask(lt_make_mask(spec, model.hparams, cparams.kv_unified ? cparams.n_seq_max : 1, &phases)),
     prompt_limit(lt_env_prompt_limit()),
     prompts(LLAMA_MAX_SEQ),
     n_declared(LLAMA_MAX_SEQ, 0) {
@@ -234,7 +235,7 @@ void lt_kv_cache::hide(const lt_spec & spec) {
 
     this->spec = spec;
 
-    mask = lt_make_mask(spec, unified ? n_seq_max : 1, &phases);
+    mask = lt_make_mask(spec, model.hparams, unified ? n_seq_max : 1, &phases);
     generation++;
 
     // note: ggml-alloc tells graphs apart by their sizes alone, and would keep what layers read no longer than other layers did

@@ -364,7 +364,7 @@ private:
     // n_spare: tokens of it that need no prompt part
     void check_limit(uint32_t n_cells, uint32_t n_tokens, uint32_t n_spare = 0) const;
 
-    // the cells of the streaming part in the state of a sequence
+    // the cells of the streaming part in the state of a sequence; -1: most of those that one stream has in the state of all
     uint32_t n_saved(llama_seq_id seq_id) const;
 
     void read_prompt_part(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);

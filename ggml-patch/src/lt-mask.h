@@ -32,8 +32,8 @@ struct lt_mask {
     uint32_t n_sink   = 0;
     uint32_t n_window = 0; // 0: not the cache of streaming layers
 
-    // how far back the next token sees, whatever it is: a decoded one n_window - 1 positions, the first of a prompt that is
-    // read with full attention n_window
+    // how far back a token at the next position sees, whatever it is: a decoded one n_window - 1 positions, the first of a prompt
+    // that is read with full attention n_window. one more where it can have the last position once more, as in an image (M-RoPE)
     uint32_t n_back = 0;
 
     // decoding takes cells below this one while there are any

@@ -54,6 +54,8 @@ def _report(error: Exception, name: str) -> int:
         text, status = f"{error.format_message()} ({command} --help shows what there is)", 2
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text, status = f"{error.filename}: {error.strerror}", EXIT_ERROR
+    elif isinstance(error, MemoryError):
+        text, status = f"this process can get no more memory ({error or 'Python says no more'})", EXIT_ERROR
     elif isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         text, status = str(error), EXIT_ERROR
     else:

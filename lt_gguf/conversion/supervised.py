@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -56,17 +55,16 @@ def signal_of(status: int) -> int:
 
 @contextmanager
 def hidden_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent`, on its file system; gone with all that is in it at the end of the with block, or of this process."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
+    """An `unfinished_folder` that goes with the end of this process, too."""
+    from lt_gguf.gguf.unfinished import unfinished_folder  # note: the script that this file is, too, doesn't find it
+
+    with unfinished_folder(parent, prefix) as folder:
         sweeper = subprocess.Popen([*_SCRIPT, "sweep", str(folder.absolute())], stdin=subprocess.PIPE, start_new_session=True)
         try:
             yield folder
         finally:
             sweeper.kill()
             sweeper.communicate()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_with_parent(stdin: IO[str], done: threading.Event) -> None:

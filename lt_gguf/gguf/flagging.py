@@ -16,13 +16,13 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lt_gguf.gguf.file import describe_model, model_files, split_files
 from lt_gguf.gguf.header import GGUFLayout, encode_pair, read_layout
+from lt_gguf.gguf.unfinished import unfinished_folder
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
 from lt_gguf.spec.keys import VERSION_KEY, streaming_keys
 
@@ -74,8 +74,8 @@ def flag(
     parts: list[Sequence[bytes | range]] = [[*header, layout.data], *([range(file.stat().st_size)] for file in sources[1:])]
     count = _Count(sum(len(piece) for pieces in parts for piece in pieces), progress)
     folder = destinations[0].parent
-    with tempfile.TemporaryDirectory(prefix=".flagging-", dir=folder, ignore_cleanup_errors=True) as hidden:
-        unfinished = [Path(hidden) / file.name for file in destinations]
+    with unfinished_folder(folder, ".flagging-") as hidden:
+        unfinished = [hidden / file.name for file in destinations]
         for pieces, old, new, final in zip(parts, sources, unfinished, destinations):
             try:
                 _write(pieces, old, new, count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lt_gguf.gguf.unfinished import unfinished_folder
 from lt_gguf.hf.decoder import without_progress_bar
 from lt_gguf.hf.streaming_attention import remove_streaming
 from lt_gguf.report import plots
@@ -118,8 +118,9 @@ def export(trained: Any, checkpoint: Path, out: Path, record: dict[str, Any], ov
     model.config.use_cache = said.get("use_cache", True)  # note: Trainer turns it off
     dtype = said.get("dtype") or said.get("torch_dtype") or "float32"
     model.to(getattr(torch, dtype))
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_folder(out.parent, ".training-") as hidden:
+        unfinished = hidden / out.name
         with without_progress_bar(), disk_errors(out):
             model.save_pretrained(unfinished)
         for pattern in _KEPT:
@@ -131,16 +132,6 @@ def export(trained: Any, checkpoint: Path, out: Path, record: dict[str, Any], ov
         plots.save(loss_curve(record["training_loss"], record["held_out_loss"], title), unfinished / CURVE)
         for file in unfinished.iterdir():
             file.chmod(0o644)  # note: safetensors' files can be read by their owner only
-        _replace(unfinished, out, overwrite)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _replace(unfinished: Path, out: Path, overwrite: bool) -> None:
-    if overwrite and out.exists():
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        out.rename(old)
-        unfinished.rename(out)
-        shutil.rmtree(old)
-    else:
+        if overwrite and out.exists():
+            out.rename(hidden / "old")
         unfinished.rename(out)

@@ -29,8 +29,8 @@ dir=$PWD/build/sanitizers-$name
 "$python" ggml-patch/upstream.py sync "$dir/llama.cpp"
 # ggml's threads spin while they wait for each other: with more threads than free cores each wait would cost a time slice
 [ "$name" != thread ] || sed -i 's/^    _mm_pause();/    sched_yield();/' "$dir/llama.cpp/ggml/src/ggml-cpu/ggml-cpu.c"
-# -O1 without NDEBUG: asserts on, and still fast enough to drive by random operations
-flags="-O1 -g1 -fno-omit-frame-pointer $flags"
+# -O2 without NDEBUG: asserts on, and still fast enough to drive by random operations
+flags="-O2 -g1 -fno-omit-frame-pointer $flags"
 cmake -S "$dir/llama.cpp" -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBUILD_SHARED_LIBS=ON \
     -DCMAKE_C_FLAGS_RELWITHDEBINFO="$flags" -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="$flags" \
     -DGGML_OPENMP=OFF -DGGML_RPC=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \

@@ -12,10 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support.tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
-from lt_gguf.cli import chat
+from lt_gguf.cli import chat, inspect
 from lt_gguf.cli import model as model_options
 from lt_gguf.gguf import flagging
 from lt_gguf.gguf.file import read_model
@@ -31,6 +32,16 @@ QUICK = ["--threads", "1", "--ctx", "512", "--batch-size", "64"]
 
 
 # ---------------------------------------------------------------------------------------------- inspect
+
+
+def test_no_memory_is_one_line(lt_gguf_command, hybrid_file, monkeypatch):
+    def no_memory(*_):
+        np.empty(1 << 60, np.int8)
+
+    monkeypatch.setattr(inspect, "read_model", no_memory)
+    status, out, err = lt_gguf_command("inspect", hybrid_file)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: this process can get no more memory (Unable to allocate ") and err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -34,6 +34,9 @@ def test_an_interruption_leaves_nothing(tmp_path, files, how):
         assert "Traceback" not in process.stderr.read()
     left = set(tmp_path.iterdir()) - set(old)
     assert all(path.name.startswith(".flagging-") for path in left) and bool(left) == (how == signal.SIGKILL)
+    subprocess.run([*COMMAND, str(old[0]), str(final), "--streaming-layers", "1"], check=True, capture_output=True)
+    assert final in tmp_path.iterdir()
+    assert not list(tmp_path.glob(".*"))  # what was left has gone, too
 
 
 @pytest.mark.parametrize("files", [1, 3])
