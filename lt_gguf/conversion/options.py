@@ -154,7 +154,9 @@ class Options:
     ] = False
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model.")] = None
     metadata: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file with general.* keys, such as the author.")] = None
-    remote: Annotated[bool, typer.Option("--remote", help="Stream the weights from the hub; nothing can be measured then.")] = False
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Stream the weights from the hub; no lazy ratios can be measured then.")
+    ] = False
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code in the checkpoint's folder, which some tokenizers need.")
     ] = False

@@ -224,7 +224,9 @@ class _Writer:
             return max(sum(len(turn.message) + len(turn.answer) for turn in both) for both in turns)
 
         if (least := n_tokens(1, self.pairs)) > self.length:
-            raise ValueError(f"conversations take {least} tokens at least, must be at most {self.length}: ask for longer ones")
+            raise ValueError(
+                f"conversations take {least} tokens at least, must be at most {self.length}: ask for longer ones, or select by lazy-ratio"
+            )
         too_many = 2
         while n_tokens(too_many, self.pairs[:1]) <= self.length:
             too_many *= 2

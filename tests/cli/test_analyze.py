@@ -31,7 +31,13 @@ def own_cache(monkeypatch, tmp_path_factory):
 @pytest.fixture
 def command(lt_gguf_command):
     """The same for `lt-gguf analyze`."""
-    return lambda *arguments: lt_gguf_command("analyze", *arguments, *QUICK)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        """By lazy ratios, unless the arguments say how to choose: the model is too small to be asked anything."""
+        chooses = {"--select", "--streaming-layers", "--threshold"} & {*map(str, arguments)}
+        return lt_gguf_command("analyze", *arguments, *QUICK, *([] if chooses else ["--select", "lazy-ratio"]))
+
+    return run
 
 
 @pytest.fixture
@@ -170,7 +176,7 @@ def test_a_report_is_not_overwritten_unasked(analyze, text, tmp_path):
         (["--calibration", "TEXT", *SMALL, "--w-last", "0"], "w_last = 0: must be an integer from 1"),
         (["--calibration", "TEXT", *SMALL, "--streaming-fraction", "1.5"], "fraction = 1.5: must be a number from 0 to 1"),
         ([*SMALL, "--out", "TEXT"], "calibration.txt: is a file, must be a folder for the report"),
-        ([*SMALL, "--select", "best"], 'selection = "best": must be one of lazy-ratio, frequency, '),
+        ([*SMALL, "--select", "best"], 'selection = "best": must be one of loss, lazy-ratio, frequency, '),
         ([*SMALL, "--select", "preset"], "selection preset: tiny llama isn't recognised"),
         ([*SMALL, "--select", "lazy-ratio", "--streaming-layers", "1"], "must not be given --streaming-layers"),
         ([*SMALL, "--streaming-layers", "4"], 'layers = "4": must be "all", "none", or layers'),

@@ -215,7 +215,7 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
         (["chat", "FILE", "--snapshot-limit", "-1"], 1, '--snapshot-limit: size = "-1"'),
         (["inspect", "FILE", "--streaming", "auto:0.5"], 1, '"auto:0.5": chooses the layers while a prompt is read'),
         (["convert", "none", "--streaming-fraction", "0.5"], 1, "none: must be the folder of a Hugging Face checkpoint"),
-        (["convert", "none", "--select", "best"], 1, 'selection = "best": must be one of lazy-ratio'),
+        (["convert", "none", "--select", "best"], 1, 'selection = "best": must be one of loss, lazy-ratio'),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

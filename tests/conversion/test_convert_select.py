@@ -15,7 +15,7 @@ from lt_gguf.memory.kv import kv_memory
 from lt_gguf.report.report import Report
 from lt_gguf.selection import laziest
 
-MEASURED = {"sink": 2, "window": 30, "samples": 2, "calibration_length": 128, "w_last": 8, "outtype": "f32"}
+MEASURED = {"sink": 2, "window": 30, "samples": 2, "calibration_length": 128, "w_last": 8, "outtype": "f32", "select": "lazy-ratio"}
 
 
 @pytest.fixture(scope="module")

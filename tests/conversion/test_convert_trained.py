@@ -93,7 +93,7 @@ def test_what_is_asked_for_overrides_it(checkpoint, tmp_path):
 )
 def test_which_strategy_is_asked_for(options, name):
     assert Options(**options).strategy_for({KEY: CONTENT}).name == name
-    assert Options(**options).strategy_for({}).name == (name if options else "lazy-ratio")
+    assert Options(**options).strategy_for({}).name == (name if options else "loss")
 
 
 def test_a_share_of_the_layers_needs_a_strategy(checkpoint, tmp_path):

@@ -199,7 +199,7 @@ def test_a_document_is_kept_and_recalled(model, texts):
     [
         ({"questions": 0}, "questions = 0: must be at least 1"),
         ({"length": 1 << 20}, "calibration length = 1048576: must be at most the model's context of"),
-        ({"length": 80}, "conversations take .* tokens at least, must be at most 80: ask for longer ones"),
+        ({"length": 80}, "conversations take .* tokens at least, must be at most 80: ask for longer ones, or select by lazy-ratio"),
     ],
 )
 def test_what_cannot_be_measured(model, texts, changes, complaint):

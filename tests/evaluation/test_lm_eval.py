@@ -254,8 +254,8 @@ def test_answers_end_before_what_they_are_to_end_with(subject, load):
     until = [whole[0][9:11], whole[3][14], "not in any of them"]
     assert answers(max_gen_toks=30, until=until) == [min((text.split(end)[0] for end in until), key=len) for text in whole]
     assert answers(max_gen_toks=30, until=until[0]) == [text.split(until[0])[0] for text in whole]
-    n_decoded, decode = [], model._scorer._compute
-    model._scorer._compute = lambda tokens: n_decoded.append(tokens.shape[1]) or decode(tokens)
+    n_decoded, decode = [], model._scorer._context.compute
+    model._scorer._context.compute = lambda tokens: n_decoded.append(tokens.shape[1]) or decode(tokens)
     contexts = contexts[:1]
     answers(max_gen_toks=30, until=until)
     assert len(n_decoded) < 16  # the prompt and a token at a time

@@ -214,6 +214,7 @@ def test_the_testbed_is_trained_on_the_same_tokens(name, chat):
 
     class Tokenizer:
         bos = [pieces.bos_id()]
+        eos_text = ""
         chat_template = (ROOT / "models" / "demo" / "chat_template.jinja").read_text() if chat else None
 
         def tokenize(self, text: str, special: bool = False) -> list[int]:

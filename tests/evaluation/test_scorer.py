@@ -9,7 +9,7 @@ from support.oracle import Subject, random_tokens
 from support.small_gguf import write_small
 from support.tiny_checkpoint import hybrid_file  # noqa: F401
 
-from lt_gguf.evaluation import scorer as scorer_module
+from lt_gguf.evaluation import context as context_module
 from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.scorer import Scorer
 from lt_gguf.spec import AutoSpec, StreamingSpec, Typed
@@ -114,16 +114,16 @@ def test_large_vocabularies_are_decoded_in_small_batches(load, monkeypatch):
     """Which changes nothing but the memory that is taken."""
     requests = make_requests()
     expected = list(load(SPECS["full"]).logprobs(requests))
-    monkeypatch.setattr(scorer_module, "_LOGITS_BYTES", 7 * 4 * 320)
+    monkeypatch.setattr(context_module, "_LOGITS_BYTES", 7 * 4 * 320)
     scorer = load(SPECS["full"])
-    assert scorer._n_answer_at_once == 7
+    assert scorer._context.n_wanted_at_once == 7
     for computed, other in zip(scorer.logprobs(requests), expected, strict=True):
         np.testing.assert_allclose(computed, other, atol=EXACT)
 
 
 def test_only_what_is_asked_for_is_kept(load, monkeypatch):
     """In the order of the places, also where they are computed in several batches."""
-    monkeypatch.setattr(scorer_module, "_LOGITS_BYTES", 7 * 4 * 320)
+    monkeypatch.setattr(context_module, "_LOGITS_BYTES", 7 * 4 * 320)
     scorer, requests = load(SPECS["full"]), make_requests()
     kept = scorer.logprobs(requests, lambda rows, tokens: rows[range(len(rows)), tokens])
     for (_, answer), rows, values in zip(requests, scorer.logprobs(requests), kept, strict=True):

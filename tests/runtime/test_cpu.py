@@ -141,15 +141,15 @@ def model(tmp_path_factory) -> Path:
 
 def test_models_run_on_these_cores(model, monkeypatch):
     from lt_gguf import Llama
-    from lt_gguf.evaluation import scorer
+    from lt_gguf.evaluation import context, scorer
     from lt_gguf.runtime import llama
 
     monkeypatch.setattr(llama, "usable_cores", lambda: 3)
-    monkeypatch.setattr(scorer, "usable_cores", lambda: 3)
+    monkeypatch.setattr(context, "usable_cores", lambda: 3)
 
     def threads(**given: int | None) -> tuple[int, int]:
         llm = Llama(str(model), n_ctx=64, verbose=False, **given)
-        assert scorer._llama_cpp.llama_n_threads(llm.ctx) == llm.n_threads
+        assert context._llama_cpp.llama_n_threads(llm.ctx) == llm.n_threads
         llm.close()
         return llm.n_threads, llm.n_threads_batch
 
@@ -157,9 +157,9 @@ def test_models_run_on_these_cores(model, monkeypatch):
     assert threads(n_threads=1) == (1, 3)
     assert threads(n_threads=2, n_threads_batch=1) == (2, 1)
     for n_threads, expected in ((None, 3), (2, 2)):
-        with scorer.Scorer(model, "off", scorer.ScorerOptions(n_threads=n_threads)) as scorer_:
-            assert scorer._llama_cpp.llama_n_threads(scorer_._context) == expected
-            assert scorer._llama_cpp.llama_n_threads_batch(scorer_._context) == expected
+        with scorer.Scorer(model, "off", context.ScorerOptions(n_threads=n_threads)) as scorer_:
+            assert context._llama_cpp.llama_n_threads(scorer_._context.handle) == expected
+            assert context._llama_cpp.llama_n_threads_batch(scorer_._context.handle) == expected
 
 
 @pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])

@@ -15,6 +15,8 @@ TEMPLATE = (
 class WordsTokenizer:
     """A token is a word with the space before it, a digit, or another character; or with `special` a special token's name."""
 
+    eos_text = ""
+
     def __init__(self, chat_template: str | None = None, bos: tuple[int, ...] = (BOS,)) -> None:
         self.chat_template = chat_template
         self.bos = list(bos)
