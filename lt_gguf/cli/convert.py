@@ -36,8 +36,8 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint to a GGUF file in which lazy layers stream.
 
-    Which layers are lazy is measured, unless --select or --streaming-layers says otherwise, or the checkpoint was trained to
-    stream in certain layers, which its config.json says then.
+    As many layers stream as the model can spare: what is lost with them is measured, unless --select or --streaming-layers says
+    otherwise, or the checkpoint was trained to stream in certain layers, which its config.json says then.
     """
     from lt_gguf import conversion
 
