@@ -66,7 +66,8 @@ def text(tmp_path):
 def test_a_report_of_a_gguf_file(analyze, hybrid_file, text, tmp_path):
     status, out, err = analyze("--calibration", text, *SMALL, "--out", tmp_path / "report")
     assert (status, err) == (0, "")
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(FILES)
+    names = {name for name in FILES if not name.startswith("loss")}  # nothing was measured of the hybrid
+    assert {path.name for path in (tmp_path / "report").iterdir()} == names
     written = json.loads((tmp_path / "report" / "report.json").read_text())
 
     settings = {"n_ctx": 64, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
