@@ -1,5 +1,6 @@
 #pragma once
 
+#include "lt-batch.h"
 #include "lt-lazy-ratio.h"
 #include "lt-mask.h"
 #include "lt-prompts.h"
@@ -19,36 +20,6 @@ struct llama_cparams;
 
 // the prompt part, and a streaming part that has grown, have a multiple of so many cells
 static constexpr uint32_t LT_PART_PAD = 256;
-
-// the tokens of one sequence in a batch
-struct lt_batch_seq {
-    llama_seq_id id;
-
-    llama_pos begin;
-    llama_pos end;
-
-    uint32_t n_tokens;
-
-    bool has_logits; // the last token asks for them
-
-    bool is_prompt; // the sequence reads a prompt
-    bool is_last;   // and this batch ends it
-};
-
-using lt_batch = std::vector<lt_batch_seq>;
-
-// how a batch is processed: its ubatches, of which some use the streaming part and the others the prompt part
-struct lt_ubatches {
-    std::vector<llama_ubatch> all;
-    std::vector<llama_ubatch> streaming; // none if no layer streams yet
-    std::vector<llama_ubatch> prompt;
-
-    std::vector<bool> in_prompt_part; // [all.size()]
-
-    llama_kv_cache::slot_info_vec_t sinfos_full;
-    llama_kv_cache::slot_info_vec_t sinfos_streaming;
-    llama_kv_cache::slot_info_vec_t sinfos_prompt;
-};
 
 //
 // lt_kv_cache

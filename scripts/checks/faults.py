@@ -1,17 +1,19 @@
-"""Kills the commands that write files at random moments, and fills the disk under them: is there ever half a file under its final name?
+"""Kills what writes files at random moments, fills the disk under it, and takes its memory: is there ever half a file under its name?
 
-    python scripts/checks/faults.py [--kills N] [--seed S] [--only convert,quantize,flag,flag-in-place,train]
+    python scripts/checks/faults.py [--kills N] [--seed S] [--only convert,quantize,flag,flag-in-place,train,download,save-state,memory]
 
 Each command runs once undisturbed, then `--kills` times until it is killed (SIGKILL, with all that it started), then once more to its
-end in the same folder: what it writes must be there whole or not at all, and whole after that. Then as often with a limit on how much
-a file may hold (as a full disk, which a test can't make): it must fail with one line, and leave nothing under a final name. Prints
-what was tried and what was seen, and ends with an error at the first half file.
+end in the same folder: what it writes must be there whole or not at all, and whole after that, with nothing hidden left beside it. A
+saved state is written by llama.cpp under its name, so half of it may be there, and must be refused. Then as often with a limit on how
+much a file may hold (as a full disk, which a test can't make), and once in a folder that can't be written: it must fail with one line,
+and leave nothing under a final name. `memory` runs a model that reads a prompt, with limits of address space between what the command
+needs for itself and what the model takes: it must end well, or with one line and 1. Prints what was tried and what was seen, and ends
+with an error at the first half file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -22,8 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -31,105 +32,23 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from support.small_gguf import write_small
+from fault_cases import COMMAND, Case, RefusedError, cases, write_wide
 from support.tiny_checkpoint import write_checkpoint
 
-from lt_gguf.gguf.file import read_model
-
-COMMAND = [sys.executable, "-c", "from lt_gguf.cli import main; main()"]
-TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
-LARGE = 256 << 20  # bytes of the file that `flag` copies, most of them a hole
-MEASURE = ["--samples", "4", "--calibration-length", "200", "--window", "40", "--sink", "4"]
+PROMPT = "word " * 2000
+# for root a folder that can't be written is one like any other, unless it has lost this right
+AS_OTHERS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 
 class Fault(Exception):
     """Half a file, or a command that can't go on."""
 
 
-@dataclass
-class Case:
-    """A command: what it finds, its arguments, and how what it has written is looked at."""
-
-    name: str
-    prepare: Callable[[Path], None]
-    arguments: Callable[[Path], list[str]]
-    final: str  # what it writes, in its folder
-    look: Callable[[Path], object]  # raises if it isn't whole
-    again: tuple[str, ...] = ()  # arguments to go on after a kill
-    in_place: bool = False
-
-
-def look_at_gguf(path: Path) -> object:
-    model = read_model(path)
-    return model.n_bytes, str(model.spec)
-
-
-def look_at_checkpoint(path: Path) -> object:
-    from transformers import AutoModelForCausalLM
-
-    json.loads((path / "config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(path).num_parameters()
-
-
-def write_conversations(path: Path) -> None:
-    lines = []
-    for n in range(40):
-        said = [{"role": "user", "content": f"word{n} " * 30}, {"role": "assistant", "content": f"answer{n} " * 20}]
-        lines.append(json.dumps({"messages": said}))
-    path.write_text("\n".join(lines) + "\n")
-
-
-def write_large(folder: Path) -> None:
-    (path,) = write_small(folder / "old.gguf")
-    os.truncate(path, LARGE)
-
-
-def write_flagged(folder: Path) -> None:
-    (path,) = write_small(folder / "plain.gguf")
-    arguments = ["flag", str(path), str(folder / "old.gguf"), "--streaming-layers", "0"]
-    subprocess.run([*COMMAND, *arguments], check=True, capture_output=True)  # by the command, so that only the layers change
-    path.unlink()
-
-
-def write_training(folder: Path) -> None:
-    (folder / "model").mkdir()
-    write_checkpoint(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    write_conversations(folder / "data.jsonl")
-
-
-def cases(checkpoint: Path) -> list[Case]:
-    def link(folder: Path) -> None:
-        (folder / "model").symlink_to(checkpoint)
-
-    def convert(*more: str) -> Callable[[Path], list[str]]:
-        return lambda f: ["convert", str(f / "model"), "--outfile", str(f / "new.gguf"), *MEASURE, *more]
-
-    def flagged(*more: str) -> Callable[[Path], list[str]]:
-        return lambda f: ["flag", str(f / "old.gguf"), *more, "--streaming-layers", "1"]
-
-    train = ["--streaming-layers", "1,3", "--select", "manual", "--steps", "60", "--save-every", "10", "--max-length", "200"]
-    return [
-        Case("convert", link, convert("--outtype", "f32"), "new.gguf", look_at_gguf, ("--overwrite",)),
-        Case("quantize", link, convert("--outtype", "f32", "--quantize", "Q8_0"), "new.gguf", look_at_gguf, ("--overwrite",)),
-        Case("flag", write_large, lambda f: [*flagged()(f), str(f / "new.gguf")], "new.gguf", look_at_gguf, ("--overwrite",)),
-        Case("flag-in-place", write_flagged, flagged("--in-place"), "old.gguf", look_at_gguf, in_place=True),
-        Case(
-            "train",
-            write_training,
-            lambda f: ["train", str(f / "model"), str(f / "data.jsonl"), str(f / "new"), *train],
-            "new",
-            look_at_checkpoint,
-            ("--resume",),
-        ),
-    ]
-
-
-def start(folder: Path, arguments: list[str], **settings) -> subprocess.Popen:
+def start(words: list[str], folder: Path, environment: dict[str, str] | None = None, **settings) -> subprocess.Popen:
     """The command, with a cache of its own in `folder`, so that nothing of other runs helps it and nothing is left elsewhere."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / ".cache")}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / ".cache")} | (environment or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*COMMAND, *arguments], env=environment, start_new_session=True, **pipes, **settings)
+    return subprocess.Popen(words, env=environment, start_new_session=True, **pipes, **settings)
 
 
 class Runner:
@@ -150,12 +69,15 @@ class Runner:
     def folder(self) -> Path:
         self.n += 1
         folder = self.place / f"{self.case.name}-{self.n}"
-        folder.mkdir()
+        (folder / ".cache").mkdir(parents=True)
         self.case.prepare(folder)
         return folder
 
+    def start(self, folder: Path, more: tuple[str, ...] = (), before: tuple[str, ...] = (), **settings) -> subprocess.Popen:
+        return start([*before, *self.case.command(folder), *more], folder, self.case.environment(folder), **settings)
+
     def finish(self, folder: Path, more: tuple[str, ...]) -> None:
-        process = start(folder, [*self.case.arguments(folder), *more])
+        process = self.start(folder, more)
         said, _ = process.communicate(timeout=600)
         if process.returncode:
             raise Fault(f"{self.case.name}: doesn't end well: {said[-800:]}")
@@ -167,32 +89,42 @@ class Runner:
             return False
         try:
             seen = self.case.look(path)
+        except RefusedError:
+            self.counts["half a state, refused"] += 1
+            return False
         except Exception as error:
             raise Fault(f"{self.case.name}: half of {path.name}: {error}") from error
         if seen != self.whole and not self.case.in_place:
             raise Fault(f"{self.case.name}: {path.name} is {seen}, not {self.whole}")
         return True
 
+    def left(self, folder: Path) -> list[str]:
+        """What is hidden beside the file."""
+        hidden = (folder / self.case.final).parent.glob(".*")
+        return [path.name for path in hidden if path.name not in (".cache", ".lock")]
+
     def kill(self, rng: random.Random) -> None:
         folder = self.folder()
-        process = start(folder, self.case.arguments(folder))
+        process = self.start(folder)
         try:
             process.wait(timeout=rng.uniform(0, 1.05 * self.seconds))
             self.counts["had ended"] += 1
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             self.counts["killed"] += 1
         process.stdout.close()
         there = self.look(folder)
-        self.counts["whole file" if there else "no file"] += 1
-        left = [path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != ".cache"]
-        self.counts["hidden leftovers"] += bool(left)
+        self.counts["whole file" if there else "no whole file"] += 1
+        self.counts["hidden leftovers"] += bool(self.left(folder))
         # a training goes on only where it has begun to save
         resumes = "--resume" in self.case.again and not there and any(folder.glob("*new*"))
         if not (there and "--resume" in self.case.again):
             self.finish(folder, self.case.again if resumes or (there and "--overwrite" in self.case.again) else ())
             self.counts["went on" if resumes else "began anew"] += 1
+            if left := self.left(folder):
+                raise Fault(f"{self.case.name}: {', '.join(left)} is still there after it was run again")
         if not self.look(folder) or self.case.look(folder / self.case.final) != self.whole:
             raise Fault(f"{self.case.name}: not whole after it was run again")
         shutil.rmtree(folder)
@@ -200,19 +132,81 @@ class Runner:
     def fill(self, rng: random.Random) -> None:
         folder = self.folder()
         limit = int(self.size * rng.uniform(0, 0.95))
-        process = start(
-            folder, self.case.arguments(folder), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        )
-        said, _ = process.communicate(timeout=600)
-        if process.returncode == 0:
-            raise Fault(f"{self.case.name}: ends well with at most {limit} bytes a file")
-        last = said.strip().splitlines()[-1] if said.strip() else ""
-        if "Traceback" in said or "error" not in last:
-            raise Fault(f"{self.case.name}: with a full disk says {said[-600:]!r}")
-        if self.look(folder) and not self.case.in_place:
-            raise Fault(f"{self.case.name}: a file in spite of a full disk")
+        process = self.start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        self.fails(process, folder, f"with at most {limit} bytes a file")
         self.counts["disk full, one line"] += 1
         shutil.rmtree(folder)
+
+    def lock(self) -> None:
+        """In a folder, or with a file, that can't be written."""
+        if os.geteuid() == 0 and not shutil.which(AS_OTHERS[0]):
+            self.counts["read-only folder not tried"] += 1
+            return
+        folder = self.folder()
+        final = folder / self.case.final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for path in (final.parent, final) if final.exists() else (final.parent,):
+            path.chmod(path.stat().st_mode & ~0o222)
+        process = self.start(folder, before=tuple(AS_OTHERS) if os.geteuid() == 0 else ())
+        self.fails(process, folder, "in a read-only folder")
+        self.counts["read-only folder, one line"] += 1
+        final.parent.chmod(0o755)
+        shutil.rmtree(folder)
+
+    def fails(self, process: subprocess.Popen, folder: Path, how: str) -> None:
+        said, _ = process.communicate(timeout=600)
+        if process.returncode == 0:
+            raise Fault(f"{self.case.name}: ends well {how}")
+        if not is_one_line(said):
+            raise Fault(f"{self.case.name}: {how} it says {said[-600:]!r}")
+        if self.look(folder) and not self.case.in_place:
+            raise Fault(f"{self.case.name}: a file {how}")
+
+
+def is_one_line(said: str) -> bool:
+    last = said.strip().splitlines()[-1] if said.strip() else ""
+    return "Traceback" not in said and "error" in last
+
+
+def peak(process: subprocess.Popen) -> int:
+    """The most address space that it has had, in bytes."""
+    most = 0
+    while process.poll() is None:
+        with suppress(OSError, StopIteration):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            most = max(most, int(next(line for line in status.splitlines() if line.startswith("VmPeak")).split()[1]) << 10)
+        time.sleep(0.02)
+    return most
+
+
+def little_memory(n: int, rng: random.Random, wide: Path, folder: Path) -> tuple[float, Counter[str]]:
+    """Runs a model `n` times with too little memory, or just enough."""
+    prompt = folder / "prompt.txt"
+    prompt.write_text(PROMPT)
+
+    def run(words: list[str], **settings) -> subprocess.Popen:
+        with prompt.open() as stdin:
+            return start([*COMMAND, *words], folder, stdin=stdin, **settings)
+
+    reading = ["run", str(wide), "--ctx", "65536", "--n-predict", "8", "--threads", "1"]
+    begin = time.monotonic()
+    whole = run(reading)
+    most = peak(whole)
+    seconds = time.monotonic() - begin
+    if whole.returncode:
+        raise Fault(f"memory: doesn't end well: {whole.stdout.read()[-600:]}")
+    least = peak(run(["run", "--help"]))
+    counts: Counter[str] = Counter()
+    for _ in track(range(n), "memory", console=Console(stderr=True)):
+        limit = rng.randint(least, most)
+        process = run(reading, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+        said, _ = process.communicate(timeout=600)
+        if process.returncode not in (0, 1) or (process.returncode == 1 and not is_one_line(said)):
+            raise Fault(
+                f"memory: with {limit >> 20} of {most >> 20} MiB it ends with {process.returncode} and says {said[-800:]!r}"
+            )
+        counts["one line" if process.returncode else "had enough"] += 1
+    return seconds, counts
 
 
 def main() -> None:
@@ -223,25 +217,33 @@ def main() -> None:
     options = parser.parse_args()
     only = options.only.split(",") if options.only else None
     print("| command | seconds | what was seen |\n| --- | --: | --- |")
+
+    def tell(name: str, seconds: float, counts: Counter[str]) -> None:
+        seen = ", ".join(f"{what} {n}" for what, n in sorted(counts.items()) if n)
+        print(f"| {name} | {seconds:.1f} | {seen} |", flush=True)
+
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        (place / "tiny-llama").mkdir()
         checkpoint = place / "tiny-llama"
+        checkpoint.mkdir()
         write_checkpoint(checkpoint)
-        for case in cases(checkpoint):
-            if only is not None and case.name not in only:
-                continue
-            try:
+        wide = write_wide(place)
+        try:
+            for case in cases(place, checkpoint, wide):
+                if only is not None and case.name not in only:
+                    continue
                 runner = Runner(case, place)
                 rng = random.Random(f"{options.seed}-{case.name}")
+                runner.lock()
                 for _ in track(range(options.kills), case.name, console=Console(stderr=True)):
                     runner.kill(rng)
                     if not case.in_place:
                         runner.fill(rng)
-            except Fault as fault:
-                sys.exit(f"faults: {fault}")
-            seen = ", ".join(f"{what} {n}" for what, n in sorted(runner.counts.items()) if n)
-            print(f"| {case.name} | {runner.seconds:.1f} | {seen} |", flush=True)
+                tell(case.name, runner.seconds, runner.counts)
+            if only is None or "memory" in only:
+                tell("memory", *little_memory(options.kills, random.Random(options.seed), wide, place))
+        except Fault as fault:
+            sys.exit(f"faults: {fault}")
 
 
 if __name__ == "__main__":
