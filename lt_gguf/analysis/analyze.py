@@ -89,5 +89,4 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
                 selection = chosen.select(replace(request, candidates=candidates))
     selection = selection or chosen.select(request)
     spec = selection.spec(subject.model.n_layer, how.prefill)
-    fraction = None if not chosen.counts or (chosen.takes_tolerance and request.fraction is None) else request.share
-    return Report(subject.name, subject.model.architecture, spec, selection, fraction, **measured)
+    return Report(subject.name, subject.model.architecture, spec, selection, chosen.share(request.fraction), **measured)

@@ -314,13 +314,12 @@ class _Conversion:
         return quantized
 
     def _report(self, model: GGUFModel, spec: StreamingSpec, selection: Selection, measured: _Measured | None) -> Report:
-        takes_share = self.strategy.counts and self.options.budget is None
         return Report(
             self.hub_id or self.checkpoint.resolve().name,
             model.architecture,
             spec,
             selection,
-            self.options.share if takes_share and not (self.strategy.takes_tolerance and self.options.fraction is None) else None,
+            self.strategy.share(self.options.fraction) if self.options.budget is None else None,
             *((None, None, None) if measured is None else self._as_reported(measured)),
         )
 

@@ -202,6 +202,12 @@ class Strategy(ABC):
         if threshold is not None and not self.takes_threshold:
             raise ValueError(f"selection {self.name}: takes no --threshold, only threshold does")
 
+    def share(self, fraction: float | None) -> float | None:
+        """The share of the layers that `fraction` asks for; `None` where this strategy has a number of its own."""
+        if not self.counts or (self.takes_tolerance and fraction is None):
+            return None
+        return DEFAULT_FRACTION if fraction is None else fraction
+
     def runs(self, request: Request) -> tuple[int, int]:
         """How many sets of layers are measured at most, the full model included: to choose by, and to judge by."""
         return 0, 0

