@@ -123,7 +123,11 @@ def measure(
 
     settings = model_options.scorer_options(options, n_parallel=1 if any(map(is_auto, specs)) else parallel)
     names = names_of(journal, specs)
-    with captured_errors(forward=options.verbose), ProgressBar("Loading") as bar, Scorer(file, "off", settings) as scorer:
+    with (
+        captured_errors(forward=options.verbose),
+        ProgressBar("Loading") as bar,
+        Scorer(file, "off", settings, reads_once=len(specs) > 1) as scorer,
+    ):
         if sys.stderr.isatty():
             bar.announce(f"{Path(file).name}: {model_options.describe_threads(options.n_threads)}")
 

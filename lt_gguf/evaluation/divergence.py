@@ -95,15 +95,15 @@ def measure(
     """Compares hybrids with the full model, sample by sample.
 
     Only one model is in memory. The full model's log-probabilities are exact and kept for some samples at a time: in
-    `_MEMORY`, or for one sample, `4 * len(continuation) * n_vocab` bytes. Afterwards `scorer` goes on with the last hybrid.
+    `_MEMORY`, or for one sample, `4 * len(continuation) * n_vocab` bytes. Afterwards `scorer` goes on with the last hybrid. One that
+    `reads_once` reads each prompt once, else it is read for each hybrid.
 
     Args:
         scorer: of the file.
         hybrids: what streams in each of them.
         samples: prompts and continuations, of at least one token each.
         full: what they are compared with.
-        progress: called with what is being done, samples read and samples to be read; each is read once for `full` and
-            once for each hybrid.
+        progress: called with what is being done, samples predicted and samples to be predicted, by `full` and by each hybrid.
 
     Yields:
         for each sample, in order, a comparison for each hybrid, in order.
@@ -126,7 +126,8 @@ def measure(
             report(name, done, total)
             yield logprobs
 
-    for group in _groups(samples, 4 * scorer.n_vocab, _MEMORY):
+    # note: as many as it holds, so that the next hybrid finds them read
+    for group in _groups(samples, 4 * scorer.n_vocab, _MEMORY, scorer.options.n_parallel):
         expected = list(read(full, group, "full model"))
         by_hybrid = []
         for number, hybrid in enumerate(hybrids, 1):
@@ -204,13 +205,13 @@ def _exp(estimate: Estimate) -> Estimate:
         return Estimate(*(float(np.exp(number)) for number in estimate))
 
 
-def _groups(samples: Iterable[Sample], bytes_a_token: int, memory: int) -> Iterator[list[Sample]]:
-    """Samples whose continuations take at most `memory`, and at least one."""
+def _groups(samples: Iterable[Sample], bytes_a_token: int, memory: int, n_most: int) -> Iterator[list[Sample]]:
+    """At most so many samples, whose continuations take at most `memory`, and at least one."""
     group: list[Sample] = []
     left = memory
     for sample in samples:
         size = bytes_a_token * len(sample[1])
-        if group and size > left:
+        if group and (size > left or len(group) == n_most):
             yield group
             group, left = [], memory
         group.append(sample)

@@ -90,7 +90,7 @@ def evaluate(
     """Measures what `journal` doesn't have yet. It can be stopped at any time and called again.
 
     Args:
-        scorer: of the file; afterwards one of `specs` is in force.
+        scorer: of the file, which `reads_once` where several are compared; afterwards one of `specs` is in force.
         specs: texts of what streams, `FULL` among them if hybrids are to be compared with the full model.
         texts: what is predicted, if the plan has samples of it.
         progress: called when something is done.
@@ -113,8 +113,9 @@ def evaluate(
     for task in plan.tasks:  # what doesn't fit is said before hours of measuring
         prompt_of(scorer, next(q for q in asked if (q.task, q.length) == (task, min(plan.lengths))), plan.seed, haystack)
     for spec in specs:
-        missing = [question for question in asked if (spec, question) not in journal.records]
-        report(spec, "tasks", len(asked) - len(missing))
+        report(spec, "tasks", sum((spec, question) in journal.records for question in asked))
+    for group, spec in _in_turn(scorer, specs, asked):
+        missing = [question for question in group if (spec, question) not in journal.records]
         if missing:
             scorer.with_streaming(spec)
         for answer in run(scorer, missing, plan.seed, haystack, plan.fast):
@@ -129,6 +130,16 @@ def evaluate(
             for spec, question, means, prompt in _predict(scorer, specs, texts, of_length, to_predict):
                 journal.add(spec, question, **means._asdict(), prompt=prompt)
                 report(None, what, (spec, question) in to_predict)
+
+
+def _in_turn(scorer: Scorer, specs: Sequence[str], asked: Sequence[Question]) -> Iterator[tuple[Sequence[Question], str]]:
+    """What is asked of which model next: of those that share their prompts as many questions as `scorer` holds at a time, so that these
+    are read once; of others everything, because each of them has a context of its own."""
+    sharing = [spec for spec in specs if scorer.shares(spec)]
+    n = scorer.options.n_parallel
+    for begin in range(0, len(asked), n):
+        yield from ((asked[begin : begin + n], spec) for spec in sharing)
+    yield from ((asked, spec) for spec in specs if spec not in sharing)
 
 
 def _predict(

@@ -1,7 +1,7 @@
 """`Scorer`: what a GGUF model says to many prompts, several at a time: log-probabilities of given answers, or its own answers.
 
 Each request is a conversation of its own: a prompt, read as one, and an answer, decoded. With `prefill = full` that makes a
-difference: only decoded tokens see what streaming layers have kept.
+difference: only decoded tokens see what streaming layers have kept. So a prompt need be read only once for several hybrids.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Scorer(TextModel):
         streaming: which layers stream, as for `lt_gguf.Llama`: `None`: what the file and the environment variable
             LT_STREAMING say; `"off"`: none; a spec or its text. `auto` takes n_parallel = 1.
         options: how the model is run.
+        reads_once: the full model and hybrids with `prefill = full` share one context, in which streaming layers are only not shown
+            what they would have dropped (`lt_context_hide`): the logits are the same, the cache is the full model's, and prompts
+            that are asked again right away with another of them aren't read again.
 
     Raises:
         ValueError: the file can't be loaded, or its model can't stream as asked.
@@ -52,10 +55,14 @@ class Scorer(TextModel):
         file: str | os.PathLike[str],
         streaming: StreamingSpec | AutoSpec | str | None = None,
         options: ScorerOptions = DEFAULT_OPTIONS,
+        reads_once: bool = False,
     ) -> None:
         super().__init__(file, options.n_gpu_layers)
-        self.options = options
+        self.options, self._reads_once = options, reads_once
         self._context: ScoringContext | None = None
+        self._hidden: StreamingSpec | None = None  # in place of streaming; `None`: the context really streams
+        self._held: tuple[tuple[int, ...], ...] = ()  # prompts that it has
+        self._held_rows = np.empty((0, 0), np.float32)  # and what comes next
         try:
             self._set_spec(streaming)
             self._make_context(options.n_ctx or _N_CTX_STEP)
@@ -81,6 +88,8 @@ class Scorer(TextModel):
         """Which layers stream, `None` if none does. Where they are chosen for the prompt: for the last one that was read."""
         if self._context is None or self._context.handle is None:
             return None
+        if self._hidden is not None:
+            return self._hidden if self._hidden.layers else None
         spec, _ = parse_running(api.context_spec(self._context.handle), self.n_layer)
         return spec if spec.layers else None
 
@@ -90,10 +99,27 @@ class Scorer(TextModel):
         Raises:
             ValueError: the model can't stream so.
         """
+        was_hiding = self._hidden is not None
         self._set_spec(streaming)
-        self._make_context(self._n_ctx)
+        if was_hiding and self._hidden is not None and self._context is not None:
+            self._hide(self._hidden)
+        else:
+            self._make_context(self._n_ctx)
+
+    def shares(self, streaming: StreamingSpec | AutoSpec | str | None) -> bool:
+        """Whether its prompts are those of the full model. Raises ValueError: the model can't stream so."""
+        return _hideable(self._resolve(streaming), self.n_layer) is not None
 
     def _set_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
+        text = self._resolve(spec)
+        self._chooses = is_auto(text)
+        self._context_spec: str | None = api.HIDE_LATER
+        self._hidden = _hideable(text, self.n_layer) if self._reads_once else None
+        if self._hidden is None:
+            self._context_spec = None if spec is None else runtime_text(spec)
+
+    def _resolve(self, spec: StreamingSpec | AutoSpec | str | None) -> str:
+        """What the runtime makes of a spec: its text with all keys."""
         if spec is not None and not isinstance(spec, (str, StreamingSpec, AutoSpec)):
             raise ValueError(f'streaming = {spec!r}: must be a StreamingSpec, an AutoSpec, a string, "off" or None')
         if isinstance(spec, StreamingSpec) and spec.n_layer != self.n_layer:
@@ -102,6 +128,11 @@ class Scorer(TextModel):
             api.set_model_spec(self.handle, None if spec is None else runtime_text(spec))
         except ValueError as error:
             raise ValueError(f"streaming: {error}") from None
+        return api.model_spec(self.handle)
+
+    def _hide(self, spec: StreamingSpec) -> None:
+        assert self._context is not None and self._context.handle is not None
+        api.context_hide(self._context.handle, spec)
 
     # -- requests
 
@@ -204,10 +235,19 @@ class Scorer(TextModel):
         # note: the last token of an answer is not computed
         self._need(max(len(prompt) + max(0, n - 1) for prompt, n in zip(prompts, n_answer, strict=True)))
         assert self._context is not None  # `_need` has made it
+        asked = tuple(tuple(map(int, prompt)) for prompt in prompts)
+        if self._held and asked == self._held:
+            for seq, prompt in enumerate(asked):
+                self._context.cut(seq, len(prompt))
+            return keep(self._held_rows, expected)
         self._context.clear()
+        self._held = ()
         wanted = [np.arange(len(prompt)) == len(prompt) - 1 for prompt in prompts]
         parts = [batch_part(prompt, 0, seq, wanted[seq]) for seq, prompt in enumerate(prompts)]
-        return self._decode(np.concatenate(parts, axis=1), keep, expected, [len(prompt) for prompt in prompts])
+        rows = self._decode(np.concatenate(parts, axis=1), n_prompt=[len(prompt) for prompt in prompts])
+        if self._hidden is not None:
+            self._held, self._held_rows = asked, rows
+        return keep(rows, expected)
 
     def _continue(
         self, tokens: Sequence[Sequence[int]], n_past: list[int], keep: Keep = _keep_all, expected: np.ndarray = _NO_TOKENS
@@ -254,15 +294,27 @@ class Scorer(TextModel):
     def _make_context(self, n_ctx: int) -> None:
         self._free_context()
         options = self.options
-        if is_auto(api.model_spec(self.handle)) and options.n_parallel > 1:
+        if self._chooses and options.n_parallel > 1:
             raise ValueError(f"n_parallel = {options.n_parallel}: must be 1 where the layers are chosen for the prompt")
+        api.set_model_spec(self.handle, self._context_spec)
         self._context = ScoringContext(self, options, n_ctx, options.n_parallel)
         self._n_ctx = n_ctx
+        if self._hidden is not None:
+            self._hide(self._hidden)
 
     def _free_context(self) -> None:
         if self._context is not None:
             self._context.close()
         self._context = None
+        self._held = ()
+
+
+def _hideable(text: str, n_layer: int) -> StreamingSpec | None:
+    """A spec that only decoding depends on, not what prompts leave behind; `None`: another one."""
+    if is_auto(text):
+        return None
+    spec = StreamingSpec.parse(text, n_layer)
+    return spec if spec.prefill == "full" or not spec.layers else None
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -33,7 +33,7 @@ class SharedPrompts:
 
     def __init__(self, model: TextModel, options: ScorerOptions, n_ctx: int, n_seq: int) -> None:
         self._n_layer, self._n_seq = model.n_layer, n_seq
-        api.set_model_spec(model.handle, "hide=none")
+        api.set_model_spec(model.handle, api.HIDE_LATER)
         try:
             self._context = ScoringContext(model, options, n_ctx, n_seq, unified=True)
         finally:

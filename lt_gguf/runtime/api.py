@@ -18,6 +18,7 @@ _MODEL = _llama_cpp.llama_model_p_ctypes
 _CONTEXT = _llama_cpp.llama_context_p_ctypes
 _TEXT = ctypes.POINTER(ctypes.c_char)
 
+HIDE_LATER = "hide=none"  # spec of a context for `context_hide`
 _ERROR_SIZE = 1024  # a line; longer ones are cut
 
 
@@ -91,7 +92,7 @@ def context_spec(context: int) -> str:
 
 
 def context_hide(context: int, spec: StreamingSpec) -> None:
-    """What a context that was made with the spec `hide=none` hides from now on: tokens are computed as if these layers streamed.
+    """What a context that was made with the spec `HIDE_LATER` hides from now on: tokens are computed as if these layers streamed.
 
     Its KV cache keeps everything, so a prompt that is read once with full attention serves for every spec with
     `prefill = full`: of each, tokens are decoded and then removed again.

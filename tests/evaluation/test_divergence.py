@@ -31,6 +31,7 @@ class GivenScorer:
 
     n_vocab = 50
     bos = [1]
+    options = ScorerOptions(n_parallel=3)
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []  # spec, number of samples
@@ -86,8 +87,8 @@ def test_each_token_by_the_formula():
     assert tops.any() and not tops.all()  # else the test would not see what it compares
 
 
-@pytest.mark.parametrize("fits, groups", [(100, [4]), (8, [2, 2]), (7, [2, 1, 1]), (0, [1, 1, 1, 1])])
-def test_memory_holds_some_samples_at_a_time(monkeypatch, fits, groups):
+@pytest.mark.parametrize("fits, groups", [(100, [3, 1]), (8, [2, 2]), (7, [2, 1, 1]), (0, [1, 1, 1, 1])])
+def test_some_samples_are_compared_at_a_time(monkeypatch, fits, groups):
     monkeypatch.setattr(divergence, "_MEMORY", fits * 4 * GivenScorer.n_vocab)
     scorer = GivenScorer()
     for sample, (_, comparison) in zip(SAMPLES, measure(scorer, ["0.3", "1"], SAMPLES), strict=True):
@@ -175,9 +176,9 @@ def model(tmp_path_factory) -> Model:
     return Subject.build("llama", 4, tmp_path_factory.mktemp("divergence")).native
 
 
-@pytest.fixture(scope="module")
-def scorer(model):
-    with Scorer(model.path, "off", OPTIONS) as scorer:
+@pytest.fixture(scope="module", params=[False, True], ids=["reads-for-each", "reads-once"])
+def scorer(model, request):
+    with Scorer(model.path, "off", OPTIONS, reads_once=request.param) as scorer:
         yield scorer
 
 

@@ -41,8 +41,9 @@ def load(subject: Subject):
     """Gives a scorer of the random model."""
     made = []
 
-    def make(spec: StreamingSpec | AutoSpec | str | None, **settings) -> Scorer:
-        made.append(Scorer(subject.native.path, "off" if spec is None else spec, ScorerOptions(**(SETTINGS | settings))))
+    def make(spec: StreamingSpec | AutoSpec | str | None, reads_once: bool = False, **settings) -> Scorer:
+        options = ScorerOptions(**(SETTINGS | settings))
+        made.append(Scorer(subject.native.path, "off" if spec is None else spec, options, reads_once))
         return made[-1]
 
     yield make
@@ -379,3 +380,69 @@ def test_a_closed_scorer_fails_but_does_not_crash(load):
     for use in (lambda: list(scorer.logprobs([([5], [6])])), lambda: scorer.tokenize("a"), lambda: scorer.with_streaming(None)):
         with pytest.raises(AttributeError):
             use()
+
+
+# ------------------------------------------------------------------------------------------- one prompt, several hybrids
+
+ASKED_OF_ALL = make_requests([(230, 77), (60, 40), (96, 2)])
+
+
+@pytest.fixture
+def n_read(monkeypatch):
+    """How many tokens of prompts a scorer has read until now."""
+    lengths: list[int] = []
+    begin = context_module.ScoringContext.begin_prompt
+    monkeypatch.setattr(
+        context_module.ScoringContext, "begin_prompt", lambda self, seq, n: lengths.append(n) or begin(self, seq, n)
+    )
+    return lambda: sum(lengths)
+
+
+def test_prompts_are_read_once_for_hybrids_that_share_them(load, n_read):
+    others = [StreamingSpec((1, 3), 4, SINK, WINDOW), StreamingSpec((0,), 4, 0, 20)]
+    specs = ["off", SPECS["full"], *others, "off", SPECS["stream"], SPECS["full"]]
+    really = [list(load(spec).logprobs(ASKED_OF_ALL)) for spec in specs]
+    assert np.abs(really[0][0][1:] - really[1][0][1:]).max() > 0.05
+    scorer = load("off", reads_once=True)
+    n_before = n_read()
+    for spec, expected in zip(specs, really, strict=True):
+        scorer.with_streaming(spec)
+        assert scorer.spec == (None if spec == "off" else spec)
+        for one, same in zip(scorer.logprobs(ASKED_OF_ALL), expected, strict=True):
+            np.testing.assert_allclose(one, same, atol=EXACT)
+    n_prompts = sum(len(prompt) for prompt, _ in ASKED_OF_ALL)
+    assert n_read() - n_before == 3 * n_prompts  # once for five, for the one that reads otherwise, and after it
+
+
+def test_answers_of_hybrids_that_share_their_prompts(load, n_read):
+    asked = [(prompt, len(answer), answer[:5]) for prompt, answer in ASKED_OF_ALL]
+    specs = ["off", SPECS["full"], "off"]
+    really = [list(load(spec).generate(asked)) for spec in specs]
+    assert really[0] != really[1]
+    scorer = load(SPECS["full"], reads_once=True)
+    n_before = n_read()
+    for spec, expected in zip(specs, really, strict=True):
+        scorer.with_streaming(spec)
+        assert list(scorer.generate(asked)) == expected
+    assert n_read() - n_before == sum(len(prompt) for prompt, *_ in asked)
+
+
+def test_other_prompts_are_read(load):
+    """What is held serves only who asks for all of it, in that order."""
+    expected = list(load(SPECS["full"]).logprobs(ASKED_OF_ALL))
+    scorer = load("off", reads_once=True)
+    list(scorer.logprobs(ASKED_OF_ALL))
+    scorer.with_streaming(SPECS["full"])
+    for some in ([2, 1, 0], [0], [1, 2]):
+        found = list(scorer.logprobs([ASKED_OF_ALL[i] for i in some]))
+        for one, i in zip(found, some, strict=True):
+            np.testing.assert_allclose(one, expected[i], atol=EXACT)
+
+
+def test_whose_prompts_are_shared(load):
+    scorer = load("off", reads_once=True)
+    shared = {"off": True, "layers=1;prefill=full": True, "layers=1;prefill=stream": False, "auto:0.5": False, None: True}
+    assert {spec: scorer.shares(spec) for spec in shared} == shared
+    with pytest.raises(ValueError, match="layers"):
+        scorer.shares("layers=9")
+    assert scorer.spec is None and len(next(scorer.logprobs(ASKED_OF_ALL))) == 77
