@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: runs SmolLM2-135M-Instruct; leave them out with -m 'not real_model'")
     config.addinivalue_line("markers", "slow: takes more than seconds; make test-fast leaves them out")
     config.addinivalue_line("markers", "full: only with --full, in a run of the whole matrix")
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist have this process's environment
+        forget_what_was_measured(config)
+
+
+def forget_what_was_measured(config: pytest.Config) -> None:
+    """A user cache without earlier runs' results, which would hide what is computed now; downloads are in their place."""
+    from lt_gguf.models.package import CACHE_VARIABLE, user_cache
+
+    downloads = user_cache()
+    (downloads / "models").mkdir(parents=True, exist_ok=True)
+    cache = tempfile.TemporaryDirectory(prefix="lt-gguf-test-cache-")
+    config.add_cleanup(cache.cleanup)
+    for path in downloads.iterdir():
+        if path.name not in ("analysis", "measured", "chosen"):
+            (Path(cache.name) / path.name).symlink_to(path)
+    os.environ[CACHE_VARIABLE] = cache.name
 
 
 @pytest.hookimpl(optionalhook=True)  # where pytest-xdist is installed

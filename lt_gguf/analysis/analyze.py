@@ -89,4 +89,6 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
                 selection = chosen.select(replace(request, candidates=candidates))
     selection = selection or chosen.select(request)
     spec = selection.spec(subject.model.n_layer, how.prefill)
+    if chosen.takes_tolerance and request.asked_count(subject.model.n_layer_main) is None:
+        subject.remember(spec)
     return Report(subject.name, subject.model.architecture, spec, selection, chosen.share(request.fraction), **measured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ from lt_gguf import calibration
 from lt_gguf.calibration import DEFAULT_LENGTH, Texts
 from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.memory.kv import cache_type
+from lt_gguf.models import remembered
 from lt_gguf.selection import Model
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.spec import StreamingSpec
@@ -33,6 +34,9 @@ class Subject(Protocol):
 
     def candidates(self, texts: Texts, spec: StreamingSpec, **settings: Any) -> AbstractContextManager[Candidates]:
         """What measures sets of layers on the hybrid itself. Raises ValueError: this can't be run."""
+
+    def remember(self, spec: StreamingSpec) -> None:
+        """Is told what it can spare."""
 
 
 class GGUFFile:
@@ -86,6 +90,10 @@ class GGUFFile:
 
         return open_candidates(Path(self._file), spec, texts, options=self._options, **settings)
 
+    def remember(self, spec: StreamingSpec) -> None:
+        with suppress(OSError):  # it saves time, and isn't worth an error
+            remembered.remember(self._file, spec)
+
 
 class Checkpoint:
     """A Hugging Face checkpoint, which transformers measures layer by layer.
@@ -134,3 +142,6 @@ class Checkpoint:
 
     def candidates(self, texts: Texts, spec: StreamingSpec, **settings: Any) -> AbstractContextManager[Candidates]:
         raise ValueError(f"{self.name}: is a checkpoint, must be a GGUF file to run the hybrid itself")
+
+    def remember(self, spec: StreamingSpec) -> None:
+        pass  # the file that is made of it says it

@@ -14,6 +14,7 @@ from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS, check_questions
+from lt_gguf.models.remembered import recall
 from lt_gguf.report import plots
 from lt_gguf.report.folder import check_destination, write_report
 from lt_gguf.report.tables import print_bars, print_candidates, print_warning
@@ -115,6 +116,7 @@ def analyze(
             f"selection {chosen.name}: runs the hybrid itself, must be asked of a GGUF file: "
             f"lt-gguf convert --select {chosen.name} makes it first"
         )
+    asked_model = model
     if is_file:
         model = str(models.resolve(model, f"the folder of a checkpoint, {models.FORMS}"))
     asked: dict[str, Any] = {"fraction": fraction, "layers": layers, "threshold": threshold, "sink": sink, "window": window}
@@ -139,5 +141,7 @@ def analyze(
         print_bars(report)
     print_candidates(report.selection, report.spec)
     print_warning(report.selection)
+    if is_file and recall(model) == report.spec:
+        print(f"remembered: lt-gguf chat {asked_model} --streaming auto")
     if files:
         print(f"{out}: {', '.join(file.name for file in files)}")

@@ -16,6 +16,7 @@ from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
+from lt_gguf.models.remembered import chosen_for
 from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, StreamingSpec
 from lt_gguf.spec.fields import is_auto
 
@@ -56,7 +57,8 @@ def eval(  # noqa: A001 - a command's function has its name
         list[str] | None,
         typer.Option(
             metavar="SPEC",
-            help="Which layers stream, instead of what the file says: layers=1,3,5-9;sink=4;window=1020, or auto:0.5. "
+            help="Which layers stream, instead of what the file says: layers=1,3,5-9;sink=4;window=1020; auto: what lt-gguf analyze has "
+            "chosen for this file; or auto:0.5. "
             "Give it several times to compare several.",
         ),
     ] = None,
@@ -231,7 +233,11 @@ def how_to_go_on(journal: Journal, specs: list[str], plan: Plan, out: Path | Non
 def _canonical(text: str, model: GGUFModel) -> str:
     if is_auto(text):
         return str(AutoSpec.parse(text))
-    spec = StreamingSpec.parse(text, model.n_layer, model.spec)
+    asked, unknown = chosen_for(model.path, text)
+    if unknown:
+        raise ValueError(unknown)
+    spec = model.spec if asked is None else StreamingSpec.parse(str(asked), model.n_layer, model.spec)
+    assert spec is not None  # else nothing would have been found
     check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
     return str(spec)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lt_gguf.cli.model import CacheType, ModelFile, Streaming, find
+from lt_gguf.cli.model import CacheType, ModelFile, Streaming, find, streaming_of
 from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.report.inspection import describe, draw, print_tables
@@ -27,8 +27,8 @@ def inspect(
     """Show which layers of a GGUF model stream, how they were chosen, and the memory of its KV cache with and without that."""
     model = read_model(find(file))
     spec = model.spec
-    if streaming is not None:
-        spec = StreamingSpec.parse(streaming, model.n_layer, model.spec)
+    if (asked := streaming_of(str(model.path), streaming)) is not None:
+        spec = StreamingSpec.parse(str(asked), model.n_layer, model.spec)
         check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
     if plot is not None:
         draw(model, spec, plot)

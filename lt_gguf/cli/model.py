@@ -16,7 +16,9 @@ from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from lt_gguf.memory.kv import cache_type as cache_type_of
 from lt_gguf.memory.sizes import parse_size
+from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.cpu import usable_cores
+from lt_gguf.spec import StreamingSpec
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.context import ScorerOptions
@@ -33,7 +35,7 @@ Streaming = Annotated[
     typer.Option(
         metavar="SPEC",
         help="Which layers stream, instead of what the file says: off, or layers=1,3,5-9;sink=4;window=1020; "
-        "or auto:0.5, so that the laziest half is chosen for the prompt.",
+        "or auto: what lt-gguf analyze has chosen for this file; or auto:0.5, so that the laziest half is chosen for the prompt.",
     ),
 ]
 PromptLimit = Annotated[
@@ -132,6 +134,14 @@ def find(model: str | None) -> str:
     return str(models.resolve(model))
 
 
+def streaming_of(file: str, streaming: str | None) -> str | StreamingSpec | None:
+    """What `--streaming` means for a file: of auto what was chosen for it; if that isn't known, it is said, and nothing streams."""
+    found, unknown = chosen_for(file, streaming)
+    if unknown:
+        print(unknown, file=sys.stderr)
+    return found
+
+
 def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> Llama:
     """The model as the options ask for it. A context is never larger than the model was trained for.
 
@@ -152,7 +162,7 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
         settings["snapshot_limit"] = _parse_size("--snapshot-limit", snapshot_limit)
     return Llama(
         file,
-        streaming=options.streaming,
+        streaming=streaming_of(file, options.streaming),
         n_ctx=min(options.ctx or n_ctx_train, n_ctx_train or options.ctx),
         n_batch=options.batch_size,
         n_gpu_layers=options.n_gpu_layers,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from lt_gguf.checkpoint.weights import has_bad_values, weight_files
 from lt_gguf.hf.analysis_state import AnalysisState, locked
 from lt_gguf.hf.decoder import find_layers, without_progress_bar
 from lt_gguf.hf.lazy_ratio import IMPLEMENTATION, Measure, measuring
+from lt_gguf.models.package import user_cache
 
 __all__ = ["Progress", "check", "load_tokenizer", "measure"]
 
@@ -76,7 +75,7 @@ def measure(
     if not layer_by_layer:
         return _measure_whole(checkpoint, prompts, run(), torch_device, torch_dtype, report)
     fingerprint = _fingerprint(checkpoint, prompts, [sink, window, w_last, torch_device.type, str(torch_dtype)])
-    folder = Path(work_dir) if work_dir is not None else cache_folder() / "analysis" / fingerprint[:16]
+    folder = Path(work_dir) if work_dir is not None else user_cache() / "analysis" / fingerprint[:16]
     with locked(folder):
         n_layer = config.get_text_config(decoder=True).num_hidden_layers
         state = AnalysisState(folder, fingerprint, len(prompts), n_layer)
@@ -222,12 +221,6 @@ def choose_dtype(name: str, config: PretrainedConfig, device: torch.device) -> t
 def _has_bfloat16() -> bool:
     """True if this CPU multiplies bfloat16 matrices in hardware, as far as torch can tell."""
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
-def cache_folder() -> Path:
-    """Of this package, for the current user."""
-    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "lt-gguf"
 
 
 def _check_settings(config: PretrainedConfig, samples: list[list[int]], sink: int, window: int, w_last: int) -> None:

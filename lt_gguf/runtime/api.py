@@ -18,7 +18,8 @@ _MODEL = _llama_cpp.llama_model_p_ctypes
 _CONTEXT = _llama_cpp.llama_context_p_ctypes
 _TEXT = ctypes.POINTER(ctypes.c_char)
 
-HIDE_LATER = "hide=none"  # spec of a context for `context_hide`
+# Spec of a context for `context_hide`; with all keys, so that it is the same whatever the file says.
+HIDE_LATER = StreamingSpec.off(1).hide_text()
 _ERROR_SIZE = 1024  # a line; longer ones are cut
 
 

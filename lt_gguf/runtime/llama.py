@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
@@ -12,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from lt_gguf.models import local_path, resolve, resolve_on_hub
+from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime import api, crash, lazy_ratios
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
@@ -37,7 +39,9 @@ class Llama(RewindingLlama):
         model_path: path of the GGUF file, or the name of one of `lt_gguf.models.MODELS`.
         streaming: which layers stream. `None`: what the file and the environment variable LT_STREAMING say; `"off"`:
             none; a `StreamingSpec`, or its text, in which keys that are left out come from the file; an `AutoSpec` or
-            its text, `"auto:0.5"`: that share of the layers, chosen for the first prompt of each conversation.
+            its text, `"auto:0.5"`: that share of the layers, chosen for the first prompt of each conversation; `"auto"`: what the
+            file says, else what was chosen for it by measuring it once (`lt_gguf.choose_streaming`, or `lt-gguf analyze`); where
+            nothing is known, a warning says so, and all layers have full attention.
         prompt_limit: most bytes that streaming layers may take besides their cache while a long prompt is read with
             full attention (`prefill = full`); 0: no limit; `None`: what the environment variable LT_PROMPT_LIMIT says.
         snapshot_limit: most bytes of snapshots, with which a conversation goes back to an earlier prompt without
@@ -64,7 +68,9 @@ class Llama(RewindingLlama):
         **kwargs: Any,
     ) -> None:
         model_path = local_path(model_path)
-        self._streaming_argument = streaming
+        self._streaming_argument, unknown = chosen_for(model_path, streaming)
+        if unknown:
+            warnings.warn(unknown, RuntimeWarning, stacklevel=2)
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
         check_size("snapshot_limit", snapshot_limit)
         if "n_ctx" in kwargs:

@@ -25,7 +25,7 @@ SMALL = ["--samples", "3", "--calibration-length", "200", "--sink", "2", "--wind
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     """An analysis of a checkpoint leaves its ratios in the user's cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lt_gguf
 from lt_gguf import analysis, calibration
+from lt_gguf.analysis import choose
 from lt_gguf.gguf.file import read_model
+from lt_gguf.models.remembered import recall
 from lt_gguf.report.report import Report
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -99,3 +102,29 @@ def test_an_error_is_one_line(lt_gguf_command, demo_file, tmp_path, arguments, c
     status, out, err = lt_gguf_command(*(files.get(argument, argument) for argument in arguments))
     assert (status, out, err.count("\n")) == (1, "", 1) and complaint in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_was_measured_once_is_used(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
+    plain = tmp_path / "plain.gguf"
+    assert lt_gguf_command("flag", demo_file, plain, "--off")[0] == 0
+    how = {"samples": 1, "questions": 2, "length": 600, "calibration": stories_file, "window": 60, "n_threads": 1}
+    spec = lt_gguf.choose_streaming(plain, **how)
+    assert 0 < len(spec.layers) < spec.n_layer and spec.window == 60
+    assert lt_gguf.Llama(plain, streaming="auto", n_ctx=256, n_threads=1, verbose=False).streaming == spec
+    monkeypatch.setattr(choose, "analyze", lambda *_: pytest.fail("measured"))
+    assert lt_gguf.choose_streaming(plain) == spec
+
+
+@pytest.mark.slow
+def test_analyze_is_remembered_unless_a_number_was_asked_for(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
+    plain = tmp_path / "plain.gguf"
+    assert lt_gguf_command("flag", demo_file, plain, "--off")[0] == 0
+    command = ["analyze", plain, *SMALL, "--calibration", stories_file]
+    status, out, _ = lt_gguf_command(*command, "--streaming-fraction", 1)
+    assert status == 0 and recall(plain) is None and "--streaming auto" not in out
+    status, out, _ = lt_gguf_command(*command)
+    assert status == 0 and f"lt-gguf chat {plain} --streaming auto" in out
+    assert f'--streaming "{recall(plain)}"' in out

@@ -360,7 +360,7 @@ convert(model, outfile, progress=progress, **options)
 def test_interrupted_in_any_phase(llama, tmp_path, phase, how):
     out, cache = tmp_path / "out", tmp_path / "cache"
     out.mkdir()
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    environment = os.environ | {"LT_GGUF_CACHE": str(cache)}
     result = run("-c", INTERRUPTED, llama, out / "a.gguf", phase, int(how), env=environment)
     # note: after Ctrl-C Python ends by its signal, or with 1 where a library has something done at the end of the process
     interrupted = how == signal.SIGINT and result.stderr.rstrip().endswith("KeyboardInterrupt")

@@ -17,7 +17,7 @@ MEASURED = {"sink": 4, "window": 60, "samples": 1, "questions": 2, "calibration_
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def names(folder: Path) -> list[str]:

@@ -190,9 +190,9 @@ def test_another_analysis_begins_anew(checkpoint, work, monkeypatch):
 
 
 def test_the_default_folder_is_in_the_cache(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
     by_layer(checkpoint, None)
-    (folder,) = (tmp_path / "cache" / "lt-gguf" / "analysis").iterdir()
+    (folder,) = (tmp_path / "cache" / "analysis").iterdir()
     assert (folder / "state.json").is_file()
 
 
