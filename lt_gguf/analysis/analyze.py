@@ -64,7 +64,7 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
     measured: dict[str, Any] = {}
     if chosen.measures or how.all_ratios:
         length = how.length if how.length is not None else min(DEFAULT_LENGTH, subject.n_ctx)
-        calibration.check_length(length, seen.sink, seen.window)
+        calibration.check_length(length, seen.sink, max(seen.window, *request.windows, 0))
         texts = calibration.read_texts(how.calibration, how.calibration_field)
 
         def show_progress(what: str, done: int, total: int) -> None:
@@ -84,7 +84,7 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
             measured = {"w_last": how.w_last, "ratios": ratios, "calibration": described}
         if chosen.measures_hybrid:
             spec = StreamingSpec((), subject.model.n_layer, seen.sink, seen.window, how.prefill)
-            settings = {"questions": how.questions, "length": length}
+            settings = {"questions": how.questions, "length": length, "windows": request.windows}
             with subject.candidates(texts, spec, **settings, progress=announce) as candidates:
                 selection = chosen.select(replace(request, candidates=candidates))
     selection = selection or chosen.select(request)

@@ -19,7 +19,7 @@ from lt_gguf.report import plots
 from lt_gguf.report.folder import check_destination, write_report
 from lt_gguf.report.tables import print_bars, print_candidates, print_warning
 from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, LazyRatio, Request, asked_strategy, parse_share, strategies
-from lt_gguf.selection.base import check_tolerance
+from lt_gguf.selection.base import LONGEST_COMPARED, SEARCH_HELP, SEARCHED_WINDOWS, check_tolerance
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec
 
 
@@ -84,6 +84,10 @@ def analyze(
     ] = DEFAULT_MAX_KL,
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK,
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW,
+    search_window: Annotated[
+        bool,
+        typer.Option("--search-window", help=f"Try windows of {', '.join(map(str, SEARCHED_WINDOWS))}, too: {SEARCH_HELP} (loss)."),
+    ] = False,
     prefill: Annotated[
         str, typer.Option(help="How a prompt is to be read: stream, or full (full attention in all layers).")
     ] = DEFAULT_PREFILL,
@@ -125,6 +129,10 @@ def analyze(
         subject = GGUFFile(model, model_options.scorer_options(options), options.verbose)
     else:
         subject = Checkpoint(model, device, dtype, options.threads)
+    if search_window:
+        if not chosen.takes_tolerance:
+            raise ValueError(f"selection {chosen.name}: takes no --search-window, only loss does")
+        asked |= {"windows": SEARCHED_WINDOWS, "n_ctx": min(subject.n_ctx or LONGEST_COMPARED, LONGEST_COMPARED)}
     how = Settings(
         calibration=calibration,
         calibration_field=calibration_field,

@@ -37,6 +37,7 @@ from lt_gguf.report.folder import check_destination, write_report
 from lt_gguf.report.model_card import kv_rows, model_card
 from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Selection
+from lt_gguf.selection.base import LONGEST_COMPARED
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.selection.trained import Trained
 from lt_gguf.selection.within_budget import select_within
@@ -206,7 +207,7 @@ class _Conversion:
         """Tokens of a calibration prompt. Raises ValueError if they are too few."""
         most = model.n_ctx_train or calibration.DEFAULT_LENGTH
         length = self.options.calibration_length or min(calibration.DEFAULT_LENGTH, most)
-        calibration.check_length(length, self.options.sink, self.options.window)
+        calibration.check_length(length, self.options.sink, max(self.options.window, *self.options.windows, 0))
         return length
 
     def _start_upstream(self, hidden: Path) -> UpstreamConverter:
@@ -288,6 +289,8 @@ class _Conversion:
                 threshold=options.threshold,
                 sink=options.sink,
                 window=options.window,
+                windows=options.windows,
+                n_ctx=options.ctx or min(model.n_ctx_train or LONGEST_COMPARED, LONGEST_COMPARED),
                 candidates=candidates,
             )
             if options.budget is None or options.ctx is None:

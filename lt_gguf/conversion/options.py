@@ -16,7 +16,7 @@ from lt_gguf.memory.kv import cache_type as check_cache_type
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Strategy, asked_strategy, parse_share, strategies
-from lt_gguf.selection.base import check_tolerance
+from lt_gguf.selection.base import SEARCH_HELP, SEARCHED_WINDOWS, check_tolerance
 from lt_gguf.selection.trained import Trained
 from lt_gguf.spec import (
     DEFAULT_FRACTION,
@@ -88,6 +88,10 @@ class Options:
     ] = None
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW
+    search_window: Annotated[
+        bool,
+        typer.Option("--search-window", help=f"Try windows of {', '.join(map(str, SEARCHED_WINDOWS))}, too: {SEARCH_HELP} (loss)."),
+    ] = False
     prefill: Annotated[str, typer.Option(help="How a prompt is read: stream, or full (full attention in all layers).")] = (
         DEFAULT_PREFILL
     )
@@ -202,6 +206,11 @@ class Options:
         return DEFAULT_FRACTION if self.fraction is None else self.fraction
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Other windows to choose among."""
+        return SEARCHED_WINDOWS if self.search_window else ()
+
+    @property
     def tolerated_loss(self) -> float:
         """`max_loss` as a number. Raises ValueError if it isn't one."""
         return parse_share("--max-loss", self.max_loss)
@@ -259,6 +268,8 @@ class Options:
                     "which layers stream: give either the layers, as in 1,3,5-9, or their fraction, as in 0.5, and not both"
                 )
         chosen = self.strategy
+        if self.search_window and not chosen.takes_tolerance:
+            raise ValueError(f"selection {chosen.name}: takes no --search-window, only loss does")
         if self.fraction is not None and not chosen.counts:
             raise ValueError(f"selection {chosen.name}: decides itself how many layers stream, must not have --streaming-fraction")
         if chosen.needs_ratios and (self.remote or self.mistral_format):

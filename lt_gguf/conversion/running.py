@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from lt_gguf.calibration import Texts
 from lt_gguf.conversion.options import Options
@@ -29,7 +30,7 @@ def open_converted(
     from lt_gguf.evaluation.context import ScorerOptions
 
     spec = StreamingSpec((), n_layer, options.sink, options.window, options.prefill)
-    numbers = {"questions": options.questions, "length": length}
+    numbers: dict[str, Any] = {"questions": options.questions, "length": length, "windows": options.windows}
     how = ScorerOptions(n_threads=options.threads or None, n_gpu_layers=0 if options.device == "cpu" else -1)
     show = lambda what, done, total: progress(f"Comparing {what}", done, total)  # noqa: E731
     return open_candidates(file, spec, texts, **numbers, options=how, progress=show)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,19 @@ _AT_ONCE = 8  # sets that are measured before they are written down: an interrup
 Layers = tuple[int, ...]
 
 
+@dataclass
+class _Read:
+    """What has been read of some documents, whatever streams after it."""
+
+    prompts: dict[int, SharedPrompts] = field(default_factory=dict)  # by length
+    states: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # of documents
+    full: list[np.ndarray] | None = None  # for each probe: the full model's log-probabilities (compared tokens, n_vocab)
+    closing: ExitStack = field(default_factory=ExitStack)
+    windows: set[int] = field(default_factory=set)  # that are asked for
+    read: int = 0  # tokens
+    computed: int = 0
+
+
 class RuntimeBench:
     """Compares hybrids with their full model on the same conversations.
 
@@ -64,20 +78,26 @@ class RuntimeBench:
     ) -> None:
         self._model, self._options, self._spec, self._known, self._done = model, options, spec, known, done
         self._documents = sorted(documents, key=lambda document: document.length)
-        self._prompts: dict[int, SharedPrompts] = {}  # by length
-        self._states: dict[tuple[int, ...], np.ndarray] = {}  # of documents that have been read
-        self._full: list[np.ndarray] | None = None  # for each probe: log-probabilities (compared tokens, n_vocab)
-        self._closing = ExitStack()
-        self.read = self.computed = 0  # tokens
+        self._shared = _Read(windows={spec.window})
 
     def close(self) -> None:
         """Frees the contexts."""
-        self._closing.close()
+        self._shared.closing.close()
+
+    @property
+    def read(self) -> int:
+        """Tokens of documents that have been read."""
+        return self._shared.read
+
+    @property
+    def computed(self) -> int:
+        """Tokens that have been computed for sets of layers."""
+        return self._shared.computed
 
     @property
     def sets(self) -> int:
-        """How many sets of layers have been measured, now or before."""
-        return self._known.count(self._spec)
+        """How many sets of layers have been measured, now or before, with all windows."""
+        return sum(self._known.count(replace(self._spec, window=window)) for window in self._shared.windows)
 
     @property
     def tokens_to_read(self) -> int:
@@ -91,10 +111,11 @@ class RuntimeBench:
         return n + (self.tokens_to_read if self._spec.prefill == "stream" else 0)
 
     def with_window(self, window: int) -> RuntimeBench:
-        """The same documents, as they have been read, for streaming layers with another window."""
+        """The same documents, as they have been read, for streaming layers with another window; to be closed together."""
         spec = replace(self._spec, window=window)
         other = RuntimeBench(self._model, self._options, spec, self._documents, self._known, self._done)
-        other._prompts, other._states, other._closing = self._prompts, self._states, self._closing
+        other._shared = self._shared
+        self._shared.windows.add(window)
         return other
 
     def measure(self, layers: Layers) -> Evidence:
@@ -113,11 +134,11 @@ class RuntimeBench:
         return [Evidence(self._known.get(self._spec, layers)) for layers in sets]
 
     def _measure(self, sets: list[Layers]) -> None:
-        if self._full is None:
-            self._full = self._room()
+        if self._shared.full is None:
+            self._shared.full = self._room()
             sets = [(), *(layers for layers in sets if layers)]  # what all are compared with
         outcomes: dict[Layers, list[Outcome]] = {layers: [] for layers in sets}
-        probes = iter(self._full)
+        probes = iter(self._shared.full)
         for number, document in enumerate(self._documents):
             full = [next(probes) for _ in range(document.n_probes)]
             prompts = self._context(document)
@@ -196,34 +217,36 @@ class RuntimeBench:
         return replace(self._spec, layers=layers) if layers else None
 
     def _context(self, document: Document) -> SharedPrompts:
-        if document.length not in self._prompts:
+        if document.length not in self._shared.prompts:
             from lt_gguf.evaluation.shared_prompts import SharedPrompts
 
             alike = [other for other in self._documents if other.length == document.length]
             n_ctx, n_seq = max(other.n_tokens for other in alike), max(len(other.conversations) for other in alike)
-            self._prompts[document.length] = self._closing.enter_context(SharedPrompts(self._model, self._options, n_ctx, n_seq))
-        return self._prompts[document.length]
+            self._shared.prompts[document.length] = self._shared.closing.enter_context(
+                SharedPrompts(self._model, self._options, n_ctx, n_seq)
+            )
+        return self._shared.prompts[document.length]
 
     def _recall(self, prompts: SharedPrompts, document: Document) -> None:
         """Lets a context hold a document, as it was read with full attention."""
-        if document.prefix in self._states:
-            prompts.restore(self._states[document.prefix], len(document.prefix))
+        if document.prefix in self._shared.states:
+            prompts.restore(self._shared.states[document.prefix], len(document.prefix))
             return
         prompts.clear()
         prompts.hide(None)
         self._read(prompts, document.prefix)
-        self._states[document.prefix] = prompts.save()
+        self._shared.states[document.prefix] = prompts.save()
 
     def _read(self, prompts: SharedPrompts, prefix: tuple[int, ...]) -> None:
         step = self._options.n_batch
         for begin in range(0, len(prefix), step):  # note: so that somebody who waits sees that it goes on
             part = prefix[begin : begin + step]
             prompts.read([part])
-            self.read += len(part)
+            self._shared.read += len(part)
             self._done(len(part))
 
     def _count(self, n: int) -> None:
-        self.computed += n
+        self._shared.computed += n
         self._done(n)
 
     def _room(self) -> list[np.ndarray]:
@@ -243,6 +266,7 @@ class RuntimeCandidates:
         texts: what the documents are made of.
         questions: conversations to choose by; twice as many are judged by, because a tolerance is kept by these.
         length: tokens of each.
+        windows: others that will be asked for; questions are about what none of them shows.
         progress: is called with what is announced, and after each step.
 
     Raises:
@@ -258,6 +282,7 @@ class RuntimeCandidates:
         *,
         questions: int,
         length: int,
+        windows: Sequence[int] = (),
         progress: Progress = lambda what, done, total: None,
     ) -> None:
         check_questions(questions)
@@ -266,7 +291,7 @@ class RuntimeCandidates:
         self._texts, self._progress, self._questions, self._length = texts, progress, questions, length
         self._announced, self._done, self._to_do = "", 0, 0
         to_choose, to_judge = texts.halves()
-        far = max(spec.window, 0)
+        far = max((spec.window, *windows))
         choosing = make_documents(model, to_choose, CHOOSING, questions, length, far, [_SEED, 0])
         judging = make_documents(model, to_judge, JUDGING, 2 * questions, length, far, [_SEED, 1])
         if length < LONG_LENGTH <= model.n_ctx_train:
@@ -281,6 +306,12 @@ class RuntimeCandidates:
         """Frees the contexts."""
         self.choosing.close()
         self.judging.close()
+
+    def with_window(self, window: int) -> RuntimeCandidates:
+        """The same questions for streaming layers with another window, one of those that were announced; to be closed together."""
+        other = copy(self)
+        other.choosing, other.judging = self.choosing.with_window(window), self.judging.with_window(window)
+        return other
 
     def announce(self, choosing: int, judging: int) -> None:
         """Tells the progress display how much is to be done at most."""
@@ -316,6 +347,7 @@ def open_candidates(
     *,
     questions: int,
     length: int,
+    windows: Sequence[int] = (),
     options: ScorerOptions | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[RuntimeCandidates]:
@@ -333,7 +365,9 @@ def open_candidates(
         options = replace(options, flash_attn=False)
     model = TextModel(file, options.n_gpu_layers)
     try:
-        candidates = RuntimeCandidates(model, options, spec, texts, questions=questions, length=length, progress=progress)
+        candidates = RuntimeCandidates(
+            model, options, spec, texts, questions=questions, length=length, windows=windows, progress=progress
+        )
         try:
             yield candidates
         finally:

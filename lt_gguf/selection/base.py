@@ -15,6 +15,11 @@ from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAUL
 
 DEFAULT_MAX_LOSS = 0.01
 DEFAULT_MAX_KL = 0.1  # nats
+SEARCHED_WINDOWS = (252, 508, 1020, 2044)  # with 4 sinks, cells in multiples of 256
+SEARCH_HELP = (
+    "the one with which the cache is smallest, or, where a number of layers is asked for, that loses least at equal memory"
+)
+LONGEST_COMPARED = 32_768  # tokens at which the memory of two windows is compared, where the model's context is longer
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Request:
         candidates: what measures sets of layers on the hybrid itself, with this sink and window; `None` if it can't be run.
         max_loss: what may be lost of what the full model finds, from 0 to 1, for `loss`.
         max_kl: largest KL divergence from the full model, in nats, for `loss`.
+        windows: that `loss` chooses among, besides `window`.
+        n_ctx: tokens at which the memory that these take is compared.
 
     Raises:
         ValueError: a number is out of range, or the ratios aren't those of this model.
@@ -69,11 +76,15 @@ class Request:
     candidates: Candidates | None = None
     max_loss: float = DEFAULT_MAX_LOSS
     max_kl: float = DEFAULT_MAX_KL
+    windows: tuple[int, ...] = ()
+    n_ctx: int = LONGEST_COMPARED
 
     def __post_init__(self) -> None:
         n_layer, n_main = self.model.n_layer, self.model.n_layer_main
         StreamingSpec.interleaved(n_layer, self.share, self.sink, self.window)  # checks these
         check_tolerance(self.max_loss, self.max_kl)
+        for window in self.windows:
+            StreamingSpec.interleaved(n_layer, self.share, self.sink, window)
         if self.n_streaming is not None and not 0 <= self.n_streaming <= n_main:
             raise ValueError(f"streaming layers = {self.n_streaming}: must be from 0 to {n_main}, the layers that can stream")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

@@ -213,6 +213,9 @@ class Candidates(Protocol):
     @property
     def judging(self) -> Bench: ...
 
+    def with_window(self, window: int) -> Candidates:
+        """The same questions for streaming layers with another window."""
+
     def announce(self, choosing: int, judging: int) -> None:
         """Says how many sets are about to be measured at most, before they are."""
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from lt_gguf.selection.base import Request, Selection, Strategy
 from lt_gguf.selection.evidence import Bench, Candidate, Evidence
 from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
+from lt_gguf.selection.windows import best_window
 
 # A layer is put aside if with it the loss is so many times what it was plus what the layer loses alone, and more than the least.
 STEP_BACK = 3.0
@@ -35,11 +36,15 @@ class Loss(Strategy):
     takes_tolerance = True
 
     def runs(self, request: Request) -> tuple[int, int]:
-        n = request.model.n_layer_main
+        n, n_windows = request.model.n_layer_main, len({request.window, *request.windows})
         judged = 1 + _JUDGED + math.ceil(math.log2(n + 1))
-        return 1 + 2 * n, judged if request.ratios is None else 2 * judged
+        return n_windows * (1 + 2 * n), n_windows * (judged if request.ratios is None else 2 * judged)
 
     def choose(self, request: Request) -> Selection:
+        return best_window(request, self._choose) if request.windows else self._choose(request)
+
+    def _choose(self, request: Request) -> Selection:
+        """With the request's own window."""
         assert request.candidates is not None
         n_main = request.model.n_layer_main
         choosing, judging = request.candidates.choosing, request.candidates.judging

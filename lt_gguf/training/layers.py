@@ -1,10 +1,12 @@
-"""Which layers are to stream in training: those that are lazy in most training samples (arXiv 2410.13846, section 4)."""
+"""Which layers are to stream in training: those that are lazy in most training samples (arXiv 2410.13846, section 4), or those with
+which the model loses least before it is trained."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def choose_layers(
     sink: int,
     window: int,
     n_samples: int,
+    n_questions: int,
     w_last: int,
     seed: int,
     progress: Callable[[str, int, int], None],
@@ -52,17 +55,21 @@ def choose_layers(
         fraction: share of the layers that is to stream, where the strategy doesn't know their number.
         layers: for `manual`, as in 1,3,5-9.
         n_samples: lazy ratios are measured on so many samples at most; those count that are longer than sink + window.
+        n_questions: conversations that `loss` chooses by.
         w_last: last tokens of each whose attention is measured.
         progress: is told what is being measured, how much of it is done, of how much.
 
     Raises:
         ValueError: a wrong argument, or no sample is long enough.
+        OSError: a file can't be read or written.
     """
     content = read_config(checkpoint.name, checkpoint)
     if select is None:
         select = "manual" if layers is not None else "trained" if KEY in content else DEFAULT_STRATEGY
     chosen = strategy(select)
     chosen.check_options(layers, None)
+    if chosen.measures_hybrid:
+        return _by_running(checkpoint, select, fraction, sink, window, n_questions, progress)
     config = checks.read_config(checkpoint)
     n_layer = config.get_text_config(decoder=True).num_hidden_layers
     ratios, calibration = None, None
@@ -78,6 +85,32 @@ def choose_layers(
     before = read_spec(content, n_layer) if select == "trained" else None
     mean = None if ratios is None else tuple(mean_over_samples(ratios).tolist())
     return Chosen(spec, before[1] if before else Provenance(selection.strategy, mean, calibration), selection.reason)
+
+
+def _by_running(
+    checkpoint: Path,
+    select: str,
+    fraction: float,
+    sink: int,
+    window: int,
+    n_questions: int,
+    progress: Callable[[str, int, int], None],
+) -> Chosen:
+    """What is chosen by running the checkpoint as a hybrid file, which is removed again.
+
+    Prompts are read with full attention there, though training streams while it reads: with that each set of layers would have to
+    read the texts for itself, and the untrained model would lose with any.
+    """
+    from lt_gguf.conversion import convert  # without it training needs no converter
+
+    asked = {"fraction": fraction, "sink": sink, "window": window, "questions": n_questions}
+    with tempfile.TemporaryDirectory(prefix="lt-gguf-train-") as folder:
+        converted = convert(checkpoint, Path(folder) / "checkpoint.gguf", select=select, no_report=True, progress=progress, **asked)
+    assert converted.spec is not None and converted.selection is not None  # it was no dry run
+    spec = replace(converted.spec, prefill="stream")
+    if not spec.layers:
+        raise ValueError(f"selection {select}: no layer is to stream, must be one or more to train for")
+    return Chosen(spec, Provenance(select), converted.selection.reason)
 
 
 def _long_samples(samples: Samples, least: int, n_samples: int, seed: int) -> list[Sequence[int]]:

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, StreamingSpec
 
 LOSSES = ("assistant", "all")
-STRATEGIES = ("frequency", "lazy-ratio", "interleave-odd", "interleave-even", "manual", "trained")
+STRATEGIES = ("frequency", "loss", "lazy-ratio", "interleave-odd", "interleave-even", "manual", "trained")
 DEFAULT_STRATEGY = "frequency"
 LEARNING_RATES = {False: 1e-5, True: 2e-4}  # by whether only LoRA's matrices are trained: usual ones, not tuned here
 
@@ -33,6 +34,12 @@ class Settings:
     streaming_layers: Annotated[str | None, typer.Option(help="Layers that stream, as in 1,3,5-9 (manual).")] = None
     sink: Annotated[int, typer.Option(help="First positions that a streaming layer always sees.")] = DEFAULT_SINK
     window: Annotated[int, typer.Option(help="Last positions that a streaming layer sees.")] = DEFAULT_WINDOW
+    questions: Annotated[
+        int,
+        typer.Option(
+            help="Conversations about built-in texts that the layers are chosen by, and twice as many to judge by (loss)."
+        ),
+    ] = DEFAULT_QUESTIONS
     samples: Annotated[int, typer.Option(help="Training samples that lazy ratios are measured on.")] = 256
     w_last: Annotated[int, typer.Option(help="Last tokens of each whose attention is measured.")] = DEFAULT_W_LAST
 

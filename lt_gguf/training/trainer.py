@@ -149,6 +149,7 @@ def _choose(
             sink=settings.sink,
             window=settings.window,
             n_samples=settings.samples,
+            n_questions=settings.questions,
             w_last=settings.w_last,
             seed=settings.seed,
             progress=lambda what, done, total: progress.update(bar, description=f"measuring {what}", completed=done, total=total),

@@ -130,6 +130,10 @@ def test_what_was_measured_before_is_not_measured_again(model, texts, own_cache)
     assert again.measure_all([(2,), ()]) == [some, full] and len(tokens) == before
     other = again.with_window(30)
     assert other.measure((2,)).kl != some.kl and len(tokens) > before
+    assert (other.read, other.sets) == (other.tokens_to_read, 4)  # the full model is run once more, it wasn't kept
+    third = again.with_window(20)
+    assert third.measure((2,)).kl != other.measure((2,)).kl
+    assert (third.read, third.sets) == (other.tokens_to_read, 5)  # and serves for all windows
 
 
 @pytest.mark.slow

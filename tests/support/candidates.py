@@ -39,6 +39,10 @@ class FakeCandidates:
     choosing: FakeBench
     judging: FakeBench
     announced: list[tuple[int, int]] = field(default_factory=list)
+    others: dict[int, FakeCandidates] = field(default_factory=dict)  # by window
+
+    def with_window(self, window: int) -> FakeCandidates:
+        return self.others[window]
 
     def announce(self, choosing: int, judging: int) -> None:
         assert not self.choosing.asked and not self.judging.asked

@@ -59,6 +59,9 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+
+
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
@@ -240,13 +243,25 @@ def test_layers_are_those_that_are_lazy_in_most_samples(model, data, tokenizer):
     _least, *others = sorted(set(times.values()))
     assert others  # that there is something to choose
     for n in range(1, N_LAYER):
-        asked = {"select": None, "fraction": n / N_LAYER, "layers": None, "n_samples": 1000, "seed": 1}
+        asked = {"select": None, "fraction": n / N_LAYER, "layers": None, "n_samples": 1000, "n_questions": 1, "seed": 1}
         chosen = layers.choose_layers(model, samples, **options, **asked, progress=lambda *_: None)
         assert len(chosen.spec.layers) == n and chosen.spec.prefill == "stream"
         streaming = [times[il] for il in range(N_LAYER) if il in chosen.spec.layers]
         full = [times[il] for il in range(N_LAYER) if il not in chosen.spec.layers]
         assert min(streaming) >= max(full)
     assert chosen.provenance.lazy_ratio == pytest.approx(ratios.mean(axis=0), abs=1e-12)
+
+
+@pytest.mark.slow
+def test_layers_with_which_the_model_loses_least(data, tokenizer):
+    """The demo model finds things in layer 3; its lazy ratio is among the highest, so the frequent half has it."""
+    samples = make_samples(data, None, 0.2, tokenizer, max_length=8192, loss="assistant", seed=1)
+    asked = {"select": "loss", "fraction": 0.5, "layers": None, "sink": 4, "window": 124}
+    numbers = {"n_samples": 8, "n_questions": 4, "w_last": 8, "seed": 1}
+    chosen = layers.choose_layers(DEMO, samples, **asked, **numbers, progress=lambda *_: None)
+    assert len(chosen.spec.layers) == 6 and 3 not in chosen.spec.layers
+    assert (chosen.spec.window, chosen.spec.prefill, chosen.provenance.selection) == (124, "stream", "loss")
+    assert "6 of 12 layers, as were asked for, chosen by what is lost" in chosen.reason
 
 
 @pytest.mark.slow
