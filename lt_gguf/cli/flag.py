@@ -20,9 +20,10 @@ from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.gguf.flagging import Progress, flag_in_place
 from lt_gguf.gguf.flagging import flag as write_flagged
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.models.remembered import recall
 from lt_gguf.report.report import Report
 from lt_gguf.report.tables import print_candidates, print_warning
-from lt_gguf.selection import Request, asked_strategy
+from lt_gguf.selection import DEFAULT_STRATEGY, Request, asked_strategy
 from lt_gguf.spec import Provenance, StreamingSpec, format_layers, parse_layers
 
 _INHERITED = "by default as the report or the file says, else"
@@ -45,7 +46,8 @@ def flag(
         str | None,
         typer.Option(
             metavar="STRATEGY",
-            help="Or measure now, as lt-gguf analyze does, which has more options: loss (as many as the model can spare), ...",
+            help="Or measure now, as lt-gguf analyze does, which has more options. Without any of these, a file that says nothing gets "
+            "what was chosen for it, or measures loss: as many layers as the model can spare.",
             show_default=False,
         ),
     ] = None,
@@ -70,7 +72,8 @@ def flag(
     _check_options(streaming_layers, report, select, off, sees)
     if (outfile is None) != in_place:
         raise ValueError(f"{file}: give the file to write after it, or --in-place, and not both")
-    if select is not None and outfile is not None and outfile.is_file() and not overwrite:
+    measures = select is not None or not (streaming_layers or report or off)
+    if measures and outfile is not None and outfile.is_file() and not overwrite:
         raise FileExistsError(f"{outfile}: exists, remove it or use --overwrite")  # now, not after hours of measuring
     if in_place and not models.is_path(file):
         raise ValueError(f"{file}: lies in a cache, which is for all who use it: give the file to write after it, not --in-place")
@@ -91,11 +94,6 @@ def _check_options(layers: str | None, report: Path | None, select: str | None, 
     chosen = [name for name, given in options if given]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)}: give one of them")
-    if not chosen and not sees:
-        raise ValueError(
-            "what to change: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json, or --off, or --select STRATEGY, or, "
-            "for a file whose layers stay as they are, --sink, --window or --prefill"
-        )
     if off and sees:
         raise ValueError(f"--off removes what --{next(iter(sees))} would change: give one of them")
 
@@ -121,8 +119,22 @@ def _choose(
         spec = replace(base, layers=parse_layers(layers, model.n_layer), **sees)
         return spec, replace(measured, selection="manual")
     if model.spec is None:
-        raise ValueError(f"{model.path}: no layer streams: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json")
+        return _spare(model, sees)
+    if not sees:
+        raise ValueError(
+            f"{model.path}: says already which layers stream: give --select STRATEGY to choose others, --streaming-layers, as in 1,3,5-9, "
+            "--from REPORT.json or --off, or, so that the layers stay as they are, --sink, --window or --prefill"
+        )
     return replace(model.spec, **sees), model.provenance
+
+
+def _spare(model: GGUFModel, sees: dict[str, Any]) -> tuple[StreamingSpec, Provenance]:
+    """What was chosen for a file that says nothing, else what `loss` chooses now."""
+    remembered = None if sees else recall(model.path)
+    if remembered is not None:
+        print(f"{DEFAULT_STRATEGY}: as it was chosen before; --select {DEFAULT_STRATEGY} measures again", file=sys.stderr)
+        return remembered, Provenance(DEFAULT_STRATEGY)
+    return _measure(model, DEFAULT_STRATEGY, replace(StreamingSpec.off(model.n_layer), **sees))
 
 
 def _measure(model: GGUFModel, select: str, spec: StreamingSpec) -> tuple[StreamingSpec, Provenance]:

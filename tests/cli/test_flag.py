@@ -13,6 +13,7 @@ from support.small_gguf import N_LAYER, write_small
 
 from lt_gguf.calibration import Calibration
 from lt_gguf.gguf.file import read_model
+from lt_gguf.models.remembered import remember
 from lt_gguf.report.report import Report
 from lt_gguf.selection.base import Selection
 from lt_gguf.spec import Provenance, StreamingSpec, Typed
@@ -104,10 +105,8 @@ def test_in_place(lt_gguf_command, plain, tmp_path):
     [
         (["IN", "--streaming-layers", "1"], 1, "give the file to write after it, or --in-place, and not both"),
         (["IN", "OUT", "--in-place", "--streaming-layers", "1"], 1, "and not both"),
-        (["IN", "OUT"], 1, "what to change: give --streaming-layers, as in 1,3,5-9, or --from REPORT.json, or --off"),
         (["IN", "OUT", "--off", "--streaming-layers", "1"], 1, "--streaming-layers and --off: give one of them"),
         (["IN", "OUT", "--off", "--window", "9"], 1, "--off removes what --window would change"),
-        (["IN", "OUT", "--window", "9"], 1, "plain.gguf: no layer streams: give --streaming-layers"),
         (["IN", "OUT", "--streaming-layers", "4"], 1, 'layers = "4": must be "all", "none", or layers'),
         (["IN", "OUT", "--streaming-layers", "1", "--window", "0"], 1, "window = 0: must be an integer from 1"),
         (["IN", "OUT", "--streaming-layers", "1", "--sink", "-1"], 1, "sink = -1: must be an integer from 0"),
@@ -221,3 +220,16 @@ def _has_matplotlib() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def test_a_file_that_says_nothing_gets_what_was_chosen_for_it(lt_gguf_command, plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
+    spec, new = StreamingSpec((0, 3), N_LAYER, 2, 40), tmp_path / "new.gguf"
+    remember(plain, spec)
+    status, out, err = lt_gguf_command("flag", plain, new)
+    assert status == 0 and "as it was chosen before" in err and "2 of 4 layers stream (0,3)" in out
+    assert (read_model(new).spec, read_model(new).provenance.selection) == (spec, "loss")
+    status, out, err = lt_gguf_command("flag", plain, new)
+    assert (status, out, err) == (1, "", f"error: {new}: exists, remove it or use --overwrite\n")
+    status, out, err = lt_gguf_command("flag", new, tmp_path / "other.gguf")
+    assert (status, out) == (1, "") and "says already which layers stream: give --select STRATEGY" in err

@@ -79,6 +79,20 @@ def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
     assert (status, out, err) == (1, "", f"error: {new}: exists, remove it or use --overwrite\n")
 
 
+@pytest.mark.slow
+def test_flag_measures_loss_where_nothing_is_said(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
+    small = partial(analysis.Settings, samples=1, questions=2, length=600, calibration=stories_file)
+    monkeypatch.setattr(analysis, "Settings", small)
+    plain, new = tmp_path / "plain.gguf", tmp_path / "new.gguf"
+    assert lt_gguf_command("flag", demo_file, plain, "--off")[0] == 0
+    status, out, err = lt_gguf_command("flag", plain, new, "--window", 60)
+    assert status == 0 and err.startswith("loss: up to")
+    model = read_model(new)
+    assert 0 < len(model.spec.layers) < model.n_layer and (model.spec.window, model.provenance.selection) == (60, "loss")
+    assert recall(plain) == model.spec
+
+
 def test_flag_by_a_strategy_that_measures_nothing(lt_gguf_command, demo_file, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "read_texts", lambda *_: pytest.fail("measured"))
     assert lt_gguf_command("flag", demo_file, tmp_path / "new.gguf", "--select", "interleave-odd")[0] == 0
