@@ -314,13 +314,13 @@ class RuntimeCandidates:
         return other
 
     def announce(self, choosing: int, judging: int) -> None:
-        """Tells the progress display how much is to be done at most."""
+        """Tells the progress display about how much is to be done."""
         n = 0
         for bench, sets in ((self.choosing, choosing), (self.judging, judging)):
             if sets:
                 n += (0 if bench.read else bench.tokens_to_read) + sets * bench.tokens_of_a_set
         self._announced = (
-            f"loss: up to {choosing} sets of layers on {self._questions} conversations of {self._length:,} tokens, "
+            f"loss: about {choosing} sets of layers on {self._questions} conversations of {self._length:,} tokens, "
             f"and {judging} on others"
         )
         self._to_do = self._done + n

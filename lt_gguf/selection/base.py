@@ -220,7 +220,7 @@ class Strategy(ABC):
         return DEFAULT_FRACTION if fraction is None else fraction
 
     def runs(self, request: Request) -> tuple[int, int]:
-        """How many sets of layers are measured at most, the full model included: to choose by, and to judge by."""
+        """About how many sets of layers are measured, the full model included: to choose by, and to judge by."""
         return 0, 0
 
     @abstractmethod

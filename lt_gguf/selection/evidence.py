@@ -217,7 +217,7 @@ class Candidates(Protocol):
         """The same questions for streaming layers with another window."""
 
     def announce(self, choosing: int, judging: int) -> None:
-        """Says how many sets are about to be measured at most, before they are."""
+        """Says about how many sets will be measured, before they are."""
 
     @property
     def measurement(self) -> Measurement:

@@ -20,7 +20,7 @@ from lt_gguf.selection.windows import best_window
 STEP_BACK = 3.0
 STEP_BACK_LEAST = 0.01  # nats
 
-_AT_ONCE = 4  # steps that are measured together, because most of them are taken
+_AT_ONCE = 4  # layers that are added before all of them together are measured
 _JUDGED = 8  # sizes that are judged before the largest one within the tolerance is looked for
 
 
@@ -38,7 +38,8 @@ class Loss(Strategy):
     def runs(self, request: Request) -> tuple[int, int]:
         n, n_windows = request.model.n_layer_main, len({request.window, *request.windows})
         judged = 1 + _JUDGED + math.ceil(math.log2(n + 1))
-        return n_windows * (1 + 2 * n), n_windows * (judged if request.ratios is None else 2 * judged)
+        # note: where two layers do each other's work there are more, up to n
+        return n_windows * (1 + n + math.ceil(n / _AT_ONCE)), n_windows * (judged if request.ratios is None else 2 * judged)
 
     def choose(self, request: Request) -> Selection:
         return best_window(request, self._choose) if request.windows else self._choose(request)
@@ -84,7 +85,8 @@ class Loss(Strategy):
 def grow(bench: Bench, alone: Sequence[float]) -> list[tuple[int, ...]]:
     """Sets of 0, 1, 2, ... layers, each with all of the one before it.
 
-    Added is what loses least alone; what loses far more together with those before it comes last.
+    Added is what loses least alone, several layers at a time; with which far more is lost together than before and alone, one of them
+    does the work of another, and they are looked at in halves until it is found. It comes last.
 
     Args:
         bench: measures sets.
@@ -93,18 +95,22 @@ def grow(bench: Bench, alone: Sequence[float]) -> list[tuple[int, ...]]:
     # note: as elsewhere, of equal layers those with the lower numbers stay full
     waiting = sorted(range(len(alone)), key=lambda il: (alone[il], -il))
     path: list[tuple[int, ...]] = [()]
-    loss = 0.0
     put_aside: list[int] = []
+    loss, n = 0.0, _AT_ONCE
     while waiting:
-        at_once = waiting[:_AT_ONCE]
-        sets = [tuple(sorted((*path[-1], *at_once[: i + 1]))) for i in range(len(at_once))]
-        for il, layers, evidence in zip(at_once, sets, bench.measure_all(sets)):
-            waiting.remove(il)
-            if evidence.kl > max(STEP_BACK * (loss + alone[il]), STEP_BACK_LEAST):
-                put_aside.append(il)
-                break  # what was measured of the sets with this layer says nothing now
-            path.append(layers)
-            loss = evidence.kl
+        added = waiting[:n]
+        together = bench.measure(tuple(sorted((*path[-1], *added)))).kl
+        if together > max(STEP_BACK * (loss + sum(alone[il] for il in added)), STEP_BACK_LEAST):
+            if len(added) > 1:
+                n = len(added) // 2
+                continue
+            put_aside += added
+        else:
+            for il in added:
+                path.append(tuple(sorted((*path[-1], il))))
+            loss = together
+        waiting = waiting[len(added) :]
+        n = min(2 * n, _AT_ONCE)
     for il in put_aside:
         path.append(tuple(sorted((*path[-1], il))))
     return path

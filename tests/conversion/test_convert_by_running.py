@@ -44,7 +44,7 @@ def test_kl(stories_file, tmp_path):
     assert report.ratios is None and names(tmp_path / "a-report") == ["README.md", "report.json", "report.md"]
     card = (tmp_path / "a-report" / "README.md").read_text()
     assert "| layer 0 | 0 | " in card and f"{n + 1} sets of layers" in card and str(tmp_path) not in card
-    budget = f"Comparing loss: up to {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"
+    budget = f"Comparing loss: about {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"
     shown = [step[1:] for step in steps if step[0] == budget]
     assert shown[0][0] == 0 and shown[-1][0] > 0.9 * shown[-1][1] and shown == sorted(shown)
 

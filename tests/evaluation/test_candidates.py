@@ -179,7 +179,7 @@ def test_two_benches_with_other_questions(demo_gguf, model, texts, own_cache):
         measured.choosing.measure((0,))
         measured.judging.measure(())
         found = measured.measurement
-    assert steps[0][:2] == ("loss: up to 2 sets of layers on 2 conversations of 600 tokens, and 1 on others", 0)
+    assert steps[0][:2] == ("loss: about 2 sets of layers on 2 conversations of 600 tokens, and 1 on others", 0)
     assert steps[-1][1] == found.read + found.computed and steps == sorted(steps, key=lambda step: step[1])
     assert (found.data, found.sha256, found.conversations, found.lengths, found.sets) == ("stories.txt", "ab" * 32, 2, (LENGTH,), 3)
     assert found.read == sum(len(document.prefix) for document in (*one, *other))
