@@ -12,9 +12,12 @@ from lt_gguf.report.model_card import number
 from lt_gguf.report.report import Report
 from lt_gguf.selection import Selection
 from lt_gguf.selection.evidence import WHERE
+from lt_gguf.selection.preset import Preset
+from lt_gguf.selection.trained import Trained
 from lt_gguf.spec import StreamingSpec, format_layers
 
 BAR_WIDTH = 40
+NOT_MEASURED = "note: what is lost with these layers wasn't measured: lt-gguf eval does it, or --select loss"
 
 
 def print_bars(report: Report) -> None:
@@ -58,6 +61,9 @@ def print_candidates(selection: Selection, spec: StreamingSpec) -> None:
 
 
 def print_warning(selection: Selection) -> None:
-    """Says on stderr what is lost, where that is more than is tolerated."""
+    """Says on stderr what is lost, where that is more than is tolerated, or that nobody knows it."""
+    is_trained = selection.strategy == Trained.name or selection.strategy.startswith(Preset.name)
     if selection.warning is not None:
         print(f"warning: {selection.warning}", file=sys.stderr)
+    elif selection.layers and not is_trained and all(each.layers != selection.layers for each in selection.candidates):
+        print(NOT_MEASURED, file=sys.stderr)

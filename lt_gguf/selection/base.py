@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from lt_gguf.selection.evidence import Candidate, Candidates, Measurement
+from lt_gguf.selection.tolerance import loss_warning
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
 DEFAULT_MAX_LOSS = 0.01
@@ -202,7 +203,15 @@ class Strategy(ABC):
                 f"selection {self.name}: makes {len(selection.layers)} layers stream, the KV budget needs "
                 f"{request.n_streaming}: must be {self.instead}"
             )
-        return selection
+        return self._with_warning(request, selection)
+
+    @staticmethod
+    def _with_warning(request: Request, selection: Selection) -> Selection:
+        """A strategy that has measured its layers doesn't make them stream silently if they lose more than is tolerated."""
+        evidence = next((each.evidence for each in reversed(selection.candidates) if each.layers == selection.layers), None)
+        if selection.warning is not None or evidence is None or not selection.layers:
+            return selection
+        return replace(selection, warning=loss_warning(request, evidence, len(selection.layers)))
 
     def check_options(self, layers: str | None, threshold: float | None) -> None:
         """Raises ValueError if this strategy is given what another takes, or not what it takes; before anything is measured."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 from lt_gguf.selection.base import Request, Selection, Strategy
 from lt_gguf.selection.evidence import Bench, Candidate, Evidence
 from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
+from lt_gguf.selection.tolerance import is_within, loss_warning
 from lt_gguf.selection.windows import best_window
 
 # A layer is put aside if with it the loss is so many times what it was plus what the layer loses alone, and more than the least.
@@ -67,7 +68,7 @@ class Loss(Strategy):
             found,
             candidates=(full, *alone, *steps),
             measurement=request.candidates.measurement,
-            warning=_warning(request, evidence, n, within),
+            warning=loss_warning(request, evidence, n, within),
         )
 
     @staticmethod
@@ -114,15 +115,6 @@ def grow(bench: Bench, alone: Sequence[float]) -> list[tuple[int, ...]]:
     for il in put_aside:
         path.append(tuple(sorted((*path[-1], il))))
     return path
-
-
-def is_within(request: Request, evidence: Evidence) -> bool:
-    """Whether a set loses no more than is tolerated: of what the full model finds, where it finds enough to say so, and in nats."""
-    if evidence.kl > request.max_kl:
-        return False
-    # note: also at the length at which it loses most
-    losses = [evidence.of_length(length).loss.value for length in evidence.lengths]
-    return not evidence.is_informed or max(losses) <= request.max_loss
 
 
 class _Judged:
@@ -173,12 +165,3 @@ def _reason(request: Request, full: Evidence, evidence: Evidence, n: int, within
     else:
         text += f": the full model finds only {full.known:.1%} of what is asked for, too little to say what is lost of it"
     return f"{text}, and a KL divergence of {evidence.kl:.2g} nats"
-
-
-def _warning(request: Request, evidence: Evidence, n: int, within: int) -> str | None:
-    """What somebody has to know who asked for more than the model can spare."""
-    if n <= within or is_within(request, evidence):
-        return None
-    lost = f"{evidence.loss.value:.1%} of what the full model finds" if evidence.is_informed else f"{evidence.kl:.2g} nats"
-    tolerated = f"{request.max_loss:.3g} of what it finds and {request.max_kl:.3g} nats"
-    return f"{n} streaming layers lose {lost} (KL {evidence.kl:.2g} nats); within the tolerance ({tolerated}) are up to {within} layers"

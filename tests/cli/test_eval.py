@@ -104,6 +104,18 @@ def test_where_nothing_is_dropped_nothing_is_lost(evaluate, tmp_path):
     assert [s["difference"]["value"] for s in result(tmp_path / "out")["scores"] if s["spec"] == same] == [0, 0]
 
 
+# so that it is interrupted before it has measured everything, however busy the machine is
+SLOW_EVAL = """
+import time
+from lt_gguf.cli import main
+from lt_gguf.evaluation.results import Journal
+
+add = Journal.add
+Journal.add = lambda *what, **values: (add(*what, **values), time.sleep(0.2))
+main()
+"""
+
+
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(evaluate, hybrid_file, text, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -111,7 +123,7 @@ def test_an_interrupted_evaluation_goes_on(evaluate, hybrid_file, text, tmp_path
 
     arguments = ["eval", hybrid_file, "--text", text, *SMALL, *QUICK, "--out", stopped]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from lt_gguf.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", SLOW_EVAL, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     journal = stopped / "records.jsonl"

@@ -14,6 +14,7 @@ from lt_gguf.analysis import choose
 from lt_gguf.gguf.file import read_model
 from lt_gguf.models.remembered import recall
 from lt_gguf.report.report import Report
+from lt_gguf.report.tables import NOT_MEASURED
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 SMALL = ["--samples", 1, "--questions", 2, "--calibration-length", 600, "--window", 60, "--threads", 1]
@@ -33,7 +34,8 @@ def test_analyze(lt_gguf_command, demo_file, stories_file, tmp_path):
     command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--prefill", "stream", "--select"]
     status, out, err = lt_gguf_command(*command, "kl", "--out", tmp_path / "report")
     assert status == 0 and err.splitlines() == [
-        f"loss: about {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others"
+        f"loss: about {n + 1} sets of layers on 2 conversations of 600 tokens, and 0 on others",
+        NOT_MEASURED,  # of all together
     ]
     report = Report.read(tmp_path / "report" / "report.json")
     assert report.selection.strategy == "kl" and report.ratios is not None and report.spec.prefill == "stream"

@@ -22,6 +22,7 @@ from lt_gguf.conversion import worker as conversion_worker
 from lt_gguf.conversion.nan_check import NanCheck
 from lt_gguf.conversion.upstream import ConversionError, UpstreamConverter
 from lt_gguf.gguf.file import read_model
+from lt_gguf.report.tables import NOT_MEASURED
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 
@@ -69,7 +70,7 @@ def test_equals_upstream(family, outtype, options, spec, selection, tmp_path, re
     assert result.returncode == 0, result.stderr
     assert str(ours) in result.stdout
     assert f"{len(spec.layers)} of {N_LAYER} layers stream" in result.stdout
-    assert result.stderr.splitlines() == ["Reading the checkpoint", "Converting"]
+    assert result.stderr.splitlines() == ["Reading the checkpoint", "Converting", NOT_MEASURED]
     written = run(upstream_dir() / "convert_hf_to_gguf.py", checkpoint, "--outfile", upstreams, "--outtype", outtype)
     assert written.returncode == 0, written.stderr
     assert_same_but_for_the_streaming_keys(ours, upstreams)

@@ -15,7 +15,8 @@ from lt_gguf.report.folder import write_report
 from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Selection, strategy
 from lt_gguf.selection.evidence import FIRST, LATER, TEXT, Evidence, Outcome
-from lt_gguf.selection.loss import grow, is_within
+from lt_gguf.selection.loss import grow
+from lt_gguf.selection.tolerance import is_within
 
 ALONE = (0.02, 0.001, 0.9, 0.004, 0.05, 0.0005, 0.0101, 0.301)
 N = len(ALONE)
