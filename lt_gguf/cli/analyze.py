@@ -19,7 +19,8 @@ from lt_gguf.report import plots
 from lt_gguf.report.folder import check_destination, write_report
 from lt_gguf.report.tables import print_bars, print_candidates, print_warning
 from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, LazyRatio, Request, asked_strategy, parse_share, strategies
-from lt_gguf.selection.base import LONGEST_COMPARED, SEARCH_HELP, SEARCHED_WINDOWS, check_tolerance
+from lt_gguf.selection.base import LONGEST_COMPARED, SEARCH_HELP, SEARCHED_WINDOWS
+from lt_gguf.selection.tolerance import Tolerance
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec
 
 
@@ -109,7 +110,7 @@ def analyze(
     AutoSpec(DEFAULT_FRACTION if fraction is None else fraction, sink, window, w_last)  # checks these
     StreamingSpec((), 1, sink, window, prefill)
     check_questions(questions)
-    check_tolerance(tolerated := parse_share("--max-loss", max_loss), max_kl)
+    Tolerance(tolerated := parse_share("--max-loss", max_loss), max_kl)
     if out is not None:
         plots.check()
         check_destination(out, overwrite)

@@ -16,7 +16,8 @@ from lt_gguf.memory.kv import cache_type as check_cache_type
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Strategy, asked_strategy, parse_share, strategies
-from lt_gguf.selection.base import SEARCH_HELP, SEARCHED_WINDOWS, check_tolerance
+from lt_gguf.selection.base import SEARCH_HELP, SEARCHED_WINDOWS
+from lt_gguf.selection.tolerance import Tolerance
 from lt_gguf.selection.trained import Trained
 from lt_gguf.spec import (
     DEFAULT_FRACTION,
@@ -248,7 +249,7 @@ class Options:
         if self.threads < 0:
             raise ValueError(f"threads = {self.threads}: must be at least 0")
         check_questions(self.questions)
-        check_tolerance(self.tolerated_loss, self.max_kl)
+        Tolerance(self.tolerated_loss, self.max_kl)
         self._check_selection()
         self._check_budget()
         if self.quantize is None and self.imatrix is not None:

@@ -7,7 +7,7 @@ something that runs any set of layers and says how far that is from the full mod
 
 from __future__ import annotations
 
-from lt_gguf.selection.base import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Model, Request, Selection, Strategy, fit_ratios, parse_share
+from lt_gguf.selection.base import Model, Request, Selection, Strategy, fit_ratios, parse_share
 from lt_gguf.selection.best import Auto
 from lt_gguf.selection.frequency import Frequency
 from lt_gguf.selection.interleave import InterleaveEven, InterleaveOdd
@@ -17,6 +17,7 @@ from lt_gguf.selection.loss import Loss
 from lt_gguf.selection.manual import Manual
 from lt_gguf.selection.preset import PRESETS, Preset
 from lt_gguf.selection.threshold import Threshold
+from lt_gguf.selection.tolerance import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS
 from lt_gguf.selection.trained import Trained
 
 __all__ = [

@@ -11,11 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lt_gguf.selection.evidence import Candidate, Candidates, Measurement
-from lt_gguf.selection.tolerance import loss_warning
+from lt_gguf.selection.tolerance import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Tolerance
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
-DEFAULT_MAX_LOSS = 0.01
-DEFAULT_MAX_KL = 0.1  # nats
 SEARCHED_WINDOWS = (252, 508, 1020, 2044)  # with 4 sinks, cells in multiples of 256
 SEARCH_HELP = (
     "the one with which the cache is smallest, or, where a number of layers is asked for, that loses least at equal memory"
@@ -83,7 +81,7 @@ class Request:
     def __post_init__(self) -> None:
         n_layer, n_main = self.model.n_layer, self.model.n_layer_main
         StreamingSpec.interleaved(n_layer, self.share, self.sink, self.window)  # checks these
-        check_tolerance(self.max_loss, self.max_kl)
+        self.tolerance  # noqa: B018 - checks these
         for window in self.windows:
             StreamingSpec.interleaved(n_layer, self.share, self.sink, window)
         if self.n_streaming is not None and not 0 <= self.n_streaming <= n_main:
@@ -97,6 +95,11 @@ class Request:
     def share(self) -> float:
         """The share of the layers, for strategies that have no number of their own."""
         return DEFAULT_FRACTION if self.fraction is None else self.fraction
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What may be lost."""
+        return Tolerance(self.max_loss, self.max_kl)
 
     @property
     def mean_ratios(self) -> np.ndarray:
@@ -211,7 +214,7 @@ class Strategy(ABC):
         evidence = next((each.evidence for each in reversed(selection.candidates) if each.layers == selection.layers), None)
         if selection.warning is not None or evidence is None or not selection.layers:
             return selection
-        return replace(selection, warning=loss_warning(request, evidence, len(selection.layers)))
+        return replace(selection, warning=request.tolerance.warning(evidence, len(selection.layers)))
 
     def check_options(self, layers: str | None, threshold: float | None) -> None:
         """Raises ValueError if this strategy is given what another takes, or not what it takes; before anything is measured."""
@@ -248,14 +251,6 @@ def parse_share(what: str, text: str | float) -> float:
         return float(said.removesuffix("%")) / (100 if said.endswith("%") else 1)
     except ValueError:
         raise ValueError(f'{what} = "{text}": must be a share, as in 1% or 0.01') from None
-
-
-def check_tolerance(max_loss: float, max_kl: float) -> None:
-    """Raises ValueError if a tolerance of the loss is out of range."""
-    if not 0 <= max_loss <= 1:
-        raise ValueError(f"max loss = {max_loss}: must be a share from 0 to 1, as in 1% or 0.01")
-    if not 0 <= max_kl < math.inf:
-        raise ValueError(f"max KL = {max_kl}: must be a number of nats of at least 0, as in 0.1")
 
 
 def fit_ratios(ratios: Any, n_layer: int, n_layer_main: int | None = None) -> np.ndarray:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from lt_gguf.selection.base import Request, Selection, Strategy
 from lt_gguf.selection.evidence import Bench, Candidate, Evidence
 from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
-from lt_gguf.selection.tolerance import is_within, loss_warning
 from lt_gguf.selection.windows import best_window
 
 # A layer is put aside if with it the loss is so many times what it was plus what the layer loses alone, and more than the least.
@@ -68,7 +67,7 @@ class Loss(Strategy):
             found,
             candidates=(full, *alone, *steps),
             measurement=request.candidates.measurement,
-            warning=loss_warning(request, evidence, n, within),
+            warning=request.tolerance.warning(evidence, n, within),
         )
 
     @staticmethod
@@ -139,11 +138,11 @@ class _Judged:
 
     def largest(self, request: Request) -> int:
         """The largest size that is within the tolerance, if with more layers more is lost; 0: none is."""
-        within = max(size for size in self.sizes if size == 0 or is_within(request, self._found[size]))
+        within = max(size for size in self.sizes if size == 0 or request.tolerance.allows(self._found[size]))
         beyond = min((size for size in self.sizes if size > within), default=within + 1)
         while beyond - within > 1:
             size = (within + beyond) // 2
-            if is_within(request, self.evidence(size)):
+            if request.tolerance.allows(self.evidence(size)):
                 within = size
             else:
                 beyond = size

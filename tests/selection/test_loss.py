@@ -16,7 +16,6 @@ from lt_gguf.report.report import Report
 from lt_gguf.selection import Model, Request, Selection, strategy
 from lt_gguf.selection.evidence import FIRST, LATER, TEXT, Evidence, Outcome
 from lt_gguf.selection.loss import grow
-from lt_gguf.selection.tolerance import is_within
 
 ALONE = (0.02, 0.001, 0.9, 0.004, 0.05, 0.0005, 0.0101, 0.301)
 N = len(ALONE)
@@ -136,8 +135,8 @@ def test_the_length_at_which_most_is_lost_decides():
     few = [outcome(FIRST, i, 0.0, 1.0, 1.0) for i in range(30)]
     found = Evidence((*few, outcome(FIRST, 30, 0.0, 1.0, 0.9, length=400)))
     request = Request(Model("llama", "a model", N, N))
-    assert found.loss.value < 0.01 and not is_within(request, found)
-    assert is_within(request, found.of_length(100))
+    assert found.loss.value < 0.01 and not request.tolerance.allows(found)
+    assert request.tolerance.allows(found.of_length(100))
 
 
 def test_the_report_and_its_pictures(tmp_path):
