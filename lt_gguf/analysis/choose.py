@@ -28,8 +28,8 @@ def choose_streaming(
     *,
     max_loss: float = DEFAULT_MAX_LOSS,
     max_kl: float = DEFAULT_MAX_KL,
-    sink: int = DEFAULT_SINK,
-    window: int = DEFAULT_WINDOW,
+    sink: int | None = None,
+    window: int | None = None,
     again: bool = False,
     progress: Progress | None = None,
     **settings: Any,
@@ -46,8 +46,8 @@ def choose_streaming(
         model: path of the file, or a name as `lt_gguf.models.resolve` takes it.
         max_loss: share of what the full model finds that may be lost, from 0 to 1.
         max_kl: largest KL divergence from the full model, in nats.
-        sink: first positions that a streaming layer sees.
-        window: last positions that it sees.
+        sink: first positions that a streaming layer sees; `None`: as it is remembered, else 4.
+        window: last positions that it sees; `None`: as it is remembered, else 1020.
         again: measure even if something is remembered, for example with another tolerance. What was measured before isn't measured
             again.
         progress: is told how far it is.
@@ -60,10 +60,12 @@ def choose_streaming(
     from lt_gguf.evaluation.context import ScorerOptions
 
     file = str(resolve(model))
-    if not again and (remembered := recall(file)) is not None:
+    remembered = None if again else recall(file)
+    if remembered is not None and sink in (None, remembered.sink) and window in (None, remembered.window):
         return remembered
     how = {name: settings.pop(name) for name in list(settings) if name in Settings.__dataclass_fields__}
     subject = GGUFFile(file, ScorerOptions(**settings))
-    request = Request(subject.model, sink=sink, window=window, max_loss=max_loss, max_kl=max_kl)
+    seen = {"sink": DEFAULT_SINK if sink is None else sink, "window": DEFAULT_WINDOW if window is None else window}
+    request = Request(subject.model, **seen, max_loss=max_loss, max_kl=max_kl)
     report = analyze(subject, strategy(DEFAULT_STRATEGY), request, Settings(all_ratios=False, **how), progress or _Silent())
     return report.spec

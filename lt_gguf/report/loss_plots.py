@@ -23,7 +23,7 @@ def pictures_of_loss(report: Report) -> bool:
 def loss_curve(report: Report) -> Figure:
     """What is lost over the share of the layers that stream, one line a strategy, with 95 % intervals; the choice is marked."""
     n_layer = report.spec.n_layer
-    figure, axes = new_figure(f"What {report.model} loses when layers stream", _measured_on(report))
+    figure, axes = new_figure(f"What {report.model} loses when layers stream", _measured_on(report, judging=True))
     for (name, candidates), (style, colour) in zip(_lines(report).items(), _STYLES):
         shares = [len(candidate.layers) / n_layer for candidate in candidates]
         losses = [candidate.evidence.loss for candidate in candidates]
@@ -62,7 +62,7 @@ def loss_curve(report: Report) -> Figure:
 def loss_strip(report: Report) -> Figure:
     """What is lost with each layer alone, in nats, above its lazy ratio if that has been measured."""
     alone = _alone(report)
-    figure, axes = layer_figure(report.spec.n_layer, f"Each layer of {report.model} alone", _measured_on(report))
+    figure, axes = layer_figure(report.spec.n_layer, f"Each layer of {report.model} alone", _measured_on(report, judging=False))
     for candidate in alone:
         (il,) = candidate.layers
         streams = report.spec.is_streaming(il)
@@ -102,10 +102,13 @@ def _alone(report: Report) -> list[Candidate]:
     ]
 
 
-def _measured_on(report: Report) -> str:
+def _measured_on(report: Report, judging: bool) -> str:
     found = report.selection.measurement
     if found is None:
         return ""
-    lengths = " and ".join(f"{length:,}" for length in found.lengths)
-    judged = f"{2 * found.conversations} conversations of {lengths} tokens"
-    return f"sink {report.spec.sink}, window {report.spec.window}; {judged}"
+    if judging:
+        lengths = " and ".join(f"{length:,}" for length in found.lengths)
+        asked = f"{2 * found.conversations} conversations of {lengths} tokens"
+    else:
+        asked = f"{found.conversations} conversations of {found.lengths[0]:,} tokens"
+    return f"sink {report.spec.sink}, window {report.spec.window}; {asked}"

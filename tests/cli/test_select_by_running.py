@@ -130,7 +130,9 @@ def test_what_was_measured_once_is_used(lt_gguf_command, demo_file, stories_file
     assert 0 < len(spec.layers) < spec.n_layer and spec.window == 60
     assert lt_gguf.Llama(plain, streaming="auto", n_ctx=256, n_threads=1, verbose=False).streaming == spec
     monkeypatch.setattr(choose, "analyze", lambda *_: pytest.fail("measured"))
-    assert lt_gguf.choose_streaming(plain) == spec
+    assert lt_gguf.choose_streaming(plain) == lt_gguf.choose_streaming(plain, window=60, sink=4) == spec
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        lt_gguf.choose_streaming(plain, window=80)
 
 
 @pytest.mark.slow
