@@ -65,7 +65,7 @@ def choose_streaming(
         return remembered
     how = {name: settings.pop(name) for name in list(settings) if name in Settings.__dataclass_fields__}
     subject = GGUFFile(file, ScorerOptions(**settings))
-    seen = {"sink": DEFAULT_SINK if sink is None else sink, "window": DEFAULT_WINDOW if window is None else window}
-    request = Request(subject.model, **seen, max_loss=max_loss, max_kl=max_kl)
+    sink, window = DEFAULT_SINK if sink is None else sink, DEFAULT_WINDOW if window is None else window
+    request = Request(subject.model, sink=sink, window=window, max_loss=max_loss, max_kl=max_kl)
     report = analyze(subject, strategy(DEFAULT_STRATEGY), request, Settings(all_ratios=False, **how), progress or _Silent())
     return report.spec

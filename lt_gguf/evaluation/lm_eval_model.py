@@ -26,6 +26,7 @@ from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.scorer import Request, Scorer
 from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.models import resolve
+from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.spec import StreamingSpec
 
@@ -88,7 +89,11 @@ class HybridLM(LM):  # type: ignore[misc]  # the harness brings no types
             cache_type_v=cache_type_v,
             flash_attn=flash_attn,
         )
-        self._scorer = Scorer(resolve(model), streaming.replace("+", ",") if isinstance(streaming, str) else streaming, options)
+        file = resolve(model)
+        chosen, unknown = chosen_for(file, streaming.replace("+", ",") if isinstance(streaming, str) else streaming)
+        if unknown:
+            raise ValueError(unknown)
+        self._scorer = Scorer(file, chosen, options)
         self.max_length = n_ctx or self._scorer.n_ctx_train
         self.max_gen_toks = max_gen_toks
         self._random = np.random.default_rng(seed)

@@ -347,5 +347,7 @@ def test_a_file_without_chat_template_says_so(load):
 def test_wrong_arguments_are_refused(subject):
     with pytest.raises(ValueError, match="layers"):
         HybridLM(str(subject.native.path), streaming="layers=1+9")
+    with pytest.raises(ValueError, match="no choice of streaming layers is known"):
+        HybridLM(str(subject.native.path), streaming="auto")
     with pytest.raises(ValueError, match="n_parallel"):
         HybridLM(str(subject.native.path), batch_size=0)
