@@ -17,6 +17,7 @@ those of the full model (KL divergence, nats, weighted by what the full model kn
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,9 +55,9 @@ def attention_of(model: Any, document: Document) -> list[np.ndarray]:
         found = []
         for first, _ in document.conversations:
             message = torch.tensor([first.message])
-            weights = model(input_ids=message, past_key_values=cache, use_cache=True, output_attentions=True).attentions
+            known = deepcopy(cache)  # note: it grows
+            weights = model(input_ids=message, past_key_values=known, use_cache=True, output_attentions=True).attentions
             found.append(np.stack([layer[0, :, -DEFAULT_AUTO_W_LAST:].float().numpy() for layer in weights]))
-            cache.crop(len(document.prefix))
     return found
 
 
