@@ -200,12 +200,14 @@ def main(
     ] = Path("build/testbed"),
     out: Annotated[Path, typer.Option(file_okay=False, help="where the finished checkpoint goes")] = Path("models/demo"),
     steps: Annotated[int, typer.Option(min=1, max=STEPS, help="optimizer steps; fewer: stop earlier")] = STEPS,
-    batch_tokens: Annotated[int, typer.Option(min=MAX_LENGTH, help="tokens a step")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens a step")] = MAX_LENGTH,
     pressure: Annotated[float, typer.Option(min=0, help="cost of looking far, in nats")] = 0.1,
     threads: Annotated[int, typer.Option(min=1, help="of the CPU")] = 1,
     seed: Annotated[int, typer.Option()] = 1,
 ) -> None:
     """Train the testbed model and write it as a Hugging Face checkpoint."""
+    if batch_tokens < (longest := max(plan(step)[0].length for step in range(steps))):
+        raise typer.BadParameter(f"--batch-tokens = {batch_tokens}: must be at least {longest}, the longest row of these steps")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     work_dir.mkdir(parents=True, exist_ok=True)
