@@ -69,10 +69,7 @@ def chosen_for(file: str | os.PathLike[str], streaming: T) -> tuple[T | Streamin
     found = recall(file)
     if found is not None:
         return found, None
-    return None, (
-        f"{file}: no choice of streaming layers is known, so all have full attention: lt-gguf analyze {file} measures, once, which "
-        "layers the model can spare"
-    )
+    return None, f"{file}: no choice of streaming layers is known, so all have full attention: lt-gguf analyze measures it, once"
 
 
 def _path(file: str | os.PathLike[str]) -> Path:
