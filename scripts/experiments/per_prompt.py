@@ -1,6 +1,6 @@
 """Is there a signal that says, for each prompt, which layers may stream? Compares signals with a fixed choice by loss.
 
-    python scripts/experiments/per_prompt.py FILE.gguf FOLDER [--fixed 0,1,8-13] [--questions 32] [--length 4096]
+    python scripts/experiments/per_prompt.py FILE.gguf FOLDER --fixed 0,1,8-13 [--questions 32] [--length 4096]
 
 FILE is a model that transformers can load from GGUF (a Llama or Qwen2, say), FOLDER keeps what was measured: a run that was interrupted
 goes on. For each conversation the attention of the first message's last 16 queries is taken from transformers, head by head, and
