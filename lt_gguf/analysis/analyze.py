@@ -86,7 +86,11 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
             spec = StreamingSpec((), subject.model.n_layer, seen.sink, seen.window, how.prefill)
             settings = {"questions": how.questions, "length": length, "windows": request.windows}
             with subject.candidates(texts, spec, **settings, progress=announce) as candidates:
-                selection = chosen.select(replace(request, candidates=candidates))
+                try:
+                    selection = chosen.select(replace(request, candidates=candidates))
+                except KeyboardInterrupt:
+                    progress.announce("interrupted: what was measured is kept, the same command goes on")
+                    raise
     selection = selection or chosen.select(request)
     spec = selection.spec(subject.model.n_layer, how.prefill)
     if chosen.takes_tolerance and request.asked_count(subject.model.n_layer_main) is None:

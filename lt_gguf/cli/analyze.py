@@ -150,7 +150,7 @@ def analyze(
         print_bars(report)
     print_candidates(report.selection, report.spec)
     print_warning(report.selection)
-    if is_file and recall(model) == report.spec:
+    if is_file and chosen.takes_tolerance and recall(model) == report.spec:
         print(f"remembered: lt-gguf chat {asked_model} --streaming auto")
     if files:
         print(f"{out}: {', '.join(file.name for file in files)}")

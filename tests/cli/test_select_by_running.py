@@ -11,6 +11,7 @@ import pytest
 import lt_gguf
 from lt_gguf import analysis, calibration
 from lt_gguf.analysis import choose
+from lt_gguf.evaluation.candidates import RuntimeBench
 from lt_gguf.gguf.file import read_model
 from lt_gguf.models.remembered import recall
 from lt_gguf.report.report import Report
@@ -79,6 +80,29 @@ def test_flag(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "analyze", lambda *_: pytest.fail("measured"))
     status, out, err = lt_gguf_command("flag", demo_file, new, "--select", "kl")
     assert (status, out, err) == (1, "", f"error: {new}: exists, remove it or use --overwrite\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_measured(lt_gguf_command, demo_file, stories_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_GGUF_CACHE", str(tmp_path / "cache"))
+    measure = RuntimeBench._measure
+
+    def interrupted(bench: RuntimeBench, sets: list) -> None:
+        if bench.sets:
+            raise KeyboardInterrupt
+        measure(bench, sets)
+
+    command = ["analyze", demo_file, *SMALL, "--calibration", stories_file, "--select", "kl", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(RuntimeBench, "_measure", interrupted)
+        status, out, err = lt_gguf_command(*command)
+    assert (status, out) == (130, "") and err.splitlines()[1:] == [
+        "interrupted: what was measured is kept, the same command goes on"
+    ]
+    (kept,) = (tmp_path / "cache" / "measured").iterdir()
+    before = kept.read_bytes()
+    assert not (tmp_path / "out").exists() and lt_gguf_command(*command)[0] == 0
+    assert kept.read_bytes().startswith(before) and kept.read_bytes() != before
 
 
 @pytest.mark.slow
