@@ -137,7 +137,7 @@ bool lt_kv_cache::has_memory() {
 }
 
 void lt_kv_cache::choose_layers() {
-    lazy_ratios = lazy_ratio->compute(lctx, *kv_full, n_tokens(0), spec.n_sink, spec.n_window);
+    lazy_ratios = lazy_ratio->compute(lctx, *kv_full, n_tokens(0), spec.n_sink, spec.n_window, spec.lazy);
 
     const auto layers = lt_laziest(lazy_ratios, spec.auto_fraction);
     if (std::find(layers.begin(), layers.end(), true) == layers.end()) {

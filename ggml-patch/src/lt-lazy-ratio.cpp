@@ -146,7 +146,7 @@ ggml_tensor * lt_lazy_ratio::build_mass(ggml_context * ctx, ggml_tensor * k, ggm
     return ggml_mul_mat(ctx, ind, kq);
 }
 
-std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, uint32_t n_sink, uint32_t n_recent) const {
+std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, uint32_t n_sink, uint32_t n_recent, lt_lazy lazy) const {
     const auto & hparams = model.hparams;
     const auto & cells   = kv.get_cells(0);
 
@@ -202,6 +202,7 @@ std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_c
         }
 
         double sum = 0.0;
+        float  min = 1.0f;
 
         for (size_t i0 = 0; i0 < chunks.size(); i0 += LT_CHUNKS_MAX) {
             const size_t n_nodes = 32*LT_CHUNKS_MAX;
@@ -252,12 +253,13 @@ std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_c
                 for (size_t j = 0; j < data.size(); ++j) {
                     if (valid[part.row + j % part.n_row]) {
                         sum += data[j];
+                        min  = std::min(min, data[j]);
                     }
                 }
             }
         }
 
-        res[il] = sum/(std::count(valid.begin(), valid.end(), true)*(double) hparams.n_head(il));
+        res[il] = lazy == LT_LAZY_MIN ? min : sum/(std::count(valid.begin(), valid.end(), true)*(double) hparams.n_head(il));
     }
 
     return res;

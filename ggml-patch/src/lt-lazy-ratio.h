@@ -1,5 +1,7 @@
 #pragma once
 
+#include "lt-spec.h"
+
 #include "llama.h"
 
 #include "ggml-cpp.h"
@@ -10,8 +12,9 @@
 struct llama_model;
 class  llama_kv_cache;
 
-// lazy ratio of each layer over the last queries of a prompt (LightTransfer, arXiv 2410.13846, section 3): the mean, over these
-// queries and all heads, of the attention mass on the first n_sink and the last n_recent positions of the prompt
+// lazy ratio of each layer over the last queries of a prompt (LightTransfer, arXiv 2410.13846, section 3): of the attention mass that
+// a head's query has on the first n_sink and the last n_recent positions of the prompt, the mean over these queries and all heads, or
+// the smallest
 //
 // the queries are kept while the prompt is read, a few rows of each layer, and meet the cached keys once, at its end. so it does not
 // matter how the prompt is split, nor what computes its attention
@@ -32,7 +35,7 @@ public:
     // n_past: the tokens of the prompt, all of which kv holds for sequence 0
     // returns [n_layer], NaN where a layer isn't measured
     // throws std::runtime_error if there is no memory
-    std::vector<float> compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, uint32_t n_sink, uint32_t n_recent) const;
+    std::vector<float> compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, uint32_t n_sink, uint32_t n_recent, lt_lazy lazy) const;
 
 private:
     const llama_model & model;

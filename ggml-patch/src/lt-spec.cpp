@@ -13,6 +13,10 @@ const char * lt_prefill_name(lt_prefill prefill) {
     return prefill == LT_PREFILL_FULL ? "full" : "stream";
 }
 
+const char * lt_lazy_name(lt_lazy lazy) {
+    return lazy == LT_LAZY_MIN ? "min" : "mean";
+}
+
 void lt_bad_value(const std::string & what, const std::string & value, const std::string & allowed) {
     throw std::invalid_argument(format("%s = %s: must be %s", what.c_str(), value.c_str(), allowed.c_str()));
 }
@@ -34,6 +38,16 @@ lt_prefill lt_check_prefill(const std::string & what, const std::string & value)
     }
 
     lt_bad_value(what, "\"" + value + "\"", "\"full\" or \"stream\"");
+}
+
+lt_lazy lt_check_lazy(const std::string & what, const std::string & value) {
+    for (const auto lazy : { LT_LAZY_MEAN, LT_LAZY_MIN }) {
+        if (value == lt_lazy_name(lazy)) {
+            return lazy;
+        }
+    }
+
+    lt_bad_value(what, "\"" + value + "\"", "\"mean\" or \"min\"");
 }
 
 //
@@ -84,7 +98,7 @@ std::string lt_spec::str() const {
     const std::string text = format("%s=%s;%s=%u;%s=%u;%s=%s",
             hides ? LT_KEY_HIDE : LT_KEY_LAYERS, list.empty() ? "none" : list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
 
-    return is_auto() ? format("%s=%g;%s;%s=%u", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last) : text;
+    return is_auto() ? format("%s=%g;%s;%s=%u;%s=%s", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last, LT_KEY_LAZY, lt_lazy_name(lazy)) : text;
 }
 
 static std::string lt_strip(const std::string & s) {
@@ -223,9 +237,11 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
             res.auto_fraction = lt_parse_fraction(key, value);
         } else if (key == LT_KEY_W_LAST) {
             res.n_last = lt_check_u32(key, lt_parse_int(key, value), 1);
+        } else if (key == LT_KEY_LAZY) {
+            res.lazy = lt_check_lazy(key, value);
         } else {
-            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s",
-                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_HIDE));
+            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s, %s",
+                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_LAZY, LT_KEY_HIDE));
         }
     }
 
@@ -242,8 +258,10 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         return res;
     }
 
-    if (is_seen(LT_KEY_W_LAST)) {
-        throw std::invalid_argument(format("%s: has a meaning with %s only, as in auto=0.5;w_last=16", LT_KEY_W_LAST, LT_KEY_AUTO));
+    for (const char * key : { LT_KEY_W_LAST, LT_KEY_LAZY }) {
+        if (is_seen(key)) {
+            throw std::invalid_argument(format("%s: has a meaning with %s only, as in auto=0.5;w_last=16;lazy=min", key, LT_KEY_AUTO));
+        }
     }
 
     if (res.layers.empty()) {

@@ -9,6 +9,12 @@ enum lt_prefill {
     LT_PREFILL_FULL,   // the prompt is read with full attention in all layers
 };
 
+// what the lazy ratio of a layer is, of those that its heads have for single queries
+enum lt_lazy {
+    LT_LAZY_MEAN, // their mean, as in the paper
+    LT_LAZY_MIN,  // the smallest: one head that looks far away once keeps its layer
+};
+
 // which layers stream and what they see
 struct lt_spec {
     std::vector<bool> layers; // [n_layer_all], true: this layer streams
@@ -21,7 +27,8 @@ struct lt_spec {
     // the layers are chosen for the first prompt of a conversation: this share of all, those with the highest lazy ratio
     // negative: they are given
     float    auto_fraction = -1.0f;
-    uint32_t n_last        = 16; // the last queries of the prompt that the lazy ratio is the mean of
+    uint32_t n_last        = 16; // the last queries of the prompt that it is measured on
+    lt_lazy  lazy          = LT_LAZY_MIN;
 
     // a context to measure with: its cache keeps everything, and the layers are only not shown what they would have dropped
     bool hides = false;
@@ -54,11 +61,14 @@ static const char * const LT_KEY_WINDOW  = "window";
 static const char * const LT_KEY_PREFILL = "prefill";
 static const char * const LT_KEY_AUTO    = "auto";
 static const char * const LT_KEY_W_LAST  = "w_last";
+static const char * const LT_KEY_LAZY    = "lazy";
 static const char * const LT_KEY_HIDE    = "hide";
 
 const char * lt_prefill_name(lt_prefill prefill);
+const char * lt_lazy_name   (lt_lazy    lazy);
 
 [[noreturn]] void lt_bad_value(const std::string & what, const std::string & value, const std::string & allowed);
 
 uint32_t   lt_check_u32    (const std::string & what, int64_t value, int64_t min);
 lt_prefill lt_check_prefill(const std::string & what, const std::string & value);
+lt_lazy    lt_check_lazy   (const std::string & what, const std::string & value);

@@ -9,12 +9,13 @@
 // Specs are written as text, here and in LT_STREAMING:
 //   off
 //   layers=1,3,5-9;sink=4;window=1020;prefill=stream
-//   auto=0.5;sink=4;window=1020;w_last=16
+//   auto=0.5;sink=4;window=1020;w_last=16;lazy=min
 //   hide=1,3,5-9;sink=4;window=1020;prefill=full
 // "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
-// "hide" is for measuring: see lt_context_hide(). "layers" and "hide" take numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4,
-// window=1020 and prefill=full.
+// "lazy" says what that ratio is, see lt_lazy_ratios(). "hide" is for measuring: see lt_context_hide(). "layers" and "hide" take
+// numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4, window=1020, prefill=full,
+// w_last=16 and lazy=min.
 
 #pragma once
 
@@ -115,8 +116,9 @@ extern "C" {
     // lazy layers, where they are chosen for the prompt ("auto=0.5")
     //
 
-    // The lazy ratio of each layer, measured at the end of the last prompt that layers were chosen for: the mean over its last
-    // w_last queries and all heads of the attention mass on the first sink and the last window positions.
+    // The lazy ratio of each layer, measured at the end of the last prompt that layers were chosen for: of the attention mass that a
+    // head's query has on the first sink and the last window positions, the mean over the last w_last queries and all heads
+    // ("lazy=mean", as in the paper) or the smallest ("lazy=min").
     // Writes at most n, returns the number of layers; 0 if nothing has been measured.
     LLAMA_API int32_t lt_lazy_ratios(const struct llama_context * ctx, float * ratios, int32_t n);
 

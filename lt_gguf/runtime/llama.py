@@ -20,7 +20,7 @@ from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
 from lt_gguf.runtime.turns import Turns, streams, takes_moment, takes_turn
-from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec, runtime_text
+from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, Lazy, StreamingSpec, runtime_text
 from lt_gguf.spec.fields import INT32_MAX, check_size
 
 # note: llama_cpp.Llama.__init__ turns the process's stdout away for a moment; two that do so at once wouldn't bring it back
@@ -169,10 +169,16 @@ class Llama(RewindingLlama):
 
     @takes_moment
     def lazy_ratios(
-        self, tokens: Sequence[int], sink: int = DEFAULT_SINK, window: int = DEFAULT_WINDOW, w_last: int = DEFAULT_W_LAST
+        self,
+        tokens: Sequence[int],
+        sink: int = DEFAULT_SINK,
+        window: int = DEFAULT_WINDOW,
+        w_last: int = DEFAULT_W_LAST,
+        lazy: Lazy = "mean",
     ) -> np.ndarray:
         """The lazy ratio of each layer for a prompt: of the attention of its last `w_last` tokens, the share that goes to
-        the first `sink` and the last `window` of its tokens (arXiv 2410.13846, section 3).
+        the first `sink` and the last `window` of its tokens (arXiv 2410.13846, section 3), the mean over these tokens and all
+        heads, or with `lazy="min"` the smallest: what `auto:0.5` chooses by.
 
         The prompt is read with full attention in a second context on the same model, which is freed afterwards; this
         one isn't touched.
@@ -184,7 +190,7 @@ class Llama(RewindingLlama):
         Raises:
             ValueError: the prompt is longer than the model's context, or too short to tell layers apart.
         """
-        spec = AutoSpec(0.0, sink, window, w_last)
+        spec = AutoSpec(0.0, sink, window, w_last, lazy)
         n_max = max(self._model.n_ctx_train(), self._n_ctx)
         if len(tokens) > n_max:
             raise ValueError(f"the prompt has {len(tokens)} tokens, must have at most the model's context of {n_max}")

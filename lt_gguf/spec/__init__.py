@@ -3,7 +3,7 @@
 Everything else in the package is built on this, so it imports nothing of it.
 """
 
-from lt_gguf.spec.auto import DEFAULT_AUTO_W_LAST, MAX_W_LAST, AutoSpec, parse_running, runtime_text
+from lt_gguf.spec.auto import DEFAULT_AUTO_W_LAST, MAX_W_LAST, AutoSpec, Lazy, parse_running, runtime_text
 from lt_gguf.spec.keys import Typed
 from lt_gguf.spec.layers import format_layers, parse_layers
 from lt_gguf.spec.provenance import Provenance
@@ -29,6 +29,7 @@ __all__ = [
     "MAX_W_LAST",
     "PREFILL_MODES",
     "AutoSpec",
+    "Lazy",
     "Provenance",
     "StreamingSpec",
     "Typed",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_fraction, parse_integer, split_fields
 from lt_gguf.spec.streaming import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
 DEFAULT_AUTO_W_LAST = 16  # measured while somebody waits: half the cost of 32, and 8 to 64 choose alike (the paper's ablation)
 MAX_W_LAST = 1024  # the runtime keeps a query for each
+Lazy = Literal["mean", "min"]
+LAZY: tuple[Lazy, ...] = get_args(Lazy)
+DEFAULT_LAZY: Lazy = "min"  # a mean can't see the one head that finds what is far away (docs/evidence/results.md)
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,16 @@ class AutoSpec:
     """Lets the runtime choose the streaming layers for the prompt at hand: those with the highest lazy ratio.
 
     The first prompt of a conversation is read with full attention, as every prompt (`prefill = full`); at its end the
-    lazy ratio of each layer is measured and the laziest layers begin to stream (Test mode of arXiv 2410.13846).
+    lazy ratio of each layer is measured and the laziest layers begin to stream (Test mode of arXiv 2410.13846). A ratio is the
+    share of one head's one query's attention that goes to sinks and window; that of a layer is the smallest of them, so that a
+    head that once looks far away keeps its layer, or, as in the paper (section 3), their mean.
 
     Args:
         fraction: share of the layers that stream, rounded down; 0 measures only.
         sink: number of first positions that stay visible.
         window: number of last positions that stay visible, the query's own included.
         w_last: number of last queries of the prompt that the ratios are measured on.
+        lazy: what a layer's ratio is of those of its heads and queries, `min` or `mean`.
 
     Raises:
         ValueError: a field is out of range; the message names it and says what is allowed.
@@ -34,6 +40,7 @@ class AutoSpec:
     sink: int = DEFAULT_SINK
     window: int = DEFAULT_WINDOW
     w_last: int = DEFAULT_AUTO_W_LAST
+    lazy: Lazy = DEFAULT_LAZY
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
@@ -41,33 +48,37 @@ class AutoSpec:
         object.__setattr__(self, "sink", check_integer("sink", self.sink, 0))
         object.__setattr__(self, "window", check_integer("window", self.window, 1))
         object.__setattr__(self, "w_last", check_integer("w_last", self.w_last, 1, MAX_W_LAST))
+        if self.lazy not in LAZY:
+            bad_value("lazy", f'"{self.lazy}"', '"mean" or "min"')
 
     @classmethod
     def parse(cls, text: str) -> AutoSpec:
-        """Reads `auto:0.5` or `auto=0.5;sink=4;window=1020;w_last=16`; keys that are left out have their defaults.
+        """Reads `auto:0.5` or `auto=0.5;sink=4;window=1020;w_last=16;lazy=min`; keys that are left out have their defaults.
 
         Raises:
             ValueError: the text is malformed.
         """
-        example = "auto:0.5 or auto=0.5;sink=4;window=1020;w_last=16"
+        example = "auto:0.5 or auto=0.5;sink=4;window=1020;w_last=16;lazy=min"
         fields: dict[str, Any] = {}
         for key, value in split_fields(runtime_text(text), example).items():
             if key == "auto":
                 fields["fraction"] = parse_fraction(value)
             elif key in ("sink", "window", "w_last"):
                 fields[key] = parse_integer(key, value)
+            elif key == "lazy":
+                fields[key] = value
             elif key == "prefill":
                 if value != "full":
                     bad_value("prefill", f'"{value}"', '"full" where the layers are chosen for the prompt')
             elif key == "layers":
                 raise ValueError("layers: are chosen for the prompt, must not be given beside auto")
             else:
-                raise ValueError(f"{key}: unknown key, must be one of auto, sink, window, w_last")
+                raise ValueError(f"{key}: unknown key, must be one of auto, sink, window, w_last, lazy")
         return cls(**fields)
 
     def __str__(self) -> str:
         fraction = f"{self.fraction:.6f}".rstrip("0").rstrip(".")
-        return f"auto={fraction};sink={self.sink};window={self.window};w_last={self.w_last}"
+        return f"auto={fraction};sink={self.sink};window={self.window};w_last={self.w_last};lazy={self.lazy}"
 
 
 def runtime_text(spec: StreamingSpec | AutoSpec | str) -> str:
@@ -78,7 +89,7 @@ def runtime_text(spec: StreamingSpec | AutoSpec | str) -> str:
 def parse_running(text: str, n_layer: int) -> tuple[StreamingSpec, AutoSpec | None]:
     """Reads what the runtime says of a context: what streams now and, if it chooses the layers itself, how.
 
-    The text of the latter is `auto=0.5;layers=…;sink=…;window=…;w_last=…;prefill=full`.
+    The text of the latter is `auto=0.5;layers=…;sink=…;window=…;prefill=full;w_last=…;lazy=…`.
 
     Raises:
         ValueError: the text is malformed.
@@ -87,5 +98,5 @@ def parse_running(text: str, n_layer: int) -> tuple[StreamingSpec, AutoSpec | No
         return StreamingSpec.parse(text, n_layer), None
     items = [item.strip() for item in text.split(";")]
     auto = AutoSpec.parse(";".join(item for item in items if not item.startswith("layers")))
-    streaming = ";".join(item for item in items if not item.startswith(("auto", "w_last")))
+    streaming = ";".join(item for item in items if not item.startswith(("auto", "w_last", "lazy")))
     return StreamingSpec.parse(streaming, n_layer), auto

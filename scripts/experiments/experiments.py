@@ -112,8 +112,8 @@ class Experiments:
         self.run("agreement", self.file, specs, "f16", asked=asked)
 
     def prompt(self) -> None:
-        """Layers chosen for each prompt, as in the paper's Test mode."""
-        self.run("prompt", self.file, [PER_PROMPT])
+        """Layers chosen for each prompt, as in the paper's Test mode and by a single look."""
+        self.run("prompt", self.file, list(PER_PROMPT.values()))
 
     def types(self) -> None:
         """Types of the cache and of the weights, full and hybrid."""

@@ -102,7 +102,8 @@ class _Report:
             ((name, _listed(self.layers[name]), self._test_mode(self.layers[name])) for name in names),
             key=lambda row: -_average(row[2]) if row[2] else 0,
         )
-        rows.append(("lazy-ratio of each prompt (`auto:0.5`)", "differ", self.records.scores("prompt", PER_PROMPT)))
+        for lazy, spec in PER_PROMPT.items():
+            rows.append((f"lazy-ratio of each prompt, {lazy}", "differ", self.records.scores("prompt", spec)))
         return self._table(("layers chosen by", "streaming layers"), rows)
 
     def ratios(self) -> str:

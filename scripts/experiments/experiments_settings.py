@@ -13,4 +13,5 @@ CACHE_TYPES, WEIGHT_TYPES = ("q8_0", "q4_0"), ("Q8_0", "Q4_K_M")  # besides f16
 TRAINED = ("frequency", "interleave-odd")  # the paper's choice of layers; and one that hurts, to see what training mends
 AGREEMENT_SAMPLES = 40  # of each task
 
-PER_PROMPT = str(AutoSpec(0.5, SINK, WINDOW))  # the runtime chooses at the end of each prompt
+# the runtime chooses at the end of each prompt: as the paper does, and by the single look
+PER_PROMPT = {lazy: str(AutoSpec(0.5, SINK, WINDOW, lazy=lazy)) for lazy in ("mean", "min")}

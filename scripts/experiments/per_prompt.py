@@ -1,14 +1,14 @@
 """Is there a signal that says, for each prompt, which layers may stream? Compares signals with a fixed choice by loss.
 
-    python scripts/experiments/per_prompt.py FILE.gguf FOLDER --fixed 0,1,8-13 [--questions 32] [--length 4096]
+    python scripts/experiments/per_prompt.py FILE.gguf FOLDER --fixed 0,1,8-13 [--share 0.5] [--questions 32] [--length 4096]
 
 FILE is a model that transformers can load from GGUF (a Llama or Qwen2, say), FOLDER keeps what was measured: a run that was interrupted
 goes on. For each conversation the attention of the first message's last 16 queries is taken from transformers, head by head, and
-half of the layers is chosen by each signal:
+this share of the layers is chosen by each signal:
 
-- mean: the lazy ratio as the paper has it and as `auto:0.5` takes it, a mean over heads and queries;
+- mean: the lazy ratio as the paper has it, a mean over heads and queries: `auto=0.5;lazy=mean`;
 - laziest head last: the smallest lazy ratio of a layer's heads, mean over queries: one head that looks far away keeps its layer;
-- one look: the largest share that one head's one query gives to what a streaming layer wouldn't see, smallest first.
+- one look: the largest share that one head's one query gives to what a streaming layer wouldn't see, smallest first: `auto:0.5`.
 
 Then the patched runtime answers the first question and the later one with these layers streaming, and its predictions are compared with
 those of the full model (KL divergence, nats, weighted by what the full model knows; 95 % intervals over conversations).
@@ -88,9 +88,8 @@ def measure(bench: RuntimeBench, document: Document, sets: list[dict[str, tuple[
 def main(
     file: Path,
     folder: Path,
-    fixed: Annotated[
-        str, typer.Option(help="half of the layers, chosen by loss, as lt-gguf analyze --streaming-fraction 0.5 says")
-    ],
+    fixed: Annotated[str, typer.Option(help="as many layers, chosen by loss, as lt-gguf analyze --streaming-fraction 0.5 says")],
+    share: float = 0.5,
     questions: Annotated[int, typer.Option(min=4)] = 32,
     length: int = 4096,
     threads: int = 0,
@@ -104,10 +103,10 @@ def main(
         documents = make_documents(
             model, calibration.read_texts(None).halves()[1], JUDGING, questions, length, DEFAULT_WINDOW, _SEED
         )
-    n_half = model.n_layer // 2
+    n_streaming = int(share * model.n_layer + 1e-4)
     by_loss = parse_layers(fixed, model.n_layer)
-    if len(by_loss) != n_half:
-        raise typer.BadParameter(f"--fixed has {len(by_loss)} layers, must be half of them, {n_half}")
+    if len(by_loss) != n_streaming:
+        raise typer.BadParameter(f"--fixed has {len(by_loss)} layers, must have {share:g} of them, {n_streaming}")
     transformer = None
     outcomes: dict[str, list[Outcome]] = {}
     for number, document in enumerate(track(documents, "documents")):
@@ -121,7 +120,7 @@ def main(
                 )
             attention = attention_of(transformer, document)
             by_signal = [signals_of(each, DEFAULT_SINK, DEFAULT_WINDOW) for each in attention]
-            sets = [{name: laziest(signal, n_half) for name, signal in each.items()} | {FIXED: by_loss} for each in by_signal]
+            sets = [{name: laziest(signal, n_streaming) for name, signal in each.items()} | {FIXED: by_loss} for each in by_signal]
             spec = StreamingSpec((), model.n_layer)
             options = ScorerOptions(flash_attn=False, n_threads=threads or None)
             bench = RuntimeBench(model, options, spec, [document], KnownOutcomes())
@@ -134,7 +133,7 @@ def main(
             numbered = [Outcome(**answer | {"prompt": number * 100 + i // 2}) for i, answer in enumerate(answers)]
             outcomes.setdefault(name, []).extend(numbered)
     model.close()
-    print(f"\n{file.name}, {questions} conversations of {length:,} tokens, {n_half} of {model.n_layer} layers stream\n")
+    print(f"\n{file.name}, {questions} conversations of {length:,} tokens, {n_streaming} of {model.n_layer} layers stream\n")
     print("| chosen | KL, first question | KL, later question | lost of what the full model finds |\n| --- | --- | --- | --- |")
     for name, answers in outcomes.items():
         evidence = Evidence(tuple(answers))

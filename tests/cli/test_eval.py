@@ -215,7 +215,7 @@ def test_several_specs_are_compared_on_the_same_prompts(evaluate, tmp_path):
     assert (status, err) == (0, "")
     # what a spec leaves out is the file's
     expected = ["off", OF_THE_FILE.replace("1,3", "1"), f"layers=0,2;sink={SINK};window=20;prefill=stream"]
-    expected.append("auto=0.5;sink=2;window=30;w_last=16")
+    expected.append("auto=0.5;sink=2;window=30;w_last=16;lazy=min")
     assert [model["spec"] for model in result(tmp_path / "out")["models"]] == expected
     prompts = [[record["prompt"] for key, record in records(tmp_path / "out").items() if key[0] == spec] for spec in expected]
     assert prompts[0] and prompts == [prompts[0]] * 4

@@ -18,7 +18,8 @@ from support.native import FULL, PARTIAL, PROMPT, STREAMING, Model
 from support.oracle import EXACT, EXACT_RATIO, RELATIVE, Subject, random_tokens
 from support.transcript import Transcript
 
-from lt_gguf.spec import StreamingSpec, parse_layers
+from lt_gguf.spec import Lazy, StreamingSpec, parse_layers
+from lt_gguf.spec.auto import LAZY
 
 SINK, WINDOW, W_LAST = 4, 60, 32
 # the largest error of a ratio, about five times what was measured
@@ -27,8 +28,8 @@ BOUNDS |= {("q8_0", True): 1e-3, ("q4_0", True): 1e-2}
 BOUNDS = {setting: max(bound, EXACT_RATIO) for setting, bound in BOUNDS.items()}
 
 
-def auto(fraction: float, sink: int = SINK, window: int = WINDOW, w_last: int = W_LAST) -> str:
-    return f"auto={fraction};sink={sink};window={window};w_last={w_last}"
+def auto(fraction: float, sink: int = SINK, window: int = WINDOW, w_last: int = W_LAST, lazy: Lazy = "min") -> str:
+    return f"auto={fraction};sink={sink};window={window};w_last={w_last};lazy={lazy}"
 
 
 def context_of(model: Subject, text: str, **settings):
@@ -51,17 +52,18 @@ def cases():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lazy", LAZY)
 @pytest.mark.parametrize("family, kv, flash", list(cases()))
-def test_ratios_are_those_of_plain_softmax(subject, measured, family, kv, flash):
+def test_ratios_are_those_of_plain_softmax(subject, measured, family, kv, flash, lazy):
     model = subject(family)
     tokens = random_tokens(500)
-    expected = lazy_ratios(model.hf, tokens, SINK, WINDOW, W_LAST)
-    with context_of(model, auto(0.5), kv=kv, flash=flash) as context:
+    expected = lazy_ratios(model.hf, tokens, SINK, WINDOW, W_LAST, lazy)
+    with context_of(model, auto(0.5, lazy=lazy), kv=kv, flash=flash) as context:
         assert context.lazy_ratios() is None
         context.read_prompt(tokens, n_batch=128)
         worst = float(np.abs(context.lazy_ratios() - expected).max())
     assert ((expected > 0) & (expected < 1)).all() and len(set(expected)) == model.n_layer
-    measured(family, f"lazy ratio, {kv} KV" + ", flash attention" * flash, worst, BOUNDS[kv, flash])
+    measured(family, f"lazy ratio ({lazy}), {kv} KV" + ", flash attention" * flash, worst, BOUNDS[kv, flash])
 
 
 @pytest.mark.slow
@@ -84,7 +86,7 @@ def test_every_split_gives_the_same(subject, n_batch, n_ubatch, flash):
     tokens = random_tokens(300, seed=1)
     with context_of(model, auto(0.5), n_ubatch=n_ubatch, flash=flash) as context:
         context.read_prompt(tokens, n_batch=n_batch)
-        expected = lazy_ratios(model.hf, tokens, SINK, WINDOW, W_LAST)
+        expected = lazy_ratios(model.hf, tokens, SINK, WINDOW, W_LAST, "min")
         np.testing.assert_allclose(context.lazy_ratios(), expected, rtol=0, atol=BOUNDS["f32", flash])
 
 
@@ -99,7 +101,7 @@ def test_prompts_of_every_length(subject, n, sink, window, w_last):
         if n <= sink + window:
             assert context.lazy_ratios() is None and chosen(context) == ()
         else:
-            expected = lazy_ratios(model.hf, tokens, sink, window, w_last)
+            expected = lazy_ratios(model.hf, tokens, sink, window, w_last, "min")
             np.testing.assert_allclose(context.lazy_ratios(), expected, rtol=0, atol=BOUNDS["f32", False])
             assert chosen(context) == laziest(expected, 0.5)
 
@@ -109,14 +111,14 @@ def test_prompts_of_every_length(subject, n, sink, window, w_last):
 @pytest.mark.parametrize("fraction", [0, 0.24, 0.25, 0.5, 0.74, 1])
 def test_the_laziest_layers_stream_from_then_on(subject, measured, family, fraction):
     model = subject(family)
-    before = f"auto={fraction:g};layers=none;sink={SINK};window={WINDOW};prefill=full;w_last={W_LAST}"
+    before = f"auto={fraction:g};layers=none;sink={SINK};window={WINDOW};prefill=full;w_last={W_LAST};lazy=min"
     with context_of(model, auto(fraction), n_ctx=2048) as context:
         assert context.streaming() == before
         transcript = Transcript(model, None, context)
         transcript.read(500, n_batch=128, end=False, most=True)
         assert context.streaming() == before
         transcript.read(100, most=True)
-        layers = laziest(lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST), fraction)
+        layers = laziest(lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST, "min"), fraction)
         assert chosen(context) == layers
         if layers:
             transcript.spec = spec_of(context)
@@ -155,7 +157,7 @@ def test_a_conversation_that_begins_with_a_short_message_chooses_at_a_later_one(
         transcript.decode(10, together=10)
         assert chosen(context) == () and context.lazy_ratios() is None
         transcript.read(50, most=True)
-        ratios = lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST)
+        ratios = lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST, "min")
         np.testing.assert_allclose(context.lazy_ratios(), ratios, rtol=0, atol=BOUNDS["f32", False])
         assert chosen(context) == laziest(ratios, 0.5)
         assert transcript.difference() <= EXACT  # so far all layers were full
@@ -199,7 +201,7 @@ def test_an_empty_memory_begins_anew(subject, clear):
         for seed in range(6):
             transcript = Transcript(model, None, context, seed=seed)
             transcript.read(200 + 50 * seed, n_batch=100)
-            ratios = lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST)
+            ratios = lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST, "min")
             assert chosen(context) == laziest(ratios, 0.5)
             np.testing.assert_allclose(context.lazy_ratios(), ratios, rtol=0, atol=1e-4)
             seen.add(chosen(context))
@@ -271,7 +273,7 @@ def test_states_from_before_the_choice(subject):
         saved.forget(300)
         transcript = saved.copy(0, context)
         transcript.read(100)
-        ratios = lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST)
+        ratios = lazy_ratios(model.hf, np.array(transcript.tokens), SINK, WINDOW, W_LAST, "min")
         assert chosen(context) == laziest(ratios, 0.5)
         transcript.spec = spec_of(context)
         transcript.decode(50)

@@ -15,7 +15,7 @@ from support.transcript import OPEN, Transcript
 from lt_gguf.spec import StreamingSpec, parse_layers
 
 SINK, WINDOW, W_LAST = 4, 40, 32
-AUTO = f"auto=0.5;sink={SINK};window={WINDOW};w_last={W_LAST}"
+AUTO = f"auto=0.5;sink={SINK};window={WINDOW};w_last={W_LAST};lazy=min"
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def chosen(context) -> tuple[int, ...]:
 
 def expect_choice(chat: Transcript, n_queries: int = W_LAST) -> None:
     """The layers are those of plain softmax over all that the sequence holds; then it answers as such a hybrid does."""
-    ratios = lazy_ratios(chat.subject.hf, np.array(chat.tokens), SINK, WINDOW, n_queries)
+    ratios = lazy_ratios(chat.subject.hf, np.array(chat.tokens), SINK, WINDOW, n_queries, "min")
     np.testing.assert_allclose(chat.context.lazy_ratios(), ratios, rtol=0, atol=EXACT_RATIO)
     assert chosen(chat.context) == laziest(ratios, 0.5)
     assert chat.difference() <= EXACT

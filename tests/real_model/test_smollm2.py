@@ -77,9 +77,9 @@ def test_second_thoughts_read_only_what_is_new(hybrid, narrow, document):
 
 
 def test_layers_chosen_for_the_prompt(hybrid, document):
-    llm = load(hybrid, f"auto:0.5;sink={SINK};window={WINDOW};w_last=16")
+    llm = load(hybrid, f"auto:0.5;sink={SINK};window={WINDOW}")
     tokens = llm.tokenize(document.encode())
-    ratios = llm.lazy_ratios(tokens, sink=SINK, window=WINDOW, w_last=16)
+    ratios = llm.lazy_ratios(tokens, sink=SINK, window=WINDOW, w_last=16, lazy="min")
     before = llm.kv_bytes()["total"]
     assert llm.streaming is None
     llm.eval(tokens)

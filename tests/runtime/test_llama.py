@@ -16,6 +16,7 @@ from lt_gguf.memory.kv import kv_memory
 from lt_gguf.models import hub_files, package
 from lt_gguf.runtime import api
 from lt_gguf.spec import AutoSpec, StreamingSpec
+from lt_gguf.spec.auto import LAZY
 
 SPEC = StreamingSpec((1, 3), N_LAYER, SINK, WINDOW, "stream")
 # A micro-batch is 8 tokens: the streaming layers then hold at most 256 cells, fewer than the prompt's tokens.
@@ -87,14 +88,17 @@ def fed(path, tokens, **settings) -> lt_gguf.Llama:
     return llm
 
 
-@pytest.mark.parametrize("streaming", ["auto:0.5", "auto=0.5;w_last=16", AutoSpec(0.5, SINK, WINDOW)])
-def test_layers_chosen_for_the_prompt(hybrid_file, streaming):
+@pytest.mark.parametrize(
+    "streaming, lazy",
+    [("auto:0.5", "min"), ("auto=0.5;w_last=16;lazy=mean", "mean"), (AutoSpec(0.5, SINK, WINDOW), "min")],
+)
+def test_layers_chosen_for_the_prompt(hybrid_file, streaming, lazy):
     llm = load(hybrid_file, streaming=streaming)
     assert llm.streaming is None
-    assert llm.auto == AutoSpec(0.5, SINK, WINDOW)
+    assert llm.auto == AutoSpec(0.5, SINK, WINDOW, lazy=lazy)
     assert llm.kv_bytes()["streaming"] == 0
     for prompt in (PROMPT, PROMPT[::-1], PROMPT[:300]):
-        laziest = np.argsort(llm.lazy_ratios(prompt, SINK, WINDOW, llm.auto.w_last))[2:]
+        laziest = np.argsort(llm.lazy_ratios(prompt, SINK, WINDOW, llm.auto.w_last, llm.auto.lazy))[2:]
         llm.reset()
         llm.eval(prompt)
         assert llm.streaming == StreamingSpec(tuple(laziest), N_LAYER, SINK, WINDOW, "full")
@@ -136,16 +140,17 @@ def test_streaming_changes_what_a_long_prompt_gives_and_nothing_for_a_short_one(
 # --------------------------------------------------------------------------------------- lazy ratios
 
 
-def test_lazy_ratios_are_those_of_auto(hybrid_file):
+@pytest.mark.parametrize("lazy", LAZY)
+def test_lazy_ratios_are_those_of_auto(hybrid_file, lazy):
     llm = load(hybrid_file, n_batch=64, n_ubatch=64)
     expected = continuation(llm, PROMPT)
-    ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW, 16)
+    ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW, 16, lazy)
     assert ratios.dtype == np.float32 and ratios.shape == (N_LAYER,)
     assert np.all((ratios > 0) & (ratios < 1))
-    auto = load(hybrid_file, streaming="auto=0.5;w_last=16", n_ubatch=32)
+    auto = load(hybrid_file, streaming=f"auto=0.5;w_last=16;lazy={lazy}", n_ubatch=32)
     auto.eval(PROMPT)
     np.testing.assert_allclose(ratios, api.lazy_ratios(auto.ctx), atol=1e-5)
-    wider = llm.lazy_ratios(PROMPT, SINK, 300, 16)
+    wider = llm.lazy_ratios(PROMPT, SINK, 300, 16, lazy)
     assert np.all(wider > ratios + 0.1)
     # nothing of it has touched this context, nor what contexts are made of
     assert llm.streaming == SPEC and api.model_spec(llm.model) == str(SPEC)
@@ -162,7 +167,7 @@ def test_lazy_ratios_with_an_adapter(hybrid_file, tmp_path):
     path = tmp_path / "adapter.gguf"
     write_adapter(path)
     llm = load(hybrid_file, lora_path=str(path), lora_scale=0.5, use_mmap=False)
-    auto = load(hybrid_file, streaming="auto=0.5", lora_path=str(path), lora_scale=0.5, use_mmap=False)
+    auto = load(hybrid_file, streaming="auto=0.5;lazy=mean", lora_path=str(path), lora_scale=0.5, use_mmap=False)
     auto.eval(PROMPT)
     ratios = llm.lazy_ratios(PROMPT, SINK, WINDOW, auto.auto.w_last)
     np.testing.assert_allclose(ratios, api.lazy_ratios(auto.ctx), atol=1e-5)

@@ -128,7 +128,8 @@ def test_a_key_that_is_there_twice(plain, tmp_path):
         ("window=30", "layers=1;sink=2;window=30;prefill=stream"),
         ("layers=all;sink=0", "layers=0-2;sink=0;window=9;prefill=stream"),
         ("prefill=full", "layers=1;sink=2;window=9;prefill=full"),
-        ("auto=0.5", "auto=0.5;layers=none;sink=2;window=9;prefill=full;w_last=16"),
+        ("auto=0.5", "auto=0.5;layers=none;sink=2;window=9;prefill=full;w_last=16;lazy=min"),
+        ("auto=0.5;lazy=mean", "auto=0.5;layers=none;sink=2;window=9;prefill=full;w_last=16;lazy=mean"),
         ("", "layers=1;sink=2;window=9;prefill=stream"),
     ],
 )
@@ -145,6 +146,8 @@ def test_the_environment_overrides_the_file(plain, tmp_path, streaming, expected
         "window=0",
         "layers=1;prefill=half",
         "auto=2",
+        "auto=0.5;lazy=max",
+        "lazy=min",
         "auto=0.5;layers=1",
         "w_last=8",
         "layers=1;wndow=3",

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lt_gguf.spec import AutoSpec, Provenance, StreamingSpec, Typed, format_layers, parse_layers, parse_running, runtime_text
+from lt_gguf.spec.auto import LAZY
 from lt_gguf.spec.fields import is_auto
 from lt_gguf.spec.keys import layers_key
 
@@ -186,6 +187,7 @@ autos = st.builds(
     sink=st.integers(0, 2**31 - 1),
     window=st.integers(1, 2**31 - 1),
     w_last=st.integers(1, 1024),
+    lazy=st.sampled_from(LAZY),
 )
 
 
@@ -201,6 +203,8 @@ def test_auto_text_gives_the_same_spec_back(auto):
         ("auto:0.5", AutoSpec(0.5, 4, 1020, 16)),
         (" auto : 1 ; sink = 0", AutoSpec(1, 0)),
         ("auto=0.25;window=9;w_last=8", AutoSpec(0.25, 4, 9, 8)),
+        ("auto=0.5;lazy=mean", AutoSpec(0.5, 4, 1020, 16, "mean")),
+        ("lazy=min;auto=0.5", AutoSpec(0.5)),
     ],
 )
 def test_parse_auto(text, expected):
@@ -219,6 +223,7 @@ def test_parse_auto(text, expected):
         ("auto=0.5;w_last=1025", "w_last = 1025: must be an integer from 1 to 1024"),
         ("auto=0.5;auto=0.5", "auto: is given twice"),
         ("auto=0.5;last=3", "last: unknown key"),
+        ("auto=0.5;lazy=max", 'lazy = "max": must be "mean" or "min"'),
         ("auto=0.5;", '"": must be auto:0.5 or'),
     ],
 )
@@ -230,8 +235,8 @@ def test_bad_auto_text_is_named_in_one_line(text, complaint):
 
 
 def test_what_a_context_says():
-    text = "auto=0.5;layers={};sink=2;window=40;prefill=full;w_last=16"
-    auto = AutoSpec(0.5, 2, 40, 16)
+    text = "auto=0.5;layers={};sink=2;window=40;prefill=full;w_last=16;lazy=mean"
+    auto = AutoSpec(0.5, 2, 40, 16, "mean")
     assert parse_running(text.format("none"), N_LAYER) == (StreamingSpec((), N_LAYER, 2, 40, "full"), auto)
     assert parse_running(text.format("1,3-4"), N_LAYER) == (StreamingSpec((1, 3, 4), N_LAYER, 2, 40, "full"), auto)
     assert parse_running(CANONICAL, N_LAYER) == (StreamingSpec.parse(CANONICAL, N_LAYER), None)

@@ -7,9 +7,12 @@ import copy
 import numpy as np
 import torch
 
+from lt_gguf.spec import Lazy
 
-def lazy_ratios(model: torch.nn.Module, tokens: np.ndarray, sink: int, window: int, w_last: int) -> np.ndarray:
-    """Of each layer: the mean over the last `w_last` queries and all heads of the attention on sinks and window, float64.
+
+def lazy_ratios(model: torch.nn.Module, tokens: np.ndarray, sink: int, window: int, w_last: int, lazy: Lazy = "mean") -> np.ndarray:
+    """Of each layer: of the attention on sinks and window, the mean or the minimum over the last `w_last` queries and all heads,
+    float64.
 
     The keys that count are those at p < sink or p >= len(tokens) - window, as far as the query sees them.
     """
@@ -19,8 +22,9 @@ def lazy_ratios(model: torch.nn.Module, tokens: np.ndarray, sink: int, window: i
     with torch.no_grad():
         attentions = model(torch.from_numpy(tokens)[None], use_cache=False, output_attentions=True).attentions
     p = np.arange(len(tokens))
-    lazy = (p < sink) | (p >= len(tokens) - window)
-    return np.array([weights[0, :, -w_last:, :].numpy()[..., lazy].sum(-1).mean() for weights in attentions])
+    near = (p < sink) | (p >= len(tokens) - window)
+    ratios = [weights[0, :, -w_last:, :].numpy()[..., near].sum(-1) for weights in attentions]  # each (heads, queries)
+    return np.array([ratio.min() if lazy == "min" else ratio.mean() for ratio in ratios])
 
 
 def laziest(ratios: np.ndarray, fraction: float) -> tuple[int, ...]:
