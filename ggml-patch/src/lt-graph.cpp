@@ -7,6 +7,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 // the prompt part is one for all sequences
@@ -104,9 +105,15 @@ std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(
         return nullptr;
     }
 
+    // note: whether there is flash attention is known only now
+    const auto & spec = mctx_lt->get_cache().get_spec();
+    if (spec.type != GGML_TYPE_COUNT && ggml_is_quantized(spec.type) && !cparams.flash_attn) {
+        throw std::runtime_error(format("%s = %s: a quantized V needs flash attention, which is off", LT_KEY_TYPE, ggml_type_name(spec.type)));
+    }
+
     auto inp_full = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_full());
 
-    if (mctx_lt->get_cache().get_spec().hides) {
+    if (spec.hides) {
         auto inp_hidden = build_attn_inp_kv_impl(ctx0, ubatch, hparams, cparams, mctx_lt->get_full());
 
         return std::make_unique<lt_graph_input_attn_kv>(std::move(inp_full), std::move(inp_hidden), mctx_lt);

@@ -22,7 +22,7 @@ size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
         if (has_cache[il] && spec.is_streaming(il) && model.hparams.has_kv(il)) {
             const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
 
-            res += n_cells*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v));
+            res += n_cells*(ggml_row_size(type_k_streaming, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v_streaming, n_embd_v));
         }
     }
 

@@ -42,6 +42,20 @@ static uint32_t lt_size_streaming(const lt_spec & spec, const llama_cparams & cp
     return GGML_PAD((uint32_t) std::min<uint64_t>(cparams.n_ctx_seq, n_max), 256);
 }
 
+// of K or of V in the streaming layers, where the other layers have the given type
+static ggml_type lt_type_streaming(const lt_spec & spec, ggml_type type_full) {
+    // note: what these contexts keep of a layer is, or was, in the full part
+    if (spec.is_auto() || spec.hides) {
+        return type_full;
+    }
+
+    if (spec.type != GGML_TYPE_COUNT) {
+        return spec.type;
+    }
+
+    return ggml_is_quantized(type_full) ? GGML_TYPE_F16 : type_full;
+}
+
 static size_t lt_env_prompt_limit() {
     const char * env = getenv(LT_ENV_PROMPT_LIMIT);
     if (!env || !*env) {
@@ -71,6 +85,8 @@ lt_kv_cache::lt_kv_cache(
     spec(spec),
     type_k(params.type_k),
     type_v(params.type_v),
+    type_k_streaming(lt_type_streaming(spec, params.type_k)),
+    type_v_streaming(lt_type_streaming(spec, params.type_v)),
     v_trans(!cparams.flash_attn),
     offload(cparams.offload_kqv),
     unified(cparams.kv_unified),
@@ -113,7 +129,7 @@ std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparam
     const uint32_t n_swa = streaming ? std::min<uint32_t>(spec.n_window, INT32_MAX/2) : 0;
 
     return std::make_unique<llama_kv_cache>(
-            model, hparams, type_k, type_v, v_trans, offload, unified, size, n_seq_max, 1,
+            model, hparams, streaming ? type_k_streaming : type_k, streaming ? type_v_streaming : type_v, v_trans, offload, unified, size, n_seq_max, 1,
             n_swa, streaming ? LLAMA_SWA_TYPE_STANDARD : LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, "",
             params);
 }

@@ -158,6 +158,8 @@ private:
     // what the parts are made with
     const ggml_type type_k;
     const ggml_type type_v;
+    const ggml_type type_k_streaming;
+    const ggml_type type_v_streaming;
     const bool      v_trans;
     const bool      offload;
     const bool      unified;

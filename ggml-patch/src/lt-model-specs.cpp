@@ -87,6 +87,22 @@ void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
                     format("false from layer %u on, which the main graph doesn't run", model.hparams.n_layer()));
         }
     }
+
+    if (spec.type == GGML_TYPE_COUNT) {
+        return;
+    }
+
+    const uint32_t n_block = ggml_blck_size(spec.type);
+
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        const uint32_t n_k = model.hparams.n_embd_head_k(il);
+        const uint32_t n_v = model.hparams.n_embd_head_v(il);
+
+        if (spec.layers[il] && (n_k % n_block != 0 || n_v % n_block != 0)) {
+            lt_bad_value(LT_KEY_TYPE, ggml_type_name(spec.type),
+                    format("one whose blocks, here of %u values, divide the heads of layer %u, of %u (K) and %u (V)", n_block, il, n_k, n_v));
+        }
+    }
 }
 
 // -1 if the file doesn't have the key

@@ -50,6 +50,26 @@ lt_lazy lt_check_lazy(const std::string & what, const std::string & value) {
     lt_bad_value(what, "\"" + value + "\"", "\"mean\" or \"min\"");
 }
 
+ggml_type lt_check_type(const std::string & what, const std::string & value) {
+    // those that llama.cpp's tools take
+    static const ggml_type types[] = {
+        GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+        GGML_TYPE_Q4_1, GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+    };
+
+    std::string allowed;
+
+    for (const auto type : types) {
+        if (value == ggml_type_name(type)) {
+            return type;
+        }
+
+        allowed += (allowed.empty() ? "" : ", ") + std::string(ggml_type_name(type));
+    }
+
+    lt_bad_value(what, "\"" + value + "\"", "one of " + allowed);
+}
+
 //
 // lt_spec
 //
@@ -95,8 +115,12 @@ std::string lt_spec::str() const {
         i0 = i1;
     }
 
-    const std::string text = format("%s=%s;%s=%u;%s=%u;%s=%s",
+    std::string text = format("%s=%s;%s=%u;%s=%u;%s=%s",
             hides ? LT_KEY_HIDE : LT_KEY_LAYERS, list.empty() ? "none" : list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
+
+    if (type != GGML_TYPE_COUNT) {
+        text += format(";%s=%s", LT_KEY_TYPE, ggml_type_name(type));
+    }
 
     return is_auto() ? format("%s=%g;%s;%s=%u;%s=%s", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last, LT_KEY_LAZY, lt_lazy_name(lazy)) : text;
 }
@@ -233,6 +257,8 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
             res.n_window = lt_check_u32(key, lt_parse_int(key, value), 1);
         } else if (key == LT_KEY_PREFILL) {
             res.prefill = lt_check_prefill(key, value);
+        } else if (key == LT_KEY_TYPE) {
+            res.type = lt_check_type(key, value);
         } else if (key == LT_KEY_AUTO) {
             res.auto_fraction = lt_parse_fraction(key, value);
         } else if (key == LT_KEY_W_LAST) {
@@ -240,8 +266,8 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         } else if (key == LT_KEY_LAZY) {
             res.lazy = lt_check_lazy(key, value);
         } else {
-            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s, %s",
-                        key.c_str(), LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_LAZY, LT_KEY_HIDE));
+            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s, %s, %s", key.c_str(),
+                        LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_TYPE, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_LAZY, LT_KEY_HIDE));
         }
     }
 
@@ -251,6 +277,11 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
 
     if (is_seen(LT_KEY_HIDE) && (is_seen(LT_KEY_LAYERS) || is_seen(LT_KEY_AUTO))) {
         throw std::invalid_argument(format("%s: can't be given with %s", LT_KEY_HIDE, is_seen(LT_KEY_AUTO) ? LT_KEY_AUTO : LT_KEY_LAYERS));
+    }
+
+    // what these contexts keep of a layer is, or was, in the full part
+    if (is_seen(LT_KEY_TYPE) && (res.is_auto() || res.hides)) {
+        throw std::invalid_argument(format("%s: can't be given with %s, where all layers have the same type", LT_KEY_TYPE, res.hides ? LT_KEY_HIDE : LT_KEY_AUTO));
     }
 
     if (res.is_auto()) {

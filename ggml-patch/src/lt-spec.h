@@ -1,5 +1,7 @@
 #pragma once
 
+#include "ggml.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -30,6 +32,10 @@ struct lt_spec {
     uint32_t n_last        = 16; // the last queries of the prompt that it is measured on
     lt_lazy  lazy          = LT_LAZY_MIN;
 
+    // of the KV cache of the streaming layers. GGML_TYPE_COUNT: that of the other layers where it isn't quantized, else f16. what streams
+    // doesn't grow, so there is little to gain by quantizing it
+    ggml_type type = GGML_TYPE_COUNT;
+
     // a context to measure with: its cache keeps everything, and the layers are only not shown what they would have dropped
     bool hides = false;
 
@@ -59,6 +65,7 @@ static const char * const LT_KEY_LAYERS  = "layers";
 static const char * const LT_KEY_SINK    = "sink";
 static const char * const LT_KEY_WINDOW  = "window";
 static const char * const LT_KEY_PREFILL = "prefill";
+static const char * const LT_KEY_TYPE    = "type";
 static const char * const LT_KEY_AUTO    = "auto";
 static const char * const LT_KEY_W_LAST  = "w_last";
 static const char * const LT_KEY_LAZY    = "lazy";
@@ -72,3 +79,4 @@ const char * lt_lazy_name   (lt_lazy    lazy);
 uint32_t   lt_check_u32    (const std::string & what, int64_t value, int64_t min);
 lt_prefill lt_check_prefill(const std::string & what, const std::string & value);
 lt_lazy    lt_check_lazy   (const std::string & what, const std::string & value);
+ggml_type  lt_check_type   (const std::string & what, const std::string & value);

@@ -8,13 +8,14 @@
 //
 // Specs are written as text, here and in LT_STREAMING:
 //   off
-//   layers=1,3,5-9;sink=4;window=1020;prefill=stream
+//   layers=1,3,5-9;sink=4;window=1020;prefill=stream;type=f16
 //   auto=0.5;sink=4;window=1020;w_last=16;lazy=min
 //   hide=1,3,5-9;sink=4;window=1020;prefill=full
 // "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
 // "lazy" says what that ratio is, see lt_lazy_ratios(). "hide" is for measuring: see lt_context_hide(). "layers" and "hide" take
-// numbers, ranges, "all" or "none". Keys that are left out are taken from the file, else they are sink=4, window=1020, prefill=full,
+// numbers, ranges, "all" or "none". "type" is that of the streaming layers' KV cache; left out, it is the type of the other layers'
+// where that isn't quantized, else f16. Keys that are left out are taken from the file, else they are sink=4, window=1020, prefill=full,
 // w_last=16 and lazy=min.
 
 #pragma once

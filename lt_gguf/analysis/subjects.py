@@ -12,11 +12,11 @@ import numpy as np
 from lt_gguf import calibration
 from lt_gguf.calibration import DEFAULT_LENGTH, Texts
 from lt_gguf.gguf.file import check_can_stream, read_model
-from lt_gguf.memory.kv import cache_type
 from lt_gguf.models import remembered
 from lt_gguf.selection import Model
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import cache_type
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.context import ScorerOptions

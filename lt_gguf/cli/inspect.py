@@ -10,9 +10,9 @@ import typer
 
 from lt_gguf.cli.model import CacheType, ModelFile, Streaming, find, streaming_of
 from lt_gguf.gguf.file import check_can_stream, read_model
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.report.inspection import describe, draw, print_tables
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
 def inspect(

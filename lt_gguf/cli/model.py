@@ -13,12 +13,12 @@ import typer
 
 from lt_gguf import models
 from lt_gguf.gguf.file import read_model
-from lt_gguf.memory.kv import CACHE_TYPES, DEFAULT_CACHE_TYPE
-from lt_gguf.memory.kv import cache_type as cache_type_of
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE
+from lt_gguf.spec.cache_types import cache_type as cache_type_of
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.context import ScorerOptions

@@ -11,8 +11,6 @@ import typer
 
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES
 from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS, check_questions
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
-from lt_gguf.memory.kv import cache_type as check_cache_type
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, Strategy, asked_strategy, parse_share, strategies
@@ -29,6 +27,8 @@ from lt_gguf.spec import (
     StreamingSpec,
     parse_layers,
 )
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
+from lt_gguf.spec.cache_types import cache_type as check_cache_type
 from lt_gguf.spec.in_config import KEY
 
 OUTPUT_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, cache_type
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.batch import WANTED, Batch
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.text_model import TextModel
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE, cache_type
 from lt_gguf.spec.fields import check_integer
 
 _llama_cpp = load_llama_cpp().llama_cpp

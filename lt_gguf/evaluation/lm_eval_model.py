@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.scorer import Request, Scorer
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE
 from lt_gguf.models import resolve
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 _logger = logging.getLogger(__name__)
 

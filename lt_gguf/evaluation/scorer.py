@@ -18,6 +18,7 @@ from lt_gguf.runtime import api
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, batch_part
 from lt_gguf.runtime.text_model import TextModel
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running, runtime_text
+from lt_gguf.spec.cache_types import streaming_cache_type
 from lt_gguf.spec.fields import is_auto
 
 T = TypeVar("T")
@@ -108,15 +109,26 @@ class Scorer(TextModel):
 
     def shares(self, streaming: StreamingSpec | AutoSpec | str | None) -> bool:
         """Whether its prompts are those of the full model. Raises ValueError: the model can't stream so."""
-        return _hideable(self._resolve(streaming), self.n_layer) is not None
+        return self._hideable(self._resolve(streaming)) is not None
 
     def _set_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
         text = self._resolve(spec)
         self._chooses = is_auto(text)
         self._context_spec: str | None = api.HIDE_LATER
-        self._hidden = _hideable(text, self.n_layer) if self._reads_once else None
+        self._hidden = self._hideable(text) if self._reads_once else None
         if self._hidden is None:
             self._context_spec = None if spec is None else runtime_text(spec)
+
+    def _hideable(self, text: str) -> StreamingSpec | None:
+        """A spec that only decoding depends on, not what prompts leave behind; `None`: another one."""
+        if is_auto(text):
+            return None
+        spec = StreamingSpec.parse(text, self.n_layer)
+        types = self.options.cache_type_k, self.options.cache_type_v
+        is_same = all(
+            streaming_cache_type(full, spec.type) == full for full in types
+        )  # note: hidden keys have the full layers' type
+        return spec if (spec.prefill == "full" and is_same) or not spec.layers else None
 
     def _resolve(self, spec: StreamingSpec | AutoSpec | str | None) -> str:
         """What the runtime makes of a spec: its text with all keys."""
@@ -307,14 +319,6 @@ class Scorer(TextModel):
             self._context.close()
         self._context = None
         self._held = ()
-
-
-def _hideable(text: str, n_layer: int) -> StreamingSpec | None:
-    """A spec that only decoding depends on, not what prompts leave behind; `None`: another one."""
-    if is_auto(text):
-        return None
-    spec = StreamingSpec.parse(text, n_layer)
-    return spec if spec.prefill == "full" or not spec.layers else None
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, DEFAULT_N_UBATCH, KVShape, kv_memory
+from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape, kv_memory
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
 def smallest_number(
@@ -46,10 +47,12 @@ def smallest_number(
     for n in range(n_layer_main + 1):
         if kv_bytes(shape, by_saving[:n], **settings) <= budget:
             return n
-    least = kv_bytes(shape, by_saving, **settings)
+    # note: where the other layers are quantized, a streaming layer can take more than a small context would
+    least = min(kv_bytes(shape, by_saving[:n], **settings) for n in range(n_layer_main + 1))
     raise ValueError(
-        f"KV budget = {format_mib(budget)}: with all {n_layer_main} layers streaming (sink {sink}, window {window}) a context of "
-        f"{n_ctx} tokens takes {format_mib(least)} ({cache_type}), must be at least that, or a smaller context, window or cache type"
+        f"KV budget = {format_mib(budget)}: however many of {n_layer_main} layers stream (sink {sink}, window {window}), a context of "
+        f"{n_ctx} tokens takes {format_mib(least)} or more ({cache_type}), "
+        "must be at least that, or a smaller context, window or cache type"
     )
 
 

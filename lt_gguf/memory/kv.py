@@ -7,28 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE, cache_type, streaming_cache_type
 
-
-class CacheType(NamedTuple):
-    """A type that llama.cpp takes for a KV cache: its number in ggml.h, elements and bytes of a block."""
-
-    ggml_type: int
-    block: int
-    block_bytes: int
-
-
-CACHE_TYPES = {
-    "f32": CacheType(0, 1, 4),
-    "f16": CacheType(1, 1, 2),
-    "bf16": CacheType(30, 1, 2),
-    "q8_0": CacheType(8, 32, 34),
-    "q4_0": CacheType(2, 32, 18),
-    "q4_1": CacheType(3, 32, 20),
-    "iq4_nl": CacheType(20, 32, 18),
-    "q5_0": CacheType(6, 32, 22),
-    "q5_1": CacheType(7, 32, 24),
-}
-DEFAULT_CACHE_TYPE = "f16"
 DEFAULT_N_UBATCH = 512  # llama.cpp's own
 
 _N_CELLS_PAD = 256
@@ -97,6 +77,7 @@ def kv_memory(
     Args:
         spec: which layers stream; `None` for an ordinary model.
         n_ctx: context size in tokens, of all sequences together.
+        type_k: of the layers with full attention; that of streaming layers follows from it and from the spec.
         type_v: as `type_k` if not given.
         n_ubatch: micro-batch size in tokens; a streaming layer holds one beside its sinks and window.
         kv_unified: one cache shared by all sequences, instead of one each.
@@ -114,19 +95,18 @@ def kv_memory(
 
     full = streaming = 0
     for il in range(len(shape.n_head_kv)):
-        token_bytes = shape.token_bytes(il, type_k, type_v, flash_attn)
         if spec is not None and spec.is_streaming(il):
-            streaming += token_bytes * n_streaming * n_caches
+            k, v = (streaming_cache_type(type_, spec.type) for type_ in (type_k, type_v or type_k))
+            streaming += shape.token_bytes(il, k, v, flash_attn) * n_streaming * n_caches
         else:
-            full += token_bytes * n_full * n_caches
+            full += shape.token_bytes(il, type_k, type_v, flash_attn) * n_full * n_caches
     return KVMemory(full, streaming)
 
 
-def cache_type(name: str) -> CacheType:
-    """The type of that name. Raises ValueError if llama.cpp takes no such type for a KV cache."""
-    if name not in CACHE_TYPES:
-        raise ValueError(f'cache type = "{name}": must be one of {", ".join(CACHE_TYPES)}')
-    return CACHE_TYPES[name]
+def cache_types_text(cache_type: str, spec: StreamingSpec | None) -> str:
+    """`q8_0`, or `q8_0, f16 in streaming layers`."""
+    streaming = cache_type if spec is None or not spec.layers else streaming_cache_type(cache_type, spec.type)
+    return cache_type if streaming == cache_type else f"{cache_type}, {streaming} in streaming layers"
 
 
 def _row_bytes(type_name: str, n_elements: int) -> int:

@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lt_gguf.gguf.file import GGUFModel
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, KVMemory, kv_memory
+from lt_gguf.memory.kv import KVMemory, cache_types_text, kv_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec, format_layers
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE, streaming_cache_type
 from lt_gguf.spec.keys import LAZY_RATIO_KEY
 
 CONTEXTS = (4096, 32768, 131072)
@@ -49,7 +50,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
                 "attention": _attention(model, spec, il),
                 "n_head": model.n_head[il],
                 "n_head_kv": model.n_head_kv[il],
-                "kv_bytes_per_token": _token_bytes(model, il, cache_type),
+                "kv_bytes_per_token": _token_bytes(model, spec, il, cache_type),
                 "lazy_ratio": round(ratios[il], 6) if math.isfinite(ratios[il]) else None,
             }
             for il in range(model.n_layer)
@@ -78,10 +79,11 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
         console.print(line, markup=False)
 
     ratios = _lazy_ratios(model)
+    types = cache_types_text(cache_type, spec)
     if ratios:
-        layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({cache_type})")
+        layers = Table("layer", "attention", "KV heads", f"KV bytes a token ({types})")
     else:
-        layers = Table("layers", "attention", "KV heads each", f"KV bytes a token, each ({cache_type})")
+        layers = Table("layers", "attention", "KV heads each", f"KV bytes a token, each ({types})")
     for index in (0, 2, 3):
         layers.columns[index].justify = "right"
     if ratios:
@@ -93,7 +95,7 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
     if model.why_not_streaming:
         console.print(f"KV memory: not shown for this architecture, {model.why_not_streaming}")
         return
-    memory = Table("context", "KV full", "KV hybrid", "saved", title=f"KV cache, {cache_type}")
+    memory = Table("context", "KV full", "KV hybrid", "saved", title=f"KV cache, {types}")
     for column in memory.columns:
         column.justify = "right"
     for n_ctx, full, hybrid in memory_rows:
@@ -108,7 +110,7 @@ def _layer_rows(
     """The rows of the table of layers. Without ratios, which differ from layer to layer, one for each run of equal layers."""
     runs: list[tuple[list[int], tuple[str, ...]]] = []
     for il in range(model.n_layer):
-        token_bytes = _token_bytes(model, il, cache_type)
+        token_bytes = _token_bytes(model, spec, il, cache_type)
         cells = _attention(model, spec, il) or "-", str(model.n_head_kv[il]), "-" if token_bytes is None else f"{token_bytes:,}"
         if ratios:
             runs.append(([il], (*cells, _bar(ratios[il]))))
@@ -218,10 +220,12 @@ def _attention(model: GGUFModel, spec: StreamingSpec | None, il: int) -> str | N
     return "streaming" if spec is not None and spec.is_streaming(il) else "full"
 
 
-def _token_bytes(model: GGUFModel, il: int, cache_type: str) -> int | None:
+def _token_bytes(model: GGUFModel, spec: StreamingSpec | None, il: int, cache_type: str) -> int | None:
     """KV bytes that a token takes in a layer, `None` where there is no plain KV cache."""
     if model.why_not_streaming:
         return None
+    if spec is not None and spec.is_streaming(il):
+        cache_type = streaming_cache_type(cache_type, spec.type)
     shape = model.kv_shape
     return shape.token_bytes(il, cache_type) if il < len(shape.n_head_kv) else None
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, KVShape, kv_memory
+from lt_gguf.memory.kv import KVShape, cache_types_text, kv_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report.loss_plots import pictures_of_loss
 from lt_gguf.report.report import Report
 from lt_gguf.selection.evidence import WHERE, Candidate
 from lt_gguf.spec import StreamingSpec, format_layers
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 CONTEXTS = (4096, 32768, 131072)
 PAPER = "[arXiv 2410.13846](https://arxiv.org/abs/2410.13846)"
@@ -78,7 +79,7 @@ def model_card(
         streaming_section(report, folder).rstrip(),
     ]
     if kv:
-        parts += ["## Memory", _kv_table(kv, cache_type)]
+        parts += ["## Memory", _kv_table(kv, cache_types_text(cache_type, report.spec))]
     parts += ["## Files", _files_list(files), "## Run it", _how_to_run(first)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -193,9 +194,9 @@ def _link(base_model: str) -> str:
     return f"[{base_model}](https://huggingface.co/{base_model})" if _is_hub_id(base_model) else _plain(base_model)
 
 
-def _kv_table(rows: Sequence[KVRow], cache_type: str) -> str:
+def _kv_table(rows: Sequence[KVRow], cache_types: str) -> str:
     lines = [
-        f"The KV cache, {cache_type}, one sequence:",
+        f"The KV cache, {cache_types}, one sequence:",
         "",
         "| context | full | hybrid | saved |",
         "| --: | --: | --: | --: |",

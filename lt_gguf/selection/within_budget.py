@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from lt_gguf.memory.budget import format_mib, kv_bytes, smallest_number
-from lt_gguf.memory.kv import DEFAULT_CACHE_TYPE, DEFAULT_N_UBATCH, KVShape
+from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape
 from lt_gguf.selection.base import Request, Selection, Strategy
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
 def select_within(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from lt_gguf.spec.cache_types import CACHE_TYPES
 from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
 from lt_gguf.spec.keys import Typed, layers_key, prefill_key, sink_key, streaming_keys, window_key
 from lt_gguf.spec.layers import bad_layers, format_layers, parse_layers
@@ -39,6 +40,8 @@ class StreamingSpec:
         window: number of last positions that stay visible, the query's own included.
         prefill: `full`: a prompt is read with full attention in every layer, for models that weren't trained to stream;
             or `stream`.
+        type: of these layers' KV cache when it runs, as in `f16` or `q8_0`; `None` for that of the other layers where it isn't
+            quantized, else f16. It isn't part of a file.
 
     Raises:
         ValueError: a field is out of range; the message names it and says what is allowed.
@@ -49,6 +52,7 @@ class StreamingSpec:
     sink: int = DEFAULT_SINK
     window: int = DEFAULT_WINDOW
     prefill: str = DEFAULT_PREFILL
+    type: str | None = None
 
     def __post_init__(self) -> None:
         n_layer = check_integer("n_layer", self.n_layer, 1)
@@ -61,6 +65,8 @@ class StreamingSpec:
         object.__setattr__(self, "sink", check_integer("sink", self.sink, 0))
         object.__setattr__(self, "window", check_integer("window", self.window, 1))
         _check_prefill("prefill", self.prefill)
+        if self.type is not None and self.type not in CACHE_TYPES:
+            bad_value("type", f'"{self.type}"', f"one of {', '.join(CACHE_TYPES)}")
 
     @classmethod
     def off(cls, n_layer: int) -> StreamingSpec:
@@ -88,7 +94,7 @@ class StreamingSpec:
 
     @classmethod
     def parse(cls, text: str, n_layer: int, base: StreamingSpec | None = None) -> StreamingSpec:
-        """Reads `off` or `layers=1,3,5-9;sink=4;window=1020;prefill=stream`.
+        """Reads `off` or `layers=1,3,5-9;sink=4;window=1020;prefill=stream;type=f16`.
 
         `layers` takes numbers, ranges, `all` or `none`. Keys that are left out are taken from `base` (the file's
         spec), else from the defaults.
@@ -108,10 +114,10 @@ class StreamingSpec:
                 fields[key] = parse_layers(value, n_layer)
             elif key in ("sink", "window"):
                 fields[key] = parse_integer(key, value)
-            elif key == "prefill":
+            elif key in ("prefill", "type"):
                 fields[key] = value
             else:
-                raise ValueError(f"{key}: unknown key, must be one of layers, sink, window, prefill")
+                raise ValueError(f"{key}: unknown key, must be one of layers, sink, window, prefill, type")
 
         if base is not None:
             return replace(base, n_layer=n_layer, **fields)
@@ -145,7 +151,16 @@ class StreamingSpec:
         )
 
     def to_metadata(self, arch: str) -> dict[str, Typed]:
-        """The GGUF metadata of this spec, in the order in which it is written."""
+        """The GGUF metadata of this spec, in the order in which it is written.
+
+        Raises:
+            ValueError: it names a type of the cache, which a file has no key for.
+        """
+        if self.type is not None:
+            raise ValueError(
+                f"type = {self.type}: a file has no key for it, must be given when it runs (--streaming type={self.type})"
+            )
+
         return {
             layers_key(arch): Typed("array of bool", [self.is_streaming(il) for il in range(self.n_layer)]),
             sink_key(arch): Typed("uint32", self.sink),
@@ -161,10 +176,10 @@ class StreamingSpec:
         return p <= q and (p < self.sink or q - p < self.window)
 
     def __str__(self) -> str:
-        """The canonical text: `off` if no layer streams, else all four keys."""
+        """The canonical text: `off` if no layer streams, else all keys, `type` only if it is given."""
         if not self.layers:
             return "off"
-        return self._text("layers")
+        return self._text("layers") + (f";type={self.type}" if self.type else "")
 
     def hide_text(self) -> str:
         """The same for a context that only hides what these layers would drop, to measure with (`lt_context_hide` of the runtime)."""

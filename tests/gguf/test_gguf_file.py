@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from lt_gguf.gguf.file import read_model
 from lt_gguf.gguf.header import LONGEST_ARRAY_READ, read_header
-from lt_gguf.memory.kv import CACHE_TYPES, KVMemory, KVShape, kv_memory
+from lt_gguf.memory.kv import KVMemory, KVShape, kv_memory
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import CACHE_TYPES
 
 N_LAYER = 4
 

@@ -43,8 +43,8 @@ def test_an_impossible_budget_says_what_the_least_is():
     with pytest.raises(ValueError) as error:
         smallest_number(SHAPE, 4 * HELD - 1, 1024, **SMALL)
     message = str(error.value)
-    assert message.startswith("KV budget = 0.25 MiB: with all 4 layers streaming (sink 4, window 60) a context of 1024 tokens")
-    least = float(re.search(r"takes ([0-9.]+) MiB \(f16\), must be at least that", message)[1])
+    assert message.startswith("KV budget = 0.25 MiB: however many of 4 layers stream (sink 4, window 60), a context of 1024 tokens")
+    least = float(re.search(r"takes ([0-9.]+) MiB or more \(f16\), must be at least that", message)[1])
     assert smallest_number(SHAPE, int(least * 2**20), 1024, **SMALL) == 4
 
 
@@ -59,7 +59,7 @@ def test_bad_arguments():
 
 def test_a_layer_that_is_cached_but_cannot_stream():
     """As the one that Granite Switch adds."""
-    with pytest.raises(ValueError, match="all 3 layers streaming"):
+    with pytest.raises(ValueError, match="however many of 3 layers stream"):
         smallest_number(SHAPE, 4 * HELD, 1024, **SMALL | {"n_layer_main": 3})
     assert smallest_number(SHAPE, 3 * HELD + 1024 * TOKEN, 1024, **SMALL | {"n_layer_main": 3}) == 3
 
@@ -76,7 +76,8 @@ def test_it_fits_and_one_layer_less_does_not(heads, window, n_ctx, cache_type, d
     shape = KVShape(tuple(heads), max(heads), 32, 64)
     sizes = {"n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": 512, "sink": 4, "window": window}
     n_layer = len(heads)
-    least, most = (kv_bytes(shape, range(n), **sizes) for n in (n_layer, 0))
+    # note: in 16 bits a layer that streams can take more than a quantized one with a small context
+    least, most = sorted(kv_bytes(shape, range(n), **sizes) for n in (n_layer, 0))
     budget = data.draw(st.integers(least, most))
     ratios = np.array([data.draw(st.lists(st.floats(0, 1), min_size=n_layer, max_size=n_layer))])
     asked = Request(Model("llama", "m", n_layer, n_layer), ratios=ratios, sink=4, window=window)

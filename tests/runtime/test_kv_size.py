@@ -10,6 +10,7 @@ from support.native import FULL, KV_BYTES, PROMPT, STREAMING
 from support.oracle import Subject
 
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import streaming_cache_type
 
 N_LAYER = 4
 HEAD_DIM = COMMON["hidden_size"] // COMMON["num_attention_heads"]
@@ -50,9 +51,9 @@ def test_bytes_are_those_of_the_formula(model, prefill, kv, flash, layers, sink,
         of_a_stream = padded(n_ctx if unified else -(-n_ctx // n_seq))
         n_streams = 1 if unified else n_seq
         held = padded(min(of_a_stream, (sink + window) * (n_seq if unified else 1) + n_ubatch))
-        token_bytes = int(VALUES_A_TOKEN * KV_BYTES[kv])
+        token_bytes, in_streaming = (int(VALUES_A_TOKEN * KV_BYTES[type_]) for type_ in (kv, streaming_cache_type(kv)))
         assert context.kv_bytes(FULL) == (N_LAYER - len(layers)) * of_a_stream * n_streams * token_bytes
-        assert context.kv_bytes(STREAMING) == len(layers) * held * n_streams * token_bytes
+        assert context.kv_bytes(STREAMING) == len(layers) * held * n_streams * in_streaming
         assert context.kv_bytes(PROMPT) == 0
         if layers:
             assert context.kv_cells(FULL) == of_a_stream

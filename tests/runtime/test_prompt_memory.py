@@ -11,6 +11,7 @@ from support.oracle import EXACT, Subject, difference, random_tokens
 from support.transcript import Transcript
 
 from lt_gguf.runtime.library import LIBRARY, library_dir
+from lt_gguf.spec.cache_types import streaming_cache_type
 
 N_LAYER, LAYERS = 4, (1, 3)
 SINK, WINDOW, N_UBATCH = 4, 60, 64
@@ -48,7 +49,7 @@ def streaming_bytes(n_seq: int, unified: bool, token_bytes: int = F32_TOKEN_BYTE
 def test_before_during_and_after_a_long_prompt(model, kv, flash, n_seq, unified):
     """The prompt's memory is given back when its last batch has been decoded; the streaming part never changes."""
     spec, context = context_of(model, 4096 * n_seq, n_seq_max=n_seq, kv_unified=unified, kv=kv, flash=flash)
-    token_bytes = int(VALUES_A_TOKEN * KV_BYTES[kv]) * len(LAYERS)
+    token_bytes = int(VALUES_A_TOKEN * KV_BYTES[streaming_cache_type(kv)]) * len(LAYERS)
     streaming = streaming_bytes(n_seq, unified, token_bytes)
     with context:
         full = context.kv_bytes(FULL)

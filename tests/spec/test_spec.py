@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lt_gguf.spec import AutoSpec, Provenance, StreamingSpec, Typed, format_layers, parse_layers, parse_running, runtime_text
 from lt_gguf.spec.auto import LAZY
+from lt_gguf.spec.cache_types import streaming_cache_type
 from lt_gguf.spec.fields import is_auto
 from lt_gguf.spec.keys import layers_key
 
@@ -59,6 +60,24 @@ def test_parse_takes_missing_keys_from_the_base():
     assert StreamingSpec.parse("off", N_LAYER, base) == StreamingSpec.off(N_LAYER)
 
 
+def test_a_cache_type_is_kept_but_in_no_file():
+    spec = StreamingSpec.parse("layers=1,3;type=q8_0", N_LAYER)
+    assert spec.type == "q8_0" and str(spec).endswith(";type=q8_0")
+    assert StreamingSpec.parse(str(spec), N_LAYER) == spec
+    assert StreamingSpec.parse("window=9", N_LAYER, spec).type == "q8_0"
+    assert ";type" not in spec.hide_text()  # a context that only hides has one type for all layers
+    with pytest.raises(ValueError, match="type = q8_0: a file has no key for it, must be given when it runs"):
+        spec.to_metadata("llama")
+
+
+@pytest.mark.parametrize(
+    "full, given, expected",
+    [("f32", None, "f32"), ("bf16", None, "bf16"), ("q8_0", None, "f16"), ("q4_0", None, "f16"), ("q4_0", "q8_0", "q8_0")],
+)
+def test_the_cache_type_of_streaming_layers(full, given, expected):
+    assert streaming_cache_type(full, given) == expected
+
+
 @pytest.mark.parametrize(
     "text, complaint",
     [
@@ -76,6 +95,7 @@ def test_parse_takes_missing_keys_from_the_base():
         ("layers=1;window=0", "window = 0: must be an integer from 1"),
         ("layers=1;window=4294967296", "window = 4294967296: must be an integer from 1 to 2147483647"),
         ("layers=1;prefill=maybe", 'prefill = "maybe": must be "full" or "stream"'),
+        ("layers=1;type=q6_K", 'type = "q6_K": must be one of f32, f16, bf16, q8_0'),
         ("sink=4", "says no layers"),
         ("auto:0.5", '"auto:0.5": chooses the layers while a prompt is read, must name them here'),
     ],
