@@ -234,7 +234,10 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
     std::vector<std::string> seen;
 
     for (const auto & item : lt_split(text, ';')) {
-        const size_t ieq = item.find('=');
+        size_t ieq = item.find('=');
+        if (ieq == std::string::npos && lt_strip(item.substr(0, item.find(':'))) == LT_KEY_AUTO) {
+            ieq = item.find(':'); // auto:0.5, as people write it
+        }
 
         const std::string key   = lt_strip(item.substr(0, ieq));
         const std::string value = ieq == std::string::npos ? "" : lt_strip(item.substr(ieq + 1));

@@ -232,7 +232,7 @@ def how_to_go_on(journal: Journal, specs: list[str], plan: Plan, out: Path | Non
 
 def _canonical(text: str, model: GGUFModel) -> str:
     if is_auto(text):
-        return str(AutoSpec.parse(text))
+        return str(AutoSpec.parse(text, model.spec))
     asked, unknown = chosen_for(model.path, text)
     if unknown:
         raise ValueError(unknown)

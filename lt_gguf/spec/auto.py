@@ -52,14 +52,15 @@ class AutoSpec:
             bad_value("lazy", f'"{self.lazy}"', '"mean" or "min"')
 
     @classmethod
-    def parse(cls, text: str) -> AutoSpec:
-        """Reads `auto:0.5` or `auto=0.5;sink=4;window=1020;w_last=16;lazy=min`; keys that are left out have their defaults.
+    def parse(cls, text: str, base: StreamingSpec | None = None) -> AutoSpec:
+        """Reads `auto:0.5` or `auto=0.5;sink=4;window=1020;w_last=16;lazy=min`; a sink or a window that is left out is that of
+        `base` (the file's spec), what else is left out has its default.
 
         Raises:
             ValueError: the text is malformed.
         """
         example = "auto:0.5 or auto=0.5;sink=4;window=1020;w_last=16;lazy=min"
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {} if base is None else {"sink": base.sink, "window": base.window}
         for key, value in split_fields(runtime_text(text), example).items():
             if key == "auto":
                 fields["fraction"] = parse_fraction(value)

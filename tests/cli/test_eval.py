@@ -209,13 +209,13 @@ def test_another_seed_needs_another_folder(evaluate, tmp_path):
 
 
 def test_several_specs_are_compared_on_the_same_prompts(evaluate, tmp_path):
-    specs = ["layers=1", "off", "layers=0,2;window=20", "auto=0.5;sink=2;window=30"]
+    specs = ["layers=1", "off", "layers=0,2;window=20", "auto:0.5;window=30"]
     arguments = [argument for spec in specs for argument in ("--streaming", spec)]
     status, shown, err = evaluate(*ONE_TASK, *arguments, "--out", tmp_path / "out")
     assert (status, err) == (0, "")
     # what a spec leaves out is the file's
     expected = ["off", OF_THE_FILE.replace("1,3", "1"), f"layers=0,2;sink={SINK};window=20;prefill=stream"]
-    expected.append("auto=0.5;sink=2;window=30;w_last=16;lazy=min")
+    expected.append(f"auto=0.5;sink={SINK};window=30;w_last=16;lazy=min")
     assert [model["spec"] for model in result(tmp_path / "out")["models"]] == expected
     prompts = [[record["prompt"] for key, record in records(tmp_path / "out").items() if key[0] == spec] for spec in expected]
     assert prompts[0] and prompts == [prompts[0]] * 4
