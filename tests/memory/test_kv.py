@@ -1,0 +1,42 @@
+"""Bytes of a cache whose kinds of layers have types of their own. (That the runtime allocates as many: test_budget.py.)"""
+
+from __future__ import annotations
+
+import pytest
+
+from lt_gguf.memory.kv import KVShape, cache_types_text, kv_memory
+from lt_gguf.spec import StreamingSpec
+
+SHAPE = KVShape((2, 2), 2, 32, 32)  # of K and V each 64 values a layer and token
+SPEC = StreamingSpec((1,), 2, 4, 252)
+CELLS = 768  # of 4 + 252 tokens and a micro-batch of 512
+
+
+@pytest.mark.parametrize(
+    "asked, type_k, type_v, expected",
+    [
+        (None, "q8_0", None, 2 * 64 * 2),  # streaming layers keep 16 bits
+        (None, "q8_0", "f32", 64 * 2 + 64 * 4),
+        (None, "f32", None, 2 * 64 * 4),
+        ("q8_0", "f16", None, 2 * 64 * 34 / 32),
+        ("q4_0", "q8_0", None, 2 * 64 * 18 / 32),
+    ],
+)
+def test_streaming_layers_have_the_type_that_is_theirs(asked, type_k, type_v, expected):
+    spec = StreamingSpec(SPEC.layers, SPEC.n_layer, SPEC.sink, SPEC.window, type=asked)
+    found = kv_memory(SHAPE, spec, 4096, type_k=type_k, type_v=type_v)
+    assert found.streaming == CELLS * expected
+    assert found.full == kv_memory(SHAPE, None, 4096, type_k=type_k, type_v=type_v).total / 2
+
+
+@pytest.mark.parametrize(
+    "cache_type, spec, expected",
+    [
+        ("q8_0", None, "q8_0"),
+        ("q8_0", SPEC, "q8_0, f16 in streaming layers"),
+        ("f32", SPEC, "f32"),
+        ("q8_0", StreamingSpec.off(2), "q8_0"),
+    ],
+)
+def test_what_is_said_of_them(cache_type, spec, expected):
+    assert cache_types_text(cache_type, spec) == expected
