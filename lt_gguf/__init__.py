@@ -15,15 +15,17 @@ from lt_gguf.runtime.library import LibraryError, use_our_libraries
 
 if TYPE_CHECKING:
     from lt_gguf.analysis.choose import choose_streaming
+    from lt_gguf.runtime.disk_cache import LlamaDiskCache
     from lt_gguf.runtime.llama import Llama
     from lt_gguf.spec import AutoSpec, StreamingSpec
 
-__all__ = ["AutoSpec", "LibraryError", "Llama", "StreamingSpec", "choose_streaming"]
+__all__ = ["AutoSpec", "LibraryError", "Llama", "LlamaDiskCache", "StreamingSpec", "choose_streaming"]
 
 # Imported when first asked for: describing a file must not load the native library.
 _HOME = {
     "AutoSpec": "lt_gguf.spec",
     "Llama": "lt_gguf.runtime.llama",
+    "LlamaDiskCache": "lt_gguf.runtime.disk_cache",
     "StreamingSpec": "lt_gguf.spec",
     "choose_streaming": "lt_gguf.analysis.choose",
 }

@@ -9,7 +9,9 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from lt_gguf.runtime.control_groups import group_folders, read_or_empty
 
 _ROOT = Path("/")
 
@@ -43,7 +45,7 @@ def _cores(root: Path) -> int:
     except AttributeError:
         cpus = set(range(os.cpu_count() or 1))
     devices = root / "sys" / "devices"
-    fast = _cpu_list(_read(devices / "cpu_core" / "cpus"))  # there where a processor has cores of two kinds (Intel)
+    fast = _cpu_list(read_or_empty(devices / "cpu_core" / "cpus"))  # there where a processor has cores of two kinds (Intel)
     cores = {_siblings(devices, cpu) for cpu in (cpus & fast or cpus)}
     quotas = [-(-quota // period) for quota, period in _cgroup_quotas(root)]
     return max(1, min([len(cores), *quotas]))
@@ -82,7 +84,7 @@ def cpu_name() -> str:
     """What the processor is called, as well as the system knows it."""
     if sys.platform == "darwin":
         return _sysctl_text("machdep.cpu.brand_string") or platform.machine()
-    named = re.search(r"^(?:model name|Processor|cpu model)\s*:\s*(\S.*)$", _read(_ROOT / "proc" / "cpuinfo"), re.MULTILINE)
+    named = re.search(r"^(?:model name|Processor|cpu model)\s*:\s*(\S.*)$", read_or_empty(_ROOT / "proc" / "cpuinfo"), re.MULTILINE)
     return named[1].strip() if named else platform.machine()
 
 
@@ -92,7 +94,7 @@ _FLAGS_OF_GGML = re.compile(r"sse4_2|ssse3|avx\w*|fma|f16c|bmi2|amx\w*|asimd\w*|
 
 def cpu_flags() -> list[str]:
     """The instruction sets that the processor has and ggml may use; empty where the system doesn't list them."""
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _read(_ROOT / "proc" / "cpuinfo"), re.MULTILINE)
+    listed = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", read_or_empty(_ROOT / "proc" / "cpuinfo"), re.MULTILINE)
     return [flag for flag in (listed[1].split() if listed else []) if _FLAGS_OF_GGML.fullmatch(flag)]
 
 
@@ -100,7 +102,7 @@ def _siblings(devices: Path, cpu: int) -> frozenset[int]:
     """The CPUs that are hyper-threads of one core with this one, itself included."""
     topology = devices / "system" / "cpu" / f"cpu{cpu}" / "topology"
     # note: a kernel before 5.5 has only the second name; some containers hide both
-    listed = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+    listed = read_or_empty(topology / "core_cpus_list") or read_or_empty(topology / "thread_siblings_list")
     return frozenset(_cpu_list(listed) | {cpu})
 
 
@@ -113,37 +115,18 @@ def _cpu_list(text: str) -> set[int]:
 def _cgroup_quotas(root: Path) -> Iterator[tuple[int, int]]:
     """Microseconds of CPU time that this process's control groups get in a period, and the period; of each group that has a limit."""
     mounted = root / "sys" / "fs" / "cgroup"
-    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
+    for line in read_or_empty(root / "proc" / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2, which may stand beside version 1
-            for folder in _groups([mounted, mounted / "unified"], path):
-                quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+            for folder in group_folders([mounted, mounted / "unified"], path):
+                quota, _, period = read_or_empty(folder / "cpu.max").strip().partition(" ")
                 if quota.isdecimal() and period.isdecimal():
                     yield int(quota), int(period)
         elif "cpu" in controllers.split(","):
-            for folder in _groups([mounted / controllers, mounted / "cpu"], path):
-                quota, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+            for folder in group_folders([mounted / controllers, mounted / "cpu"], path):
+                quota, period = (read_or_empty(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
                 if quota.isdecimal() and period.isdecimal():  # -1: no limit
                     yield int(quota), int(period)
-
-
-def _groups(mounted: list[Path], path: str) -> Iterator[Path]:
-    """The folders of a group and of those that it is in, up to where they are mounted.
-
-    A container may see another path than the one that is mounted in it: its own group is then the top one.
-    """
-    relative = PurePosixPath(path.lstrip("/"))
-    for folder in mounted:
-        for group in (relative, *relative.parents):
-            if ".." not in group.parts:
-                yield folder / group
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def _sysctl_number(name: str) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lt_gguf.models import local_path, resolve, resolve_on_hub
 from lt_gguf.models.remembered import chosen_for
-from lt_gguf.runtime import api, crash, lazy_ratios
+from lt_gguf.runtime import api, crash, disk_cache, lazy_ratios
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.rewinding import RewindingLlama
@@ -145,12 +145,13 @@ class Llama(RewindingLlama):
     create_chat_completion = streams(RewindingLlama.create_chat_completion)
     generate = streams(RewindingLlama.generate, always=True)
     eval = takes_turn(RewindingLlama.eval)
+    read_ahead = takes_turn(RewindingLlama.read_ahead)
     sample = takes_turn(RewindingLlama.sample)
     embed = takes_turn(RewindingLlama.embed)
     create_embedding = takes_turn(RewindingLlama.create_embedding)
     reset = takes_turn(RewindingLlama.reset)
     save_state = takes_moment(RewindingLlama.save_state)
-    set_cache = takes_moment(RewindingLlama.set_cache)
+    n_reusable = takes_moment(RewindingLlama.n_reusable)
     set_seed = takes_moment(RewindingLlama.set_seed)
 
     @property
@@ -206,6 +207,11 @@ class Llama(RewindingLlama):
             )
         finally:
             self._set_model_spec(self._streaming_argument)
+
+    @takes_moment
+    def set_cache(self, cache: Any) -> None:
+        """As `llama_cpp.Llama.set_cache`. A `LlamaDiskCache`, llama_cpp's own too, keeps its states as `lt_gguf.LlamaDiskCache` does."""
+        super().set_cache(disk_cache.of(self, cache))
 
     @takes_turn
     def load_state(self, state: Any) -> None:

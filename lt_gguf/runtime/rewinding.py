@@ -11,9 +11,9 @@ import copy
 import ctypes
 import inspect
 import sys
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
+from lt_gguf.runtime.saved import Saved, state_bytes
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshot, Snapshots
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
@@ -37,15 +38,6 @@ _DECODED_AT_ONCE = 32
 
 # Of the last prompt: before it, and at its end.
 _N_SAVED_SNAPSHOTS = 2
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a saved state needs to be gone back from."""
-
-    prompts: Prompts
-    snapshots: list[Snapshot] = field(default_factory=list)
-    broken_at: int | None = None
 
 
 class _Role(Enum):
@@ -90,6 +82,11 @@ class RewindingLlama(_Llama):
             self._spec, _ = self._running_spec()
         return self._spec if self._spec.layers else None
 
+    @property
+    def fixed_spec(self) -> StreamingSpec:
+        """Which layers stream, where they aren't chosen for a prompt (`auto`)."""
+        return self._spec
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens that follow the first `n_tokens` of the context; others after those are removed.
 
@@ -103,6 +100,52 @@ class RewindingLlama(_Llama):
             ValueError: a prompt doesn't fit the context or the prompt limit; none of the tokens has been read.
             RuntimeError: llama_decode failed.
         """
+        self._eval(tokens)
+
+    def read_ahead(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads the beginning of a prompt, the rest of which will follow: of it, what the context doesn't begin with already.
+
+        To the prompt that follows it is as if all had been read at once: with `prefill = full`, streaming layers keep all of
+        it until the prompt's end. (`KVPart.PROMPT` of the cache; `eval` of these tokens would end the prompt.)
+
+        Args:
+            progress: called after each batch with the tokens that have been read, and how many are to be. If it raises an
+                error, or Ctrl-C does, what was read stays and needn't be read again.
+
+        Raises:
+            ValueError: it doesn't fit the context or the prompt limit; none of the tokens has been read.
+            RuntimeError: llama_decode failed.
+        """
+        tokens = list(tokens)
+        if len(tokens) >= self._n_ctx:
+            raise ValueError(f"{len(tokens)} tokens don't fit a context of {self._n_ctx}, which needs room for more")
+        n = self._n_common(tokens)
+        if n == len(tokens):
+            return
+        if n == 0:
+            self.reset()
+        self.n_tokens = n
+        self._requires_eval = True
+        self._role = _Role.PROMPT
+        try:
+            self._eval(tokens[n:], ends=False, progress=progress)
+        finally:
+            self._role = None
+
+    def n_reusable(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's first tokens `generate` and `read_ahead` wouldn't read again; an estimate, never too large
+        by more than what is read again anyway."""
+        n = self._n_common(tokens)
+        if self.streaming is None or n >= 1 + _llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0):
+            return n
+        is_within_prompt = self._reads_in_full and any(b < n < e for b, e in self._prompts.spans if e is not None)
+        if not is_within_prompt and n >= _llama_cpp.llama_memory_seq_pos_min(self._ctx.memory, 0):
+            return n
+        snapshot = self._snapshots.nearest(n)
+        return snapshot.n_tokens if snapshot else 0
+
+    def _eval(self, tokens: Sequence[int], ends: bool = True, progress: Callable[[int, int], None] | None = None) -> None:
+        """As `eval`; unless it `ends`, the prompt goes on."""
         new = np.asarray(tokens, dtype=np.intc)
         if not len(new):
             return
@@ -112,7 +155,10 @@ class RewindingLlama(_Llama):
         text = np.concatenate([self.input_ids[start:n_kept], new])
         is_prompt = self._role is _Role.PROMPT or (len(new) > 1 and self._role is not _Role.DRAFT)
         for piece in self._pieces(start, n_kept, n_kept + len(new), is_prompt):
-            self._read(text[piece.begin - start : piece.end - start].tolist(), piece, is_new=piece.end > n_kept)
+            part = text[piece.begin - start : piece.end - start].tolist()
+            is_new = piece.end > n_kept
+            report = None if progress is None else partial(_report, progress, piece.begin - start, len(text))
+            self._read(part, piece, is_new=is_new, ends=ends or not is_new, report=report)
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As `llama_cpp.Llama.generate`. What the context and the prompt have in common isn't read again; where the
@@ -154,11 +200,16 @@ class RewindingLlama(_Llama):
 
     def save_state(self) -> Any:
         """As `llama_cpp.Llama.save_state`. The last snapshots go with it: what llama.cpp saves can't be cut at all."""
-        state = super().save_state()
+        n = self.n_tokens
+        # note: llama_cpp's own makes three copies, and one of logits that nobody has computed
+        data = state_bytes(self.ctx)
+        scores = self._scores.copy() if self._logits_all else np.zeros((0, self._n_vocab), np.single)
+        input_ids = self.input_ids.copy()
+        state = _binding.LlamaState(input_ids, scores, n, data, len(data), self._seed)  # type: ignore[arg-type]  # bytes, too
         prompts = self._prompts.copy()
-        prompts.truncate(self.n_tokens)
-        saved = _Saved(prompts, self._snapshots.newest(self.n_tokens, _N_SAVED_SNAPSHOTS), self._broken_at)
-        state.lt_gguf = saved  # type: ignore[attr-defined]  # ours, beside what is llama_cpp's
+        prompts.truncate(n)
+        streams = self.streaming is not None or self.auto is not None
+        state.lt_gguf = Saved(prompts, self._snapshots.newest(n, _N_SAVED_SNAPSHOTS), self._broken_at, streams)
         return state
 
     def load_state(self, state: Any) -> None:
@@ -181,8 +232,8 @@ class RewindingLlama(_Llama):
                 raise ValueError("it lacks the logits of all tokens, which this context has with logits_all")
             state.scores = scores.copy()  # nobody reads them
         # note: a state that llama_cpp.Llama saved doesn't say what was a prompt
-        unknown = _Saved(Prompts([(0, state.n_tokens)] if state.n_tokens else []))
-        kept: _Saved = getattr(state, "lt_gguf", unknown)
+        unknown = Saved(Prompts([(0, state.n_tokens)] if state.n_tokens else []))
+        kept: Saved = getattr(state, "lt_gguf", unknown)
         self._begin_change(0)
         self.n_tokens = 0
         self._prompts = kept.prompts.copy()
@@ -196,9 +247,7 @@ class RewindingLlama(_Llama):
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Sets `n_tokens` to what the context and the prompt have in common; returns what is left to be read."""
-        shorter = min(self.n_tokens, len(tokens))
-        differs = np.nonzero(self.input_ids[:shorter] != np.asarray(tokens[:shorter], dtype=np.intc))[0]
-        n = int(differs[0]) if len(differs) else shorter
+        n = self._n_common(tokens)
         if 0 < n == len(tokens):
             if self._logits_at == n == self.n_tokens or self._recall_logits(n):
                 self.n_tokens = n
@@ -212,6 +261,12 @@ class RewindingLlama(_Llama):
         self._requires_eval = True
         self._say(f"generate: {n} prompt tokens are there, {len(tokens) - n} are read")
         return tokens[n:]
+
+    def _n_common(self, tokens: Sequence[int]) -> int:
+        """How many tokens the context and a text begin with in common."""
+        shorter = min(self.n_tokens, len(tokens))
+        differs = np.nonzero(self.input_ids[:shorter] != np.asarray(tokens[:shorter], dtype=np.intc))[0]
+        return int(differs[0]) if len(differs) else shorter
 
     def _recall_logits(self, n: int) -> bool:
         """Goes back to the end of a prompt of which a snapshot is kept, and shows its logits to samplers."""
@@ -291,13 +346,16 @@ class RewindingLlama(_Llama):
             return [Piece(n_kept, end, is_prompt=True, continues=True)]
         return [*pieces[:-1], pieces[-1]._replace(end=end)]
 
-    def _read(self, tokens: list[int], piece: Piece, is_new: bool) -> None:
-        """Computes the tokens of a piece, which follow what the memory holds."""
+    def _read(
+        self, tokens: list[int], piece: Piece, is_new: bool, ends: bool = True, report: Callable[[int], None] | None = None
+    ) -> None:
+        """Computes the tokens of a piece, which follow what the memory holds. Unless it `ends`, a prompt stays open."""
         if piece.is_prompt:
             if piece.begin > 0 and not piece.continues and not self._snapshots.at(piece.begin):
                 self._take_snapshot(piece.begin)
             if self._reads_in_full:
-                api.prompt_begin(self.ctx, 0, len(tokens))
+                # note: with the last token that is announced the prompt ends, so of an open one another is to come
+                api.prompt_begin(self.ctx, 0, len(tokens) + (not ends))
             if is_new and self._reads_in_full:
                 self._prompts.open(piece.begin)
         # what doesn't ask for all its logits is a prompt to the runtime
@@ -306,7 +364,7 @@ class RewindingLlama(_Llama):
         for begin in range(0, len(tokens), n_batch):
             batch = tokens[begin : begin + n_batch]
             end = piece.begin + begin + len(batch)
-            is_last = end == piece.end
+            is_last = end == piece.end and ends
             doing = f"reading a prompt, {len(batch)} tokens" if piece.is_prompt or not is_new else "decoding"
             with crash.step(f"{doing} from position {piece.begin + begin} on, {self.model_path}"):
                 self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
@@ -318,8 +376,11 @@ class RewindingLlama(_Llama):
                 self._prompts.close(end)
             self.n_tokens = max(self.n_tokens, end)
             self._broken_at = None  # note: last, so that Ctrl-C in between makes this batch be read again
-        if piece.is_prompt:
-            self._take_snapshot(piece.end, with_logits=True)
+            if report is not None:
+                report(begin + len(batch))
+        # note: with prefill = full the streaming layers of an open prompt hold all of it, which is no small snapshot
+        if piece.is_prompt and (ends or not self._reads_in_full):
+            self._take_snapshot(piece.end, with_logits=ends)
 
     def _decode(self, tokens: list[int], begin: int, asks_all: bool, asks_last: bool) -> None:
         """One llama_decode; `_broken_at` stays set. Raises RuntimeError if it fails."""
@@ -361,3 +422,7 @@ class RewindingLlama(_Llama):
     def _say(self, line: str) -> None:
         if self.verbose:
             print(f"Llama.{line}", file=sys.stderr)
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
