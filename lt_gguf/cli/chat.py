@@ -1,36 +1,49 @@
-"""`lt-gguf chat`: talk with a model in the terminal, or through a pipe."""
+"""`lt-gguf chat`: talk with a model about documents, in the terminal or through a pipe."""
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
 from lt_gguf.cli import model
 from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
-from lt_gguf.memory.sizes import format_bytes
-from lt_gguf.spec import format_layers
 
 if TYPE_CHECKING:
-    from lt_gguf.runtime.llama import Llama
+    from lt_gguf.chat.commands import Chat
+    from lt_gguf.chat.screen import Screen
+    from lt_gguf.chat.sessions import Sessions
 
-HELP = (
-    "/retry answers again, /edit TEXT replaces your last message, /undo forgets it and its answer, /reset begins anew, "
-    "/exit or Ctrl-D leaves, Ctrl-C stops an answer"
-)
+STDIN = "-"
+CacheLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most disk for what models have read, so that it isn't read again: those go first that weren't used for longest; "
+        "0: nothing is kept. Else 4GiB.",
+    ),
+]
 
 
-@model.takes_options(model.RunOptions)
+@model.takes_options(model.ChatOptions)
 def chat(
     file: model.ModelOrDefault = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DOCUMENT]...", help="Files to ask about: text, Markdown, HTML, PDF, DOCX; -: standard input."),
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="What the model is told first.")] = None,
+    ask: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A question to answer, then the next; leaves after the last.")] = None,
+    session: Annotated[str | None, typer.Option(metavar="NAME", help="Takes this session up, or begins it, and keeps it.")] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer; -1: no limit.")] = -1,
     temperature: model.Temperature = model.DEFAULT_TEMPERATURE,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines only: no colours, nothing that moves; for screen readers.")] = False,
+    cache_limit: CacheLimit = None,
     snapshot_limit: Annotated[
         str | None,
         typer.Option(
@@ -39,154 +52,111 @@ def chat(
         ),
     ] = None,
     *,
-    options: model.RunOptions,
+    options: model.ChatOptions,
 ) -> None:
-    """Chat with a GGUF model. Answers go to stdout, everything else to stderr."""
+    """Chat with a GGUF model about documents. Answers go to stdout, everything else to stderr. /help lists the commands."""
+    from lt_gguf.chat.commands import Chat
+    from lt_gguf.chat.conversation import Conversation
+    from lt_gguf.chat.figures import describe_memory
+    from lt_gguf.chat.sessions import Sessions
+    from lt_gguf.documents import find_files
+    from lt_gguf.runtime.kept_states import KeptStates
     from lt_gguf.runtime.log import captured_errors
+    from lt_gguf.runtime.state_store import DEFAULT_LIMIT, StateStore
 
+    limit = DEFAULT_LIMIT if cache_limit is None else model.size_of("--cache-limit", cache_limit)
+    file, words = told_apart(file, documents or [])
+    sessions = Sessions()
+    has_session = session is not None and sessions.exists(session)
+    # note: before the model is loaded, so that a wrong name doesn't take long
+    paths = find_files([word for word in words if word != STDIN])
     file = model.find(file)
     with captured_errors(forward=options.verbose):
         llm = model.load(file, options, snapshot_limit)
-        conversation = Conversation(llm, system, n_predict, temperature)
+        conversation = Conversation(llm, system, n_predict, temperature, KeptStates(llm, StateStore(limit=limit)))
 
         @cache
         def full_kv() -> int:
             shape = read_model(file).kv_shape
             return kv_memory(shape, None, llm.n_ctx(), type_k=options.cache_type, flash_attn=options.flash_attn).total
 
-        say(f"{describe_memory(llm, full_kv)} · {model.describe_threads(llm.n_threads)}")
+        screen = make_screen(plain, STDIN in words, asks=not ask, sessions=sessions)
+        talk = Chat(conversation, screen, sessions, full_kv, session)
+        screen.say(f"{describe_memory(llm, full_kv)} · {model.describe_threads(llm.n_threads)} · context of {llm.n_ctx()} tokens")
         if "tokenizer.chat_template" not in llm.metadata:
-            say(f"the file has no chat template, using {llm.chat_format}")
-        say(HELP)
-        while (line := read_line()) is not None:
-            if line == "/exit":
-                break
-            answered = conversation.obey(line)
-            if answered:
-                say(f"{answered} · {describe_memory(llm, full_kv)}")
+            screen.say(f"the file has no chat template, using {llm.chat_format}")
+        if screen.is_interactive and not ask:
+            screen.say("/help lists the commands, /file PATH reads a document, Ctrl-C stops an answer, Ctrl-D leaves")
+        if session is not None and has_session:
+            must(talk, f"/load {session}")
+        bring(talk, words, paths)
+        for question in ask or []:
+            must(talk, question)
+        if not ask:
+            talk.run()
 
 
-class Conversation:
-    """The messages so far, and how the next answer is made."""
+def told_apart(file: str | None, documents: list[str]) -> tuple[str | None, list[str]]:
+    """The model and the documents: where the first word can only be a document, the model is the default one."""
+    from lt_gguf.documents import SUFFIXES
 
-    def __init__(self, llm: Llama, system: str | None, n_predict: int, temperature: float) -> None:
-        self.llm = llm
-        self.system = system
-        self.n_predict = n_predict
-        self.temperature = temperature
-        self.messages: list[dict[str, str]] = []
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-
-    def obey(self, line: str) -> str | None:
-        """Does what a line asks for: a command, or a message to answer. Returns a line about an answer, if one was made."""
-        command, _, text = line.partition(" ")
-        if command == "/edit" and text.strip():
-            return self.edit(text.strip())
-        if command == "/edit":
-            say("/edit TEXT: give the message that replaces your last one")
-        elif line == "/retry":
-            return self.retry()
-        elif line == "/undo":
-            say("the last message is forgotten" if self.undo() else "there is no message to forget")
-        elif line == "/reset":
-            self.reset()
-            say("the conversation begins anew")
-        elif line == "/help":
-            say(HELP)
-        elif line:
-            return self.answer(line)
-        return None
-
-    def undo(self) -> bool:
-        """Forgets the last message and its answer; false if there is none."""
-        last = self._last_message()
-        if last is None:
-            return False
-        del self.messages[last:]
-        return True
-
-    def retry(self) -> str | None:
-        """Answers the last message once more."""
-        last = self._last_message()
-        if last is None:
-            say("there is no message to answer again")
-            return None
-        return self._answer(self.messages[: last + 1])
-
-    def edit(self, text: str) -> str | None:
-        """Answers `text` in place of the last message."""
-        last = self._last_message()
-        if last is None:
-            say("there is no message to replace")
-            return None
-        return self._answer([*self.messages[:last], {"role": "user", "content": text}])
-
-    def answer(self, text: str) -> str:
-        """Prints the answer to `text` while it is made; returns a line about it. Ctrl-C ends it."""
-        return self._answer([*self.messages, {"role": "user", "content": text}])
-
-    def _last_message(self) -> int | None:
-        """Index of the user's last message."""
-        return next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
-
-    def _answer(self, messages: list[dict[str, str]]) -> str:
-        """Answers the last one of `messages`, which then are the conversation; it stays as it was if they don't fit."""
-        words: list[str] = []
-        read_before = self.llm.n_read
-        first: tuple[int, float] | None = None  # tokens in the context, and the time, when the prompt has been read
-        ended = ""
-        try:
-            for chunk in self.llm.create_chat_completion(
-                messages, max_tokens=self.n_predict, temperature=self.temperature, stream=True
-            ):
-                first = first or (self.llm.n_tokens, time.monotonic())
-                choice = chunk["choices"][0]
-                if word := choice["delta"].get("content"):
-                    words.append(word)
-                    print(word, end="", flush=True)
-                if choice["finish_reason"] == "length":
-                    ended = " (cut off: the context is full)" if self._is_full() else " (cut off)"
-        except KeyboardInterrupt:
-            ended = " (stopped)"
-        except ValueError as error:  # the prompt doesn't fit the context
-            return f"error: {error}; /reset begins anew, --ctx makes it larger"
-        print(flush=True)
-        self.messages = [*messages, {"role": "assistant", "content": "".join(words)}]
-        read = f" · read {self.llm.n_read - read_before} tokens"
-        rate = ""
-        if first and self.llm.n_tokens > first[0]:
-            rate = f" · {(self.llm.n_tokens - first[0]) / (time.monotonic() - first[1]):.1f} tokens/s"
-        return f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens{read}{rate}{ended}"
-
-    def _is_full(self) -> bool:
-        return self.llm.n_tokens >= self.llm.n_ctx() - 1
+    if file is not None and (file == STDIN or (file.lower().endswith(SUFFIXES) and Path(file).is_file())):
+        return None, [file, *documents]
+    return file, documents
 
 
-def describe_memory(llm: Llama, full_kv: Callable[[], int]) -> str:
-    """The KV memory of this context, beside the `full_kv()` bytes of the same model without streaming layers."""
-    used = llm.kv_bytes()["total"]
-    if llm.streaming is None:
-        return f"KV {format_bytes(used)}, no layer streams{' yet' if llm.auto else ''}"
-    chosen = f", layers {format_layers(llm.streaming.layers)} stream" if llm.auto else ""
-    return f"KV {format_bytes(used)} hybrid, {format_bytes(full_kv())} full ({1 - used / full_kv():.0%} saved){chosen}"
+def bring(talk: Chat, words: list[str], paths: list[Path]) -> None:
+    """The documents of the command line. Raises what `must` does."""
+    from lt_gguf.chat.conversation import DoesNotFitError
+    from lt_gguf.documents import read_bytes
 
-
-def read_line() -> str | None:
-    """The next line of the user, `None` at the end."""
     try:
-        if sys.stdin.isatty():
-            import readline  # noqa: F401 - input() then has line editing and a history
+        if STDIN in words:
+            talk.attach([read_bytes(sys.stdin.buffer.read(), "standard input")])
+        if paths:
+            talk.open_files(paths)
+    except (DoesNotFitError, ValueError, OSError) as error:
+        if not talk.screen.is_interactive:
+            raise
+        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        talk.screen.say(f"error: {named}")
 
-            return input("> ").strip()
-        line = sys.stdin.readline()
-        return line.strip() if line else None
-    except (EOFError, KeyboardInterrupt):
-        return None
+
+def must(talk: Chat, line: str) -> None:
+    """Does what a line asks for. Raises typer.Exit where it can't be done and nobody sits there to mend it."""
+    if not talk.obey(line) and not talk.screen.is_interactive:
+        raise typer.Exit(1)
 
 
-def say(line: str) -> None:
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{dim}{line}{plain}", file=sys.stderr, flush=True)
+def make_screen(plain: bool, takes_stdin: bool, asks: bool, sessions: Sessions) -> Screen:
+    """The screen that fits where this runs.
+
+    Args:
+        takes_stdin: standard input is a document; messages then come from the terminal itself.
+        asks: the person is to type something.
+
+    Raises:
+        ValueError: there is no terminal to ask.
+    """
+    from lt_gguf.chat.screen import PlainScreen
+
+    keyboard: IO[str] | None = None
+    if takes_stdin and asks:
+        try:
+            keyboard = open("/dev/tty", encoding="utf-8")  # noqa: SIM115 - as long as the program runs
+        except OSError:
+            raise ValueError("standard input is a document, and there is no terminal for questions: give them as --ask TEXT") from None
+    is_interactive = asks and (keyboard is not None or (sys.stdin is not None and sys.stdin.isatty()))
+    is_terminal = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if plain or not is_interactive or not is_terminal:
+        return PlainScreen(keyboard, is_interactive)
+
+    from lt_gguf.chat.commands import COMMANDS
+    from lt_gguf.chat.sessions import user_data
+    from lt_gguf.chat.terminal import CommandCompleter, TerminalScreen
+
+    def names() -> list[str]:
+        return [found.name for found in sessions.listed()]
+
+    completer = CommandCompleter({one.name: one.help for one in COMMANDS.values()}, ["/file"], {"/load": names, "/save": names})
+    return TerminalScreen(completer, user_data() / "history", keyboard)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lt_gguf import models
-from lt_gguf.gguf.file import read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
+from lt_gguf.memory.budget import largest_context
+from lt_gguf.memory.kv import KVShape
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.cpu import usable_cores
@@ -50,6 +52,15 @@ CacheType = Annotated[str, typer.Option(help=f"Type of the KV cache: {', '.join(
 Context = Annotated[
     int, typer.Option("--ctx", "-c", help="Context size in tokens, at most what the model was trained for; 0: as much.")
 ]
+LargeContext = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx",
+        "-c",
+        help="Context size in tokens, at most what the model was trained for; 0: as much. Else as much as memory allows, too.",
+        show_default=False,
+    ),
+]
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature of sampling; 0: always the most likely token.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling; -1: another one each time.")]
 Threads = Annotated[
@@ -66,6 +77,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log o
 DEFAULT_CONTEXT = 4096
 DEFAULT_TEMPERATURE = 0.8
 DEFAULT_BATCH_SIZE = 512
+
+_RESERVE = 768 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +101,26 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(LoadOptions):
+class TextOptions(LoadOptions):
     """The same for commands that generate text."""
 
-    ctx: Context = DEFAULT_CONTEXT
     streaming: Streaming = None
     prompt_limit: PromptLimit = None
     seed: Seed = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TextOptions):
+    """The same for a command whose context has a size of its own."""
+
+    ctx: Context = DEFAULT_CONTEXT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(TextOptions):
+    """The same for a command whose context is as large as can be."""
+
+    ctx: LargeContext = None
 
 
 def takes_options(options_class: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -142,7 +168,7 @@ def streaming_of(file: str, streaming: str | None) -> str | StreamingSpec | None
     return found
 
 
-def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> Llama:
+def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | None = None) -> Llama:
     """The model as the options ask for it. A context is never larger than the model was trained for.
 
     Raises:
@@ -150,20 +176,22 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
     """
     from lt_gguf.runtime.llama import Llama
 
-    if options.ctx < 0:
+    if options.ctx is not None and options.ctx < 0:
         raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
     _check_batch_size(options)
-    n_ctx_train = read_model(file).n_ctx_train
+    described = read_model(file)
+    n_ctx_train = described.n_ctx_train
+    streaming = streaming_of(file, options.streaming)
     ggml_type = cache_type_of(options.cache_type).ggml_type
     settings: dict[str, Any] = {"n_threads": options.n_threads, "n_threads_batch": options.n_threads}
     if options.prompt_limit is not None:
-        settings["prompt_limit"] = _parse_size("--prompt-limit", options.prompt_limit)
+        settings["prompt_limit"] = size_of("--prompt-limit", options.prompt_limit)
     if snapshot_limit is not None:
-        settings["snapshot_limit"] = _parse_size("--snapshot-limit", snapshot_limit)
-    return Llama(
+        settings["snapshot_limit"] = size_of("--snapshot-limit", snapshot_limit)
+    make = functools.partial(
+        Llama,
         file,
-        streaming=streaming_of(file, options.streaming),
-        n_ctx=min(options.ctx or n_ctx_train, n_ctx_train or options.ctx),
+        streaming=streaming,
         n_batch=options.batch_size,
         n_gpu_layers=options.n_gpu_layers,
         flash_attn=options.flash_attn,
@@ -173,6 +201,35 @@ def load(file: str, options: RunOptions, snapshot_limit: str | None = None) -> L
         verbose=options.verbose,
         **settings,
     )
+    if options.ctx is not None:
+        return make(n_ctx=min(options.ctx or n_ctx_train, n_ctx_train or options.ctx))
+    n_ctx = largest_that_fits(described, streaming, options)
+    while True:
+        try:
+            return make(n_ctx=n_ctx)
+        except ValueError:
+            # note: what a GPU has left isn't known before; a file that can't be loaded can't be with any context either
+            if n_ctx <= DEFAULT_CONTEXT:
+                raise
+            n_ctx = max(DEFAULT_CONTEXT, n_ctx // 2)
+
+
+def largest_that_fits(described: GGUFModel, streaming: Any, options: ChatOptions) -> int:
+    """The size of a context that is as large as the model was trained for and memory allows, in tokens."""
+    from lt_gguf.runtime.available_memory import available_memory
+
+    most = described.n_ctx_train or DEFAULT_CONTEXT
+    available = available_memory()
+    if available is None:
+        return most
+    # note: the weights are mapped and must stay in memory; the rest is for what is computed, and for who else runs here
+    left = available - described.n_bytes - max(_RESERVE, available // 10)
+    layers = described.n_head_kv[: described.n_layer_main]
+    # note: an upper bound for the models whose cache is of another shape
+    shape = KVShape(layers, max(described.n_head_kv, default=0), described.head_size_k, described.head_size_v)
+    # a spec's text is of the file's own layers in part, so it is taken for full attention, which is what a prompt needs anyway
+    spec = described.spec if streaming is None else streaming if isinstance(streaming, StreamingSpec) else None
+    return largest_context(shape, spec, left, most, cache_type=options.cache_type, flash_attn=options.flash_attn)
 
 
 def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
@@ -200,7 +257,8 @@ def _check_batch_size(options: LoadOptions) -> None:
         raise ValueError(f"--batch-size = {options.batch_size}: must be at least 1")
 
 
-def _parse_size(option: str, text: str) -> int:
+def size_of(option: str, text: str) -> int:
+    """The bytes that an option's text means. Raises ValueError: it is no size."""
     try:
         return parse_size(text)
     except ValueError as error:

@@ -65,3 +65,27 @@ def kv_bytes(shape: KVShape, layers: Sequence[int], *, sink: int, window: int, n
 def format_mib(n_bytes: int) -> str:
     """Rounded up, so that a budget of what this says is enough."""
     return f"{math.ceil(n_bytes * 100 / 2**20) / 100:.2f} MiB"
+
+
+def largest_context(
+    shape: KVShape, spec: StreamingSpec | None, n_bytes: int, n_ctx_most: int, *, cache_type: str = DEFAULT_CACHE_TYPE, flash_attn: bool
+) -> int:
+    """The largest context of one sequence, a multiple of 1024 tokens or `n_ctx_most`, whose KV cache fits into `n_bytes` at its peak;
+    at least 1024, so that a message may be tried.
+
+    Args:
+        spec: which layers stream. While a prompt is read with full attention they hold all of it (`prefill = full`).
+        n_ctx_most: what the model was trained for, in tokens.
+    """
+    at_peak = None if spec is None or spec.prefill == "full" else spec
+
+    def fits(n_ctx: int) -> bool:
+        return kv_memory(shape, at_peak, n_ctx, type_k=cache_type, flash_attn=flash_attn).total <= n_bytes
+
+    if fits(n_ctx_most):
+        return n_ctx_most
+    low, high = 1, max(1, n_ctx_most // 1024)  # in steps; low is taken whether or not it fits
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(1024 * middle) else (low, middle)
+    return min(n_ctx_most, 1024 * low)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lt_gguf.runtime import api, crash
+from lt_gguf.runtime.interruptible import interruptible
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.saved import Saved, state_bytes
@@ -128,7 +129,8 @@ class RewindingLlama(_Llama):
         self._requires_eval = True
         self._role = _Role.PROMPT
         try:
-            self._eval(tokens[n:], ends=False, progress=progress)
+            with interruptible(self.ctx) as check:
+                self._eval(tokens[n:], ends=False, progress=partial(_report, progress, check))
         finally:
             self._role = None
 
@@ -144,8 +146,8 @@ class RewindingLlama(_Llama):
         snapshot = self._snapshots.nearest(n)
         return snapshot.n_tokens if snapshot else 0
 
-    def _eval(self, tokens: Sequence[int], ends: bool = True, progress: Callable[[int, int], None] | None = None) -> None:
-        """As `eval`; unless it `ends`, the prompt goes on."""
+    def _eval(self, tokens: Sequence[int], ends: bool = True, progress: Callable[[int, int, int], None] | None = None) -> None:
+        """As `eval`; unless it `ends`, the prompt goes on. `progress`: tokens before a piece, all tokens, those of the piece that are read."""
         new = np.asarray(tokens, dtype=np.intc)
         if not len(new):
             return
@@ -157,7 +159,7 @@ class RewindingLlama(_Llama):
         for piece in self._pieces(start, n_kept, n_kept + len(new), is_prompt):
             part = text[piece.begin - start : piece.end - start].tolist()
             is_new = piece.end > n_kept
-            report = None if progress is None else partial(_report, progress, piece.begin - start, len(text))
+            report = None if progress is None else partial(progress, piece.begin - start, len(text))
             self._read(part, piece, is_new=is_new, ends=ends or not is_new, report=report)
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -424,5 +426,7 @@ class RewindingLlama(_Llama):
             print(f"Llama.{line}", file=sys.stderr)
 
 
-def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
+def _report(progress: Callable[[int, int], None] | None, check: Callable[[], None], before: int, total: int, done: int) -> None:
+    if progress is not None:
+        progress(before + done, total)
+    check()

@@ -34,6 +34,8 @@ ORDER = (
     "analysis",  # a model is measured, and a strategy chooses
     "conversion",  # a checkpoint becomes a file
     "training",  # a checkpoint learns to stream
+    "documents",  # a file that a person wants to ask about
+    "chat",  # the conversation about it
     "cli",
 )
 
