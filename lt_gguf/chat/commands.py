@@ -159,7 +159,9 @@ class Chat:
     def file(self, text: str) -> None:
         if not text:
             there = self.conversation.documents
-            self.screen.say("; ".join(document.describe() for document in there) or "/file PATH: give a file, a folder or a pattern")
+            self.screen.say(
+                "; ".join(document.describe() for document in there) or "/file PATH: give a file, a folder or a pattern"
+            )
             return
         try:
             words = shlex.split(text)
@@ -217,7 +219,9 @@ class Chat:
     def _say_read(self, n_read: int, n_restored: int, seconds: float) -> None:
         restored = f"restored {n_restored} tokens from disk, " if n_restored else ""
         speed = f" ({n_read / seconds:.1f} tokens/s)" if n_read >= 32 else ""
-        self.screen.say(f"{restored}read {n_read} tokens in {format_seconds(seconds) if seconds >= 10 else f'{seconds:.1f} s'}{speed}")
+        self.screen.say(
+            f"{restored}read {n_read} tokens in {format_seconds(seconds) if seconds >= 10 else f'{seconds:.1f} s'}{speed}"
+        )
 
     # ------------------------------------------------------------------------------- sessions and the end
 
@@ -262,7 +266,9 @@ class Chat:
     def shorten(self, text: str) -> None:
         n = self.conversation.shorten(_number(text, "/shorten"))
         if not n:
-            raise ValueError("nothing is dropped: there is enough room, or no question" if not text else "there is no question to drop")
+            raise ValueError(
+                "nothing is dropped: there is enough room, or no question" if not text else "there is no question to drop"
+            )
         kept = f", {len(self.conversation.documents)} documents stay" if self.conversation.documents else ""
         self.screen.say(f"the {n} oldest questions are dropped{kept}")
         self._read_ahead()
@@ -313,12 +319,18 @@ class Chat:
 COMMANDS = {
     command.name: command
     for command in (
-        Command("/file", "PATH…", "reads documents for the next question: files, folders, patterns; alone: which there are", Chat.file),
+        Command(
+            "/file", "PATH…", "reads documents for the next question: files, folders, patterns; alone: which there are", Chat.file
+        ),
         Command("/retry", "", "answers your last message again", Chat.retry),
         Command("/edit", "[TEXT]", "asks TEXT in place of your last message; alone: to change it", Chat.edit),
         Command("/undo", "", "takes out what /file brought, else forgets the last message and its answer", Chat.undo),
-        Command("/shorten", "[N]", "drops the oldest N questions, or as many as half of the room needs; documents stay", Chat.shorten),
-        Command("/branch", "[N]", "goes on behind the first N questions, or the documents; saves the conversation as it is", Chat.branch),
+        Command(
+            "/shorten", "[N]", "drops the oldest N questions, or as many as half of the room needs; documents stay", Chat.shorten
+        ),
+        Command(
+            "/branch", "[N]", "goes on behind the first N questions, or the documents; saves the conversation as it is", Chat.branch
+        ),
         Command("/save", "[NAME]", "keeps the conversation and what the model has read", Chat.save),
         Command("/load", "NAME", "takes a saved conversation up again", Chat.load),
         Command("/sessions", "", "lists the saved conversations", Chat.list_sessions),
@@ -330,7 +342,6 @@ COMMANDS = {
         Command("/exit", "", "leaves", Chat.leave),
     )
 }
-
 
 
 def _number(text: str, command: str) -> int | None:

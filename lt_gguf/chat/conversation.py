@@ -6,10 +6,10 @@ It reads as little as it can: what the context holds isn't read again, and what 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lt_gguf.chat.prompt import PromptMaker
 from lt_gguf.chat.turns import Answer, Turn
@@ -307,13 +307,19 @@ class Conversation:
         seconds = first[1] - begun if first else None
         rate = n_generated / (time.monotonic() - first[1]) if first and n_generated else None
         self.last = Answer(
-            self.turns[-1].answer or "", ended, self.llm.n_read - n_read_before, n_restored, n_generated + bool(first), seconds, rate
+            self.turns[-1].answer or "",
+            ended,
+            self.llm.n_read - n_read_before,
+            n_restored,
+            n_generated + bool(first),
+            seconds,
+            rate,
         )
         return self.last
 
-    def _chunks(self, tokens: list[int], settings: dict[str, object]) -> Iterator[tuple[str, bool]]:
+    def _chunks(self, tokens: list[int], settings: dict[str, Any]) -> Generator[tuple[str, bool], None, None]:
         """Pieces of the answer, and whether it is cut off there."""
-        with closing(self.llm.create_completion(tokens, **settings)) as completion:  # type: ignore[arg-type, type-var]
+        with closing(self.llm.create_completion(tokens, **settings)) as completion:
             for chunk in completion:
                 choice = chunk["choices"][0]
                 yield choice["text"], choice["finish_reason"] == "length"

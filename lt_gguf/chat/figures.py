@@ -77,7 +77,10 @@ def stats(conversation: Conversation, full_kv: FullKV) -> list[tuple[str, str]]:
         ("model", Path(llm.model_path).name),
         ("context", f"{llm.n_tokens} of {llm.n_ctx()} tokens; the model was trained for {llm._model.n_ctx_train()}"),
         ("memory", describe_memory(llm, full_kv)),
-        ("", f"full layers {format_bytes(kv['full'])}, streaming {format_bytes(kv['streaming'])}, a prompt {format_bytes(kv['prompt'])}"),
+        (
+            "",
+            f"full layers {format_bytes(kv['full'])}, streaming {format_bytes(kv['streaming'])}, a prompt {format_bytes(kv['prompt'])}",
+        ),
         ("documents", "; ".join(document.describe() for document in conversation.documents) or "none"),
         ("questions", str(len(conversation.turns))),
         ("computed", f"{llm.n_read} tokens read, {llm.n_decoded} generated"),
@@ -89,7 +92,8 @@ def stats(conversation: Conversation, full_kv: FullKV) -> list[tuple[str, str]]:
         rate = f", {last.tokens_per_second:.1f} tokens/s" if last.tokens_per_second else ""
         rows.append(("last answer", f"{last.n_generated} tokens{rate}, {first_token(last) or 'no token'}"))
     if kept:
-        rows.append(("on disk", f"{describe_limit(kept.store)}, {kept.store.folder}" if kept.store.limit else "nothing is kept (--cache-limit 0)"))
+        disk = f"{describe_limit(kept.store)}, {kept.store.folder}" if kept.store.limit else "nothing is kept (--cache-limit 0)"
+        rows.append(("on disk", disk))
     return rows
 
 

@@ -112,7 +112,7 @@ class PromptMaker:
             if turn.answer is not None:
                 messages.append({"role": "assistant", "content": turn.answer})
         recorder = _Recorder(self.llm)
-        _Llama.create_chat_completion(recorder, messages, stream=True, **self.settings)  # type: ignore[arg-type]
+        _Llama.create_chat_completion(recorder, messages, stream=True, **self.settings)
         return recorder
 
     def _assemble(self, recorder: _Recorder, pieces: Sequence[Document]) -> list[int]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Protocol
+from typing import Protocol, TextIO
 
 # Called with what has been done, and how much there is to do.
 Step = Callable[[int, int], None]
@@ -61,7 +61,7 @@ class PlainScreen:
         is_interactive: a person sits there: `> ` asks for the next message.
     """
 
-    def __init__(self, lines: IO[str] | None = None, is_interactive: bool = False) -> None:
+    def __init__(self, lines: TextIO | None = None, is_interactive: bool = False) -> None:
         self.lines = lines
         self.is_interactive = is_interactive
 

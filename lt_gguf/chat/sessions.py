@@ -106,7 +106,9 @@ class Sessions:
         conversation.reset()
         conversation.system, conversation.turns, conversation.pending = system, turns, pending
         own = _model_name(conversation)
-        return "" if model == own else f"{name}: its answers are those of {model}, this is {own}: it goes on with this one, reading all anew"
+        if model == own:
+            return ""
+        return f"{name}: its answers are those of {model}; it goes on with {own}, which reads all anew"
 
     def listed(self) -> list[SessionInfo]:
         """All sessions, the last one first; damaged ones aren't among them."""
@@ -132,7 +134,9 @@ class Sessions:
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name != name.strip():
-            raise SessionError(f'"{name}": can\'t be a session\'s name: must be letters, digits, spaces, dots and dashes, at most 64')
+            raise SessionError(
+                f"\"{name}\": can't be a session's name: must be letters, digits, spaces, dots and dashes, at most 64"
+            )
         return self.folder / f"{name}.json"
 
     def _read(self, path: Path, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -81,7 +81,7 @@ class TerminalScreen:
 
     is_interactive = True
 
-    def __init__(self, completer: Completer, history: Path | None = None, keyboard: IO[str] | None = None) -> None:
+    def __init__(self, completer: Completer, history: Path | None = None, keyboard: TextIO | None = None) -> None:
         self.out = Console(highlight=False)
         self.notes = Console(stderr=True, highlight=False)
         self._status = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -14,7 +14,7 @@ from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.runtime.state_store import StateStore
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What can be done with the cache."""
 
     LIST = "list"

@@ -6,7 +6,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -38,7 +38,7 @@ def chat(
         typer.Argument(metavar="[DOCUMENT]...", help="Files to ask about: text, Markdown, HTML, PDF, DOCX; -: standard input."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="What the model is told first.")] = None,
-    ask: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A question to answer, then the next; leaves after the last.")] = None,
+    ask: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A question to answer; leaves after the last one.")] = None,
     session: Annotated[str | None, typer.Option(metavar="NAME", help="Takes this session up, or begins it, and keeps it.")] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer; -1: no limit.")] = -1,
     temperature: model.Temperature = model.DEFAULT_TEMPERATURE,
@@ -140,12 +140,14 @@ def make_screen(plain: bool, takes_stdin: bool, asks: bool, sessions: Sessions) 
     """
     from lt_gguf.chat.screen import PlainScreen
 
-    keyboard: IO[str] | None = None
+    keyboard: TextIO | None = None
     if takes_stdin and asks:
         try:
             keyboard = open("/dev/tty", encoding="utf-8")  # noqa: SIM115 - as long as the program runs
         except OSError:
-            raise ValueError("standard input is a document, and there is no terminal for questions: give them as --ask TEXT") from None
+            raise ValueError(
+                "standard input is a document, and there is no terminal for questions: give them as --ask TEXT"
+            ) from None
     is_interactive = asks and (keyboard is not None or (sys.stdin is not None and sys.stdin.isatty()))
     is_terminal = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if plain or not is_interactive or not is_terminal:

@@ -6,8 +6,13 @@ import codecs
 
 from lt_gguf.documents.document import DocumentError
 
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
-_MARKS += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (  # note: that of UTF-32 begins as that of UTF-16 does
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 # What no text has; form feeds stand between the pages of old ones, escapes in what a terminal has shown.
 _CONTROLS = bytes(set(range(32)) - {*b"\t\n\r\f\x1b\b"}) + b"\x7f"
 _MOST_CONTROLS = 0.001  # of all bytes: a stray one doesn't make a binary file

@@ -65,7 +65,9 @@ def _files(path: Path) -> list[Path]:
 def _file_hash(path: Path, remembered: str | os.PathLike[str] | None) -> str:
     status = os.stat(path)
     seen = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    note = None if remembered is None else Path(remembered) / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    note = (
+        None if remembered is None else Path(remembered) / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    )
     if note is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads(note.read_text(encoding="utf-8"))

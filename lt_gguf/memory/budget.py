@@ -68,7 +68,13 @@ def format_mib(n_bytes: int) -> str:
 
 
 def largest_context(
-    shape: KVShape, spec: StreamingSpec | None, n_bytes: int, n_ctx_most: int, *, cache_type: str = DEFAULT_CACHE_TYPE, flash_attn: bool
+    shape: KVShape,
+    spec: StreamingSpec | None,
+    n_bytes: int,
+    n_ctx_most: int,
+    *,
+    cache_type: str = DEFAULT_CACHE_TYPE,
+    flash_attn: bool,
 ) -> int:
     """The largest context of one sequence, a multiple of 1024 tokens or `n_ctx_most`, whose KV cache fits into `n_bytes` at its peak;
     at least 1024, so that a message may be tried.

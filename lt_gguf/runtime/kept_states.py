@@ -20,7 +20,7 @@ from lt_gguf.runtime.state_file import DamagedError, StateHeader
 from lt_gguf.runtime.state_store import TOKENS, Entry, StateStore
 
 if TYPE_CHECKING:
-    from lt_gguf.runtime.llama import Llama
+    from lt_gguf.runtime.rewinding import RewindingLlama
 
 _binding = load_llama_cpp()
 
@@ -32,7 +32,7 @@ _PARAMETERS = (
 )  # fmt: skip
 
 
-def identity(llm: Llama) -> str:
+def identity(llm: RewindingLlama) -> str:
     """64 hex digits that are the same for contexts that may share states: of the same model (its bytes, not its name), with the
     same spec, types of the cache, rotation and adapter, on the same release of llama.cpp.
 
@@ -64,7 +64,7 @@ class KeptStates:
         store: where they are.
     """
 
-    def __init__(self, llm: Llama, store: StateStore) -> None:
+    def __init__(self, llm: RewindingLlama, store: StateStore) -> None:
         self.llm = llm
         self.store = store
         self._identity: str | None = None
@@ -171,4 +171,3 @@ def stored_state(header: StateHeader, parts: dict[str, memoryview], n_vocab: int
     )
     state.lt_gguf = saved
     return state
-

@@ -23,7 +23,7 @@ from lt_gguf.runtime.interruptible import interruptible
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.saved import Saved, state_bytes
-from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshot, Snapshots
+from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshots
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 _binding = load_llama_cpp()
@@ -147,7 +147,7 @@ class RewindingLlama(_Llama):
         return snapshot.n_tokens if snapshot else 0
 
     def _eval(self, tokens: Sequence[int], ends: bool = True, progress: Callable[[int, int, int], None] | None = None) -> None:
-        """As `eval`; unless it `ends`, the prompt goes on. `progress`: tokens before a piece, all tokens, those of the piece that are read."""
+        """As `eval`; unless it `ends`, the prompt goes on. `progress`: tokens before a piece, all, and those of the piece that are read."""
         new = np.asarray(tokens, dtype=np.intc)
         if not len(new):
             return
@@ -207,7 +207,7 @@ class RewindingLlama(_Llama):
         data = state_bytes(self.ctx)
         scores = self._scores.copy() if self._logits_all else np.zeros((0, self._n_vocab), np.single)
         input_ids = self.input_ids.copy()
-        state = _binding.LlamaState(input_ids, scores, n, data, len(data), self._seed)  # type: ignore[arg-type]  # bytes, too
+        state = _binding.LlamaState(input_ids, scores, n, data, len(data), self._seed)
         prompts = self._prompts.copy()
         prompts.truncate(n)
         streams = self.streaming is not None or self.auto is not None

@@ -71,8 +71,7 @@ def write_state(file: IO[bytes], fields: Mapping[str, Any], parts: Mapping[str, 
     views = {name: memoryview(part).cast("B") for name, part in parts.items()}
     header = json.dumps({"fields": dict(fields), "parts": {name: view.nbytes for name, view in views.items()}}).encode()
     digest = hashlib.blake2b(digest_size=_DIGEST)
-    for piece in (_HEAD.pack(_MAGIC, len(header)), header, *views.values()):
-        view = memoryview(piece)
+    for view in (memoryview(_HEAD.pack(_MAGIC, len(header))), memoryview(header), *views.values()):
         for begin in range(0, len(view), _CHUNK):
             digest.update(view[begin : begin + _CHUNK])
             file.write(view[begin : begin + _CHUNK])
@@ -131,7 +130,7 @@ def _header(file: IO[bytes], n_bytes: int) -> StateHeader:
         raise DamagedError(f"{name}: isn't a saved state of this version")
     _, length = _HEAD.unpack(head)
     try:
-        said = json.loads(file.read(length)) if length <= _LONGEST_HEADER else None
+        said = json.loads(file.read(length) if length <= _LONGEST_HEADER else b"")
         parts = {str(part): int(size) for part, size in said["parts"].items()}
         header = StateHeader(dict(said["fields"]), parts, _HEAD.size + length)
         is_whole = all(size >= 0 for size in parts.values()) and header.n_bytes == n_bytes
