@@ -116,7 +116,8 @@ class StateStore:
                 continue
             except OSError:
                 continue
-            if n > (best[1] if best else 0):
+            # note: of two that spare as much, the smaller one is there sooner
+            if n and (best is None or (n, -entry.n_bytes) > (best[1], -best[0].n_bytes)):
                 best = entry, n
         return best
 
