@@ -10,13 +10,12 @@ import tomllib
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support.tiny_checkpoint import N_LAYER, SINK, WINDOW, hybrid_file  # noqa: F401 - a fixture
 
-from lt_gguf.cli import chat, inspect
+from lt_gguf.cli import inspect
 from lt_gguf.cli import model as model_options
 from lt_gguf.gguf import flagging
 from lt_gguf.gguf.file import read_model
@@ -243,7 +242,7 @@ def test_the_number_of_threads_is_shown(lt_gguf_command, hybrid_file, monkeypatc
     monkeypatch.setattr(model_options, "usable_cores", lambda: 3)
     monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
     _, _, err = lt_gguf_command("chat", hybrid_file, "--ctx", 512, *given)
-    assert err.splitlines()[0].endswith(f" · {threads}")
+    assert err.splitlines()[0].endswith(f" · {threads} · context of 512 tokens")
 
 
 def test_help_says_how_many_threads_there_are(lt_gguf_command):
@@ -252,146 +251,7 @@ def test_help_says_how_many_threads_there_are(lt_gguf_command):
     assert f"0: the physical cores that the process may use, here {usable_cores()}." in " ".join(out.split())
 
 
-# ------------------------------------------------------------------------------------------------- chat
-
-
-def test_chat_through_a_pipe(lt_gguf_command, hybrid_file, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nonce more\n/reset\nhello\n/exit\nnever read\n"))
-    status, out, err = lt_gguf_command("chat", hybrid_file, "-n", 6, "--temp", 0, *QUICK)
-    assert status == 0
-    lines = err.splitlines()
-    kv = "KV 192.00 KiB hybrid, 256.00 KiB full (25% saved)"  # 512 cells; 256 in the streaming layers
-    assert lines[0] == f"{kv} · 1 CPU thread"
-    answers = [line for line in lines if line.endswith(kv) and "of 512 tokens" in line]
-    assert len(answers) == 3
-    assert answers[0].split(" of ")[0] == answers[2].split(" of ")[0] != answers[1].split(" of ")[0]
-    assert out.count("\n") >= 3
-
-
-@pytest.mark.parametrize("streaming", ["layers=1,3", "layers=1,3;prefill=full", "auto:0.5"])
-def test_chat_reads_only_what_is_new(lt_gguf_command, hybrid_file, monkeypatch, streaming):
-    long = "the quick brown fox jumps over the lazy dog and runs away " * 3
-    lines = [long, "and then", "/retry", "/edit and now", "/undo", "and then", "/edit", "/exit"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    status, out, err = lt_gguf_command("chat", hybrid_file, "-n", 5, "--temp", 0, *QUICK, "--streaming", streaming)
-    assert status == 0
-    answers = [line for line in err.splitlines() if " of 512 tokens" in line]
-    n_read = [int(line.split(" · read ")[1].split()[0]) for line in answers]
-    n_tokens = [int(line.split()[0]) for line in answers]
-    assert n_read[0] > 50
-    assert all(0 < n < 40 for n in (n_read[1], n_read[3], n_read[4]))
-    assert n_read[2] == 0
-    assert n_tokens[1] == n_tokens[2] == n_tokens[4]
-    assert ("layers" in answers[-1]) == (streaming == "auto:0.5")
-    texts = out.splitlines()
-    assert texts[1] == texts[2] == texts[4]
-    assert "the last message is forgotten" in err and "/edit TEXT: give the message" in err
-
-
-def test_chat_says_that_no_layer_streams_yet(lt_gguf_command, hybrid_file, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
-    _, _, err = lt_gguf_command("chat", hybrid_file, *QUICK, "--streaming", "auto:0.5")
-    assert err.splitlines()[0] == "KV 256.00 KiB, no layer streams yet · 1 CPU thread"
-
-
-def test_chat_needs_no_formula_where_no_layer_streams():
-    """Models with a memory of their own have none."""
-    llm = SimpleNamespace(kv_bytes=lambda: {"total": 1024}, streaming=None, auto=None)
-    assert chat.describe_memory(llm, lambda: pytest.fail("asked")) == "KV 1.00 KiB, no layer streams"
-
-
-class FakeLlama:
-    """Answers with `chunks`; an exception among them is raised."""
-
-    n_tokens = 0
-    n_read = 0
-
-    def __init__(self, *chunks: object) -> None:
-        self.chunks = chunks
-        self.seen: list[list[dict[str, str]]] = []
-
-    def n_ctx(self) -> int:
-        return 100
-
-    def create_chat_completion(self, messages, **_):
-        self.seen.append([dict(message) for message in messages])
-        for chunk in self.chunks:
-            if isinstance(chunk, BaseException):
-                raise chunk
-            self.n_tokens += 1
-            yield {"choices": [{"delta": {"content": chunk}, "finish_reason": None}]}
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(capsys):
-    llm = FakeLlama("Once ", "upon", KeyboardInterrupt())
-    conversation = chat.Conversation(llm, "Be brief.", -1, 0.0)
-    assert conversation.answer("Tell").endswith("(stopped)")
-    assert capsys.readouterr().out == "Once upon\n"
-    llm.chunks = ("Well.",)
-    conversation.answer("Go on")
-    assert llm.seen[1] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Tell"},
-        {"role": "assistant", "content": "Once upon"},
-        {"role": "user", "content": "Go on"},
-    ]
-    conversation.reset()
-    conversation.answer("Anew")
-    assert llm.seen[2] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Anew"}]
-
-
-def test_a_message_that_does_not_fit_is_taken_back():
-    llm = FakeLlama(ValueError("Requested tokens (200) exceed context window of 100"))
-    conversation = chat.Conversation(llm, None, -1, 0.0)
-    assert "exceed context window of 100; /reset begins anew" in conversation.answer("much")
-    assert conversation.messages == []
-
-
-def test_retry_edit_and_undo(capsys):
-    llm = FakeLlama("yes")
-    conversation = chat.Conversation(llm, "Be brief.", -1, 0.0)
-    system = {"role": "system", "content": "Be brief."}
-    first = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
-    for command, complaint in [("/retry", "no message to answer again"), ("/edit x", "to replace"), ("/undo", "to forget")]:
-        assert conversation.obey(command) is None
-        assert complaint in capsys.readouterr().err
-    assert not llm.seen
-    conversation.obey("one")
-    assert "read 0 tokens" in conversation.obey("two")
-    conversation.obey("/retry")
-    assert llm.seen[2] == llm.seen[1] == [system, *first, {"role": "user", "content": "two"}]
-    conversation.obey("/edit  three words here ")
-    assert llm.seen[3] == [system, *first, {"role": "user", "content": "three words here"}]
-    assert len(conversation.messages) == 5
-    conversation.obey("/undo")
-    assert conversation.messages == [system, *first]
-    conversation.obey("/undo")
-    assert conversation.messages == [system]
-
-
-def test_what_does_not_fit_leaves_the_conversation_as_it_was():
-    llm = FakeLlama("yes")
-    conversation = chat.Conversation(llm, None, -1, 0.0)
-    conversation.obey("one")
-    before = list(conversation.messages)
-    llm.chunks = (ValueError("too long"),)
-    for line in ("two", "/retry", "/edit three"):
-        assert "too long" in conversation.obey(line)
-        assert conversation.messages == before
-
-
-@pytest.mark.parametrize("stops", [EOFError, KeyboardInterrupt])
-def test_ctrl_c_and_ctrl_d_leave_while_waiting(monkeypatch, stops):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    def interrupted(_prompt: str) -> str:
-        raise stops
-
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr("builtins.input", interrupted)
-    assert chat.read_line() is None
+# ------------------------------------------------------------------------------------------------ sizes
 
 
 @pytest.mark.parametrize(

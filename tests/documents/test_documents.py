@@ -48,7 +48,9 @@ def test_html_becomes_markdown():
 
 def test_a_pdf_page_by_page():
     steps = []
-    document = read_bytes(pdf(["The red tower\nis 40 m tall.", "", "The last page."]), "tower.pdf", progress=lambda *s: steps.append(s))
+    document = read_bytes(
+        pdf(["The red tower\nis 40 m tall.", "", "The last page."]), "tower.pdf", progress=lambda *s: steps.append(s)
+    )
     assert document.text == "The red tower\nis 40 m tall.\n\nThe last page."
     assert document.n_pages == 3 and steps == [(1, 3), (2, 3), (3, 3)]
     assert document.describe() == "tower.pdf (PDF, 3 pages)"

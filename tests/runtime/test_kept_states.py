@@ -48,7 +48,7 @@ def test_read_again_from_disk_in_another_context(hybrid_file, mode, store):
         kept = KeptStates(other, store)
         n = kept.restore(DOCUMENT + OTHER)
         assert n == (0 if other is llm and mode == "prefill_stream" else 600) or (other is llm and n < 600)
-        assert n_read(other, lambda: answer(other, DOCUMENT + OTHER, 1)) <= 56  # noqa: B023
+        assert n_read(other, lambda: answer(other, DOCUMENT + OTHER, 1)) <= 56
         assert_like(other, hybrid_file, mode, [("prompt", DOCUMENT + OTHER)])
 
 
@@ -176,7 +176,7 @@ def test_llama_disk_cache(hybrid_file, tmp_path, own):
 
     llm = with_cache()
     llm.create_completion(DOCUMENT, max_tokens=8, temperature=0)
-    assert 0 < llm.cache.cache_size and len(llm.cache.store.entries()) == 1
+    assert llm.cache.cache_size > 0 and len(llm.cache.store.entries()) == 1
     assert not any(b"pickle" in path.read_bytes()[:200] for path in folder.rglob("*.state"))
     other = with_cache()
     assert DOCUMENT + QUESTION in other.cache
