@@ -43,15 +43,17 @@ def first_token(answer: Answer | None) -> str:
 
 
 def status(conversation: Conversation, full_kv: FullKV) -> str:
-    """The line below what is typed."""
+    """The line below what is typed, short enough for most windows; what may be cut off stands last."""
     llm, answer = conversation.llm, conversation.last
-    used = max(llm.n_tokens, 0)
-    parts = [f"{used} of {llm.n_ctx()} tokens ({used / llm.n_ctx():.0%})", describe_memory(llm, full_kv)]
-    if answer:
-        parts += [f"{answer.tokens_per_second:.1f} tokens/s"] if answer.tokens_per_second else []
-        parts += [line for line in [first_token(answer)] if line]
+    parts = [f"{llm.n_tokens} of {llm.n_ctx()} tokens ({llm.n_tokens / llm.n_ctx():.0%})"]
     if documents := conversation.documents:
         parts.append(documents[0].name if len(documents) == 1 else f"{len(documents)} documents")
+    if answer and answer.tokens_per_second:
+        parts.append(f"{answer.tokens_per_second:.1f} tokens/s")
+    if answer and answer.seconds_to_first is not None:
+        parts.append(f"first token {answer.seconds_to_first:.2f} s")
+    used = format_bytes(llm.kv_bytes()["total"])
+    parts.append(f"KV {used}" if llm.streaming is None else f"KV {used}, full attention {format_bytes(full_kv())}")
     return " · ".join(parts)
 
 

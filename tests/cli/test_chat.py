@@ -239,7 +239,7 @@ def test_largest_context():
     half = StreamingSpec((1, 3), 4, 4, 252, "stream")
     assert largest_context(shape, None, bytes_of(most), most, flash_attn=True) == most
     assert largest_context(shape, None, bytes_of(most) - 1, most, flash_attn=True) == most - 1024
-    assert largest_context(shape, None, bytes_of(5000), most, flash_attn=True) == 4096
+    assert largest_context(shape, None, bytes_of(4864), most, flash_attn=True) == 4096
     assert largest_context(shape, half, bytes_of(8192, half), most, flash_attn=True) == 8192
     full = StreamingSpec((1, 3), 4, 4, 252, "full")  # which holds a prompt in all layers
     assert largest_context(shape, full, bytes_of(8192, full), most, flash_attn=True) < 8192
