@@ -255,6 +255,9 @@ class Conversation:
         """Makes the context begin with these tokens; returns how many were computed."""
         self._restore(tokens)
         n_before, begun = self.llm.n_read, time.monotonic()
+        n_missing = len(tokens) - self.llm.n_reusable(tokens)
+        if progress is not None and n_missing:
+            progress(0, n_missing)  # note: of a large model the first batch takes half a minute
         try:
             self.llm.read_ahead(tokens, progress)
         finally:

@@ -29,21 +29,21 @@ class MarkdownStream:
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
-        self._live = Live(console=self.console, refresh_per_second=_PER_SECOND, transient=True, vertical_overflow="crop")
-        self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._live is not None
-        self._live.update(Text(""))
-        self._live.stop()
-        self._live = None
+        if self._live is not None:
+            self._live.update(Text(""))
+            self._live.stop()
+            self._live = None
         if self._rest.strip():
             self.console.print(Markdown(self._rest))
         self._rest = ""
 
     def add(self, piece: str) -> None:
-        assert self._live is not None
+        if self._live is None:  # note: until then the screen may show how far reading is
+            self._live = Live(console=self.console, refresh_per_second=_PER_SECOND, transient=True, vertical_overflow="crop")
+            self._live.start()
         self._rest += piece
         done = complete(self._rest)
         if done:

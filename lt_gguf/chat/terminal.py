@@ -23,6 +23,7 @@ from rich.table import Table
 from lt_gguf.chat.markdown_stream import MarkdownStream
 from lt_gguf.chat.screen import Step
 
+_PERIOD = 3600.0  # seconds of which the estimate is a mean: a batch may take half a minute
 _LONGEST_KEPT = 4000  # characters: a pasted document isn't what one looks for in the history
 
 
@@ -85,6 +86,7 @@ class TerminalScreen:
         self.out = Console(highlight=False)
         self.notes = Console(stderr=True, highlight=False)
         self._status = ""
+        self._bar: Progress | None = None
         depth = ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None
         settings: dict[str, Any] = {} if keyboard is None else {"input": create_input(keyboard)}
         self._session: PromptSession[str] = PromptSession(
@@ -121,7 +123,14 @@ class TerminalScreen:
     @contextmanager
     def answer(self) -> Iterator[Callable[[str], None]]:
         with MarkdownStream(self.out) as stream:
-            yield stream.add
+
+            def show(word: str) -> None:
+                if self._bar is not None:  # note: two things that move would write over one another
+                    self._bar.stop()
+                    self._bar = None
+                stream.add(word)
+
+            yield show
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Step]:
@@ -130,7 +139,7 @@ class TerminalScreen:
             *(TimeElapsedColumn(), TextColumn("· left"), TimeRemainingColumn(), TextColumn("· Ctrl-C stops", style="dim")),
         )
         # note: it appears with the first step, where there is none it never does
-        bar = Progress(*columns, console=self.notes, transient=True)
+        self._bar = bar = Progress(*columns, console=self.notes, transient=True, speed_estimate_period=_PERIOD)
         task = bar.add_task(what, total=None)
 
         def step(done: int, total: int) -> None:
@@ -141,6 +150,7 @@ class TerminalScreen:
             yield step
         finally:
             bar.stop()
+            self._bar = None
 
 
 def _history(path: Path | None) -> History:
