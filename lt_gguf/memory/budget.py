@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape, kv_memory
@@ -83,9 +84,10 @@ def largest_context(
         spec: which layers stream. While a prompt is read with full attention they hold all of it (`prefill = full`).
         n_ctx_most: what the model was trained for, in tokens.
     """
-    at_peak = None if spec is None or spec.prefill == "full" else spec
 
     def fits(n_ctx: int) -> bool:
+        # note: in streaming layers of a type of their own, which may be larger than that of the others
+        at_peak = replace(spec, window=n_ctx) if spec is not None and spec.prefill == "full" else spec
         return kv_memory(shape, at_peak, n_ctx, type_k=cache_type, flash_attn=flash_attn).total <= n_bytes
 
     if fits(n_ctx_most):

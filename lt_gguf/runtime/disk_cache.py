@@ -16,7 +16,7 @@ from lt_gguf.runtime.state_store import DEFAULT_LIMIT, StateStore
 if TYPE_CHECKING:
     from llama_cpp.llama_cache import BaseLlamaCache as _Base
 
-    from lt_gguf.runtime.rewinding import RewindingLlama
+    from lt_gguf.runtime.reading_ahead import ReadingLlama
 else:
     _Base = load_llama_cpp().llama_cache.BaseLlamaCache
 
@@ -44,7 +44,7 @@ class LlamaDiskCache(_Base):
         """Bytes of all states in the folder."""
         return self.store.n_bytes
 
-    def bound_to(self, llm: RewindingLlama) -> LlamaDiskCache:
+    def bound_to(self, llm: ReadingLlama) -> LlamaDiskCache:
         """The same folder for one model's contexts; `Llama.set_cache` calls it."""
         cache = LlamaDiskCache(self.store.folder, self.capacity_bytes)
         cache._kept = KeptStates(llm, cache.store)
@@ -79,7 +79,7 @@ class LlamaDiskCache(_Base):
         return self._kept
 
 
-def of(llm: RewindingLlama, cache: Any) -> Any:
+def of(llm: ReadingLlama, cache: Any) -> Any:
     """The cache as `llm` uses it: bound to it if it is on disk, else as it is."""
     if isinstance(cache, LlamaDiskCache):
         return cache.bound_to(llm)

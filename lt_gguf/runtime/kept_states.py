@@ -12,6 +12,7 @@ import numpy as np
 
 from lt_gguf.gguf.fingerprint import content_hash
 from lt_gguf.models.package import user_cache
+from lt_gguf.runtime import api
 from lt_gguf.runtime.library import BINDING_VERSION, load_llama_cpp
 from lt_gguf.runtime.prompts import Prompts
 from lt_gguf.runtime.saved import Saved
@@ -20,7 +21,7 @@ from lt_gguf.runtime.state_file import DamagedError, StateHeader
 from lt_gguf.runtime.state_store import TOKENS, Entry, StateStore
 
 if TYPE_CHECKING:
-    from lt_gguf.runtime.rewinding import RewindingLlama
+    from lt_gguf.runtime.reading_ahead import ReadingLlama
 
 _binding = load_llama_cpp()
 
@@ -32,7 +33,7 @@ _PARAMETERS = (
 )  # fmt: skip
 
 
-def identity(llm: RewindingLlama) -> str:
+def identity(llm: ReadingLlama) -> str:
     """64 hex digits that are the same for contexts that may share states: of the same model (its bytes, not its name), with the
     same spec, types of the cache, rotation and adapter, on the same release of llama.cpp.
 
@@ -48,7 +49,7 @@ def identity(llm: RewindingLlama) -> str:
     said = {
         "format": [_FORMAT, BINDING_VERSION],
         "model": content_hash(llm.model_path, hashes),
-        "spec": str(llm.auto or llm.fixed_spec),
+        "spec": api.model_spec(llm._model.model),  # without the layers that a prompt chose
         "parameters": [float(getattr(parameters, name)) for name in _PARAMETERS],
         "long": 0 < original < llm.n_ctx(),
         "adapter": adapter,
@@ -64,7 +65,7 @@ class KeptStates:
         store: where they are.
     """
 
-    def __init__(self, llm: RewindingLlama, store: StateStore) -> None:
+    def __init__(self, llm: ReadingLlama, store: StateStore) -> None:
         self.llm = llm
         self.store = store
         self._identity: str | None = None

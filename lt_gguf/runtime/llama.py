@@ -17,7 +17,7 @@ from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime import api, crash, disk_cache, lazy_ratios
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
-from lt_gguf.runtime.rewinding import RewindingLlama
+from lt_gguf.runtime.reading_ahead import ReadingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
 from lt_gguf.runtime.turns import Turns, streams, takes_moment, takes_turn
 from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, Lazy, StreamingSpec, runtime_text
@@ -27,7 +27,7 @@ from lt_gguf.spec.fields import INT32_MAX, check_size
 _loading = threading.RLock()
 
 
-class Llama(RewindingLlama):
+class Llama(ReadingLlama):
     """A `llama_cpp.Llama` whose flagged layers keep only sinks and a window in their KV cache.
 
     Threads may share it: one call at a time has the model, a stream from its first item until it has ended or is closed, and
@@ -140,24 +140,24 @@ class Llama(RewindingLlama):
         self._set_model_spec(spec)
 
     # what uses the context, except for what follows; they call each other
-    __call__ = streams(RewindingLlama.__call__)
-    create_completion = streams(RewindingLlama.create_completion)
-    create_chat_completion = streams(RewindingLlama.create_chat_completion)
-    generate = streams(RewindingLlama.generate, always=True)
-    eval = takes_turn(RewindingLlama.eval)
-    read_ahead = takes_turn(RewindingLlama.read_ahead)
-    sample = takes_turn(RewindingLlama.sample)
-    embed = takes_turn(RewindingLlama.embed)
-    create_embedding = takes_turn(RewindingLlama.create_embedding)
-    reset = takes_turn(RewindingLlama.reset)
-    save_state = takes_moment(RewindingLlama.save_state)
-    n_reusable = takes_moment(RewindingLlama.n_reusable)
-    set_seed = takes_moment(RewindingLlama.set_seed)
+    __call__ = streams(ReadingLlama.__call__)
+    create_completion = streams(ReadingLlama.create_completion)
+    create_chat_completion = streams(ReadingLlama.create_chat_completion)
+    generate = streams(ReadingLlama.generate, always=True)
+    eval = takes_turn(ReadingLlama.eval)
+    read_ahead = takes_turn(ReadingLlama.read_ahead)
+    sample = takes_turn(ReadingLlama.sample)
+    embed = takes_turn(ReadingLlama.embed)
+    create_embedding = takes_turn(ReadingLlama.create_embedding)
+    reset = takes_turn(ReadingLlama.reset)
+    save_state = takes_moment(ReadingLlama.save_state)
+    n_reusable = takes_moment(ReadingLlama.n_reusable)
+    set_seed = takes_moment(ReadingLlama.set_seed)
 
     @property
     def streaming(self) -> StreamingSpec | None:
         """Which layers stream in this context now, `None` if none does."""
-        read = partial(RewindingLlama.streaming.__get__, self)
+        read = partial(ReadingLlama.streaming.__get__, self)
         is_fixed = self.auto is None or self._turns.is_closed
         return read() if is_fixed else self._turns.moment("Llama.streaming", read)
 

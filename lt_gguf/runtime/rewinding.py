@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lt_gguf.runtime import api, crash
-from lt_gguf.runtime.interruptible import interruptible
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.saved import Saved, state_bytes
@@ -41,7 +40,7 @@ _DECODED_AT_ONCE = 32
 _N_SAVED_SNAPSHOTS = 2
 
 
-class _Role(Enum):
+class Role(Enum):
     """What the tokens are that `generate` gives to `eval`."""
 
     PROMPT = 1
@@ -65,7 +64,7 @@ class RewindingLlama(_Llama):
         self.n_decoded = 0
         self._snapshots = Snapshots(snapshot_limit)
         self._prompts = Prompts()
-        self._role: _Role | None = None
+        self._role: Role | None = None
         # Number of tokens after which the logits in llama.cpp's last row are, None if it has no row.
         self._logits_at: int | None = None
         # An operation that hasn't ended may have changed the memory from this position on.
@@ -83,11 +82,6 @@ class RewindingLlama(_Llama):
             self._spec, _ = self._running_spec()
         return self._spec if self._spec.layers else None
 
-    @property
-    def fixed_spec(self) -> StreamingSpec:
-        """Which layers stream, where they aren't chosen for a prompt (`auto`)."""
-        return self._spec
-
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens that follow the first `n_tokens` of the context; others after those are removed.
 
@@ -103,49 +97,6 @@ class RewindingLlama(_Llama):
         """
         self._eval(tokens)
 
-    def read_ahead(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads the beginning of a prompt, the rest of which will follow: of it, what the context doesn't begin with already.
-
-        To the prompt that follows it is as if all had been read at once: with `prefill = full`, streaming layers keep all of
-        it until the prompt's end. (`KVPart.PROMPT` of the cache; `eval` of these tokens would end the prompt.)
-
-        Args:
-            progress: called after each batch with the tokens that have been read, and how many are to be. If it raises an
-                error, or Ctrl-C does, what was read stays and needn't be read again.
-
-        Raises:
-            ValueError: it doesn't fit the context or the prompt limit; none of the tokens has been read.
-            RuntimeError: llama_decode failed.
-        """
-        tokens = list(tokens)
-        if len(tokens) >= self._n_ctx:
-            raise ValueError(f"{len(tokens)} tokens don't fit a context of {self._n_ctx}, which needs room for more")
-        n = self._n_common(tokens)
-        if n == len(tokens):
-            return
-        if n == 0:
-            self.reset()
-        self.n_tokens = n
-        self._requires_eval = True
-        self._role = _Role.PROMPT
-        try:
-            with interruptible(self.ctx) as check:
-                self._eval(tokens[n:], ends=False, progress=partial(_report, progress, check))
-        finally:
-            self._role = None
-
-    def n_reusable(self, tokens: Sequence[int]) -> int:
-        """How many of a prompt's first tokens `generate` and `read_ahead` wouldn't read again; an estimate, never too large
-        by more than what is read again anyway."""
-        n = self._n_common(tokens)
-        if self.streaming is None or n >= 1 + _llama_cpp.llama_memory_seq_pos_max(self._ctx.memory, 0):
-            return n
-        is_within_prompt = self._reads_in_full and any(b < n < e for b, e in self._prompts.spans if e is not None)
-        if not is_within_prompt and n >= _llama_cpp.llama_memory_seq_pos_min(self._ctx.memory, 0):
-            return n
-        snapshot = self._snapshots.nearest(n)
-        return snapshot.n_tokens if snapshot else 0
-
     def _eval(self, tokens: Sequence[int], ends: bool = True, progress: Callable[[int, int, int], None] | None = None) -> None:
         """As `eval`; unless it `ends`, the prompt goes on. `progress`: tokens before a piece, all, and those of the piece that are read."""
         new = np.asarray(tokens, dtype=np.intc)
@@ -155,7 +106,7 @@ class RewindingLlama(_Llama):
         start = self._go_back(n_kept)
         self._prompts.truncate(n_kept)
         text = np.concatenate([self.input_ids[start:n_kept], new])
-        is_prompt = self._role is _Role.PROMPT or (len(new) > 1 and self._role is not _Role.DRAFT)
+        is_prompt = self._role is Role.PROMPT or (len(new) > 1 and self._role is not Role.DRAFT)
         for piece in self._pieces(start, n_kept, n_kept + len(new), is_prompt):
             part = text[piece.begin - start : piece.end - start].tolist()
             is_new = piece.end > n_kept
@@ -170,7 +121,7 @@ class RewindingLlama(_Llama):
             call.arguments["tokens"] = self._reuse(list(call.arguments["tokens"]))
             call.arguments["reset"] = False
         generator = super().generate(*call.args[1:], **call.kwargs)
-        role: _Role | None = _Role.PROMPT
+        role: Role | None = Role.PROMPT
         sent = None
         while True:
             self._role = role
@@ -181,7 +132,7 @@ class RewindingLlama(_Llama):
             finally:
                 self._role = None
             sent = yield token
-            role = None if self.draft_model is None else _Role.DRAFT
+            role = None if self.draft_model is None else Role.DRAFT
 
     def reset(self) -> None:
         super().reset()
@@ -424,9 +375,3 @@ class RewindingLlama(_Llama):
     def _say(self, line: str) -> None:
         if self.verbose:
             print(f"Llama.{line}", file=sys.stderr)
-
-
-def _report(progress: Callable[[int, int], None] | None, check: Callable[[], None], before: int, total: int, done: int) -> None:
-    if progress is not None:
-        progress(before + done, total)
-    check()

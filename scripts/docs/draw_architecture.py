@@ -164,7 +164,11 @@ def draw() -> str:
     drawing.arrow("log-probabilities and answers, full and hybrid")
     drawing.box(["report", "evaluation", "analysis"], "What the hybrid loses, and why these layers")
     drawing.arrow()
-    drawing.box(["documents", "chat", "cli"], "The commands", ["convert, train, inspect, analyze, flag, eval,", "run, chat about documents, cache"])
+    drawing.box(
+        ["documents", "chat", "cli"],
+        "The commands",
+        ["convert, train, inspect, analyze, flag, eval,", "run, chat about documents, cache"],
+    )
     return drawing.svg()
 
 
