@@ -42,12 +42,14 @@ class Terminal:
         subprocess.run(["tmux", "-L", self._socket, "load-buffer", "-"], input=text, text=True, check=True, timeout=10)
         self._tmux("paste-buffer", "-p")
 
-    def screen(self, lines_before: int = 0) -> str:
-        return self._tmux("capture-pane", "-p", "-J", *(["-S", f"-{lines_before}"] if lines_before else []))
+    def screen(self, lines_before: int = 0, colours: bool = False) -> str:
+        """What stands there; with `colours`, also the escapes that make them."""
+        before = ["-S", f"-{lines_before}"] if lines_before else []
+        return self._tmux("capture-pane", "-p", *(["-e"] if colours else ["-J"]), *before)
 
-    def wait(self, text: str, n: int = 1) -> str:
+    def wait(self, text: str, n: int = 1, seconds: float = SECONDS) -> str:
         """The screen, with what has scrolled away, when `text` stands on it `n` times. Fails if it doesn't come."""
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             shown = self.screen(500)
             if shown.count(text) >= n:
