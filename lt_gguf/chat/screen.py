@@ -108,7 +108,7 @@ class PlainScreen:
         def step(done: int, total: int) -> None:
             nonlocal said_at
             now = time.monotonic()
-            if self.is_interactive and now - said_at >= _SAY_EVERY and done < total:
+            if (self.is_interactive or sys.stderr.isatty()) and now - said_at >= _SAY_EVERY and done < total:
                 said_at = now
                 left = (now - begun) / done * (total - done) if done else 0
                 self.say(f"{what}: {done} of {total} {unit}, about {format_seconds(left)} left")

@@ -112,6 +112,8 @@ def bring(talk: Chat, words: list[str], paths: list[Path]) -> None:
 
     try:
         if STDIN in words:
+            if sys.stdin.isatty():
+                talk.screen.say("the document is read from here until Ctrl-D at the beginning of a line")
             talk.attach([read_bytes(sys.stdin.buffer.read(), "standard input")])
         if paths:
             talk.open_files(paths)

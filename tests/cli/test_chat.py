@@ -138,6 +138,7 @@ def test_a_document_from_a_pipe(lt_gguf_command, hybrid_file, monkeypatch):
     assert status == 0 and out.strip() and "standard input (text): " in err
 
 
+@pytest.mark.slow
 def test_a_document_from_a_pipe_needs_somebody_to_ask(hybrid_file, tmp_path):
     command = [sys.executable, "-c", "from lt_gguf.cli import main; main()"]
     done = subprocess.run(

@@ -143,6 +143,7 @@ def test_what_a_killed_process_left_goes(store):
     assert not left.exists() and fresh.exists()  # that one is being written, perhaps
 
 
+@pytest.mark.slow
 def test_nobody_removes_what_another_process_reads(store):
     """The other process waits until the block has ended."""
     put(store, [1, 2, 3])
