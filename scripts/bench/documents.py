@@ -2,7 +2,7 @@
 
     python scripts/bench/documents.py [--model smollm2] [--tokens 6000] [--streaming SPEC] [--repeat 3]
 
-The document is a page of Python's own documentation, cut to about that many tokens. Each time is from opening the document (its text is
+The document is pages of Python's own documentation, cut to about that many tokens. Each time is from opening the document (its text is
 there) to the first piece of the answer; a restart is another process, whose loading of the model is named apart. The states lie in
 a folder of their own, which is removed at the end. Prints a table in Markdown, and the least and the most of each.
 """
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 QUESTION = "What does Popen do? Answer in one sentence."
+PAGES = ("subprocess", "argparse", "tarfile", "typing")
 NAMES = {"first": "the first time", "again": "again in the same program", "restart": "after a restart"}
 
 
@@ -76,9 +77,10 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     assert kept.identity  # which hashes the model
     load = time.monotonic() - begun
     conversation = Conversation(llm, temperature=0.0, n_predict=24, kept=kept)
-    text = re.sub(r"[ \t]+", " ", pydoc.plain(pydoc.render_doc("subprocess")))
+    pages = [pydoc.plain(pydoc.render_doc(name)) for name in PAGES]
+    text = re.sub(r"[ \t]+", " ", "\n".join(pages))
     n_characters = args.tokens * len(text) // len(llm.tokenize(text.encode(), add_bos=False))
-    document = read_bytes(text[:n_characters].encode(), "subprocess.txt")
+    document = read_bytes(text[:n_characters].encode(), "documentation.txt")
     times = []
     for _ in range(2):
         read_before, begun = llm.n_read, time.monotonic()
