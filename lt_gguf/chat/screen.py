@@ -70,11 +70,11 @@ class PlainScreen:
         if first:
             self.say(f"it was: {first}")
         try:
-            if self.is_interactive and self.lines is None:
+            if self.is_interactive and self.lines is None and sys.stdout.isatty():
                 import readline  # noqa: F401 - input() then has line editing and a history
 
-                # note: input() writes its prompt to stdout where readline has a terminal, and answers may go to a file
                 return input("> ").strip()
+            # note: input() would write its prompt to the file to which answers go
             if self.is_interactive:
                 print("> ", end="", file=sys.stderr, flush=True)
             line = (self.lines or sys.stdin).readline()

@@ -93,6 +93,7 @@ def test_ctrl_c_and_ctrl_d_on_a_plain_screen(monkeypatch, stops):
         raise stops
 
     monkeypatch.setattr("builtins.input", interrupted)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     screen = PlainScreen(is_interactive=True)
     if stops is EOFError:
         assert screen.read("") is None
