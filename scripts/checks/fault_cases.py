@@ -25,7 +25,7 @@ COMMAND = [sys.executable, "-c", "from lt_gguf.cli import main; main()"]
 TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
 LARGE = 256 << 20  # bytes of the file that `flag` copies, most of them a hole
 N_CONTENT = 32 << 20  # bytes of the models that are downloaded
-MEASURE = ["--samples", "4", "--calibration-length", "200", "--window", "40", "--sink", "4"]
+MEASURE = ["--select", "lazy-ratio", "--samples", "4", "--calibration-length", "200", "--window", "40", "--sink", "4"]
 
 FETCH = """
 import pickle, sys
