@@ -243,12 +243,14 @@ def main() -> None:
                     continue
                 runner = Runner(case, place)
                 rng = random.Random(f"{options.seed}-{case.name}")
-                runner.lock()
-                for _ in track(range(options.kills), case.name, console=Console(stderr=True)):
-                    runner.kill(rng)
-                    if not case.in_place:
-                        runner.fill(rng)
-                tell(case.name, runner.seconds, runner.counts)
+                try:
+                    runner.lock()
+                    for _ in track(range(options.kills), case.name, console=Console(stderr=True)):
+                        runner.kill(rng)
+                        if not case.in_place:
+                            runner.fill(rng)
+                finally:  # also with Ctrl-C, after hours
+                    tell(case.name, runner.seconds, runner.counts)
             if only is None or "memory" in only:
                 tell("memory", *little_memory(options.kills, random.Random(options.seed), wide, place))
         except Fault as fault:
