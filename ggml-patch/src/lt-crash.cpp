@@ -236,6 +236,18 @@ static void lt_on_signal(int number, siginfo_t *, void * context) {
 
 static void lt_on_abort(const char * message) {
     lt_assertion.set(message);
+
+    // ggml_init() aborts where it gets no memory: no fault of the program, so a line and a status as for any other error.
+    // note: _exit(), as other threads may be computing; what a command has not finished the next one removes, as after a kill
+    if (strstr(message, "GGML_ASSERT(ctx->mem_buffer != NULL)") && !lt_crashed.test_and_set()) {
+        if (isatty(lt_fd)) {
+            lt_write("\x1b[?25h");
+        }
+        lt_write("error: this process can get no more memory (ggml needs some for tensors), while ");
+        lt_write(lt_step.current);
+        lt_write("\n");
+        _exit(1);
+    }
 }
 
 void lt_crash_report(int fd, const char * about) {

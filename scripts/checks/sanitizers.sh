@@ -6,7 +6,7 @@
 #     scripts/checks/sanitizers.sh thread  [PYTEST ARGUMENTS]   data races, with two threads in each context
 #
 # Without pytest's arguments: tests/runtime and tests/oracle. On 2 cores `address` takes about half an hour the first time, `thread`
-# some hours. Builds in build/sanitizers-NAME. GCC on Linux.
+# some hours. Builds in build/sanitizers-NAME, or in the folder that BUILD_DIR names. GCC on Linux.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -24,7 +24,7 @@ case $name in
     *) echo "sanitizers: '$name' is none: use scripts/checks/sanitizers.sh address or thread" >&2; exit 2 ;;
 esac
 shift
-dir=$PWD/build/sanitizers-$name
+dir=$(realpath -m "${BUILD_DIR:-build/sanitizers-$name}")
 
 "$python" ggml-patch/upstream.py sync "$dir/llama.cpp"
 # ggml's threads spin while they wait for each other: with more threads than free cores each wait would cost a time slice

@@ -162,7 +162,7 @@ class Client(threading.Thread):
         self.soak.count("refused")
 
     def send(self, prompt: list[int], stream: bool) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(self.soak.address, timeout=120)
+        connection = http.client.HTTPConnection(self.soak.address, timeout=900)
         options = {"n_predict": self.random.randint(1, N_ANSWER), "temperature": 0, "ignore_eos": True, "return_tokens": True}
         options |= {"prompt": prompt, "id_slot": self.id_slot, "cache_prompt": True, "stream": stream, "return_progress": stream}
         connection.request("POST", "/completion", json.dumps(options), {"Content-Type": "application/json"})

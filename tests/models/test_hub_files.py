@@ -2,112 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import subprocess
+import fcntl
 import sys
-import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from support.fake_hub import REPO, Hub, running
 
+from lt_gguf.models import hub as hub_of_models
 from lt_gguf.models import hub_files
 
 pytest.importorskip("huggingface_hub")
 
-REPO = "somebody/Tiny-GGUF"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FETCH = (
-    "import json, sys\nfrom lt_gguf.models import hub_files\n"
-    "try:\n    print(getattr(hub_files, sys.argv[3])(*json.loads(sys.argv[1]), **json.loads(sys.argv[2])))\n"
-    "except (ValueError, OSError, ImportError) as error:\n    sys.exit(f'{type(error).__name__}: {error}')"
-)
-
-
-class Hub:
-    """The files of one model. `cut`: each download breaks off after that many bytes; `goes_away`: nothing is answered then."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.files: dict[str, bytes] = {}
-        self.cut: int | None = None
-        self.goes_away = self.gone = False
-        self.ranges: list[str | None] = []  # of the downloads
-        self.address = ""
-
-    def fetch(
-        self, pattern: str | None = None, repo: str = REPO, function: str = "fetch", **settings: object
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs a function of `hub_files` in a process of its own: huggingface_hub reads its environment when it is imported."""
-        offline = settings.pop("offline", False)
-        environment = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.address, "no_proxy": "*", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-        arguments = [repo, pattern] if function == "fetch" else [repo]
-        command = [sys.executable, "-c", FETCH, json.dumps(arguments), json.dumps(settings), function]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
-
 
 @pytest.fixture
 def hub(tmp_path) -> Iterator[Hub]:
-    model = Hub(tmp_path / "home")
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.do_GET()
-
-        def do_GET(self):
-            if model.gone:
-                self.close_connection = True
-                return None
-            if self.path.startswith(f"/api/models/{REPO}"):
-                siblings = [{"rfilename": name} for name in model.files]
-                return self._send(json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode(), {})
-            name = self.path.split("?")[0].removeprefix(f"/{REPO}/resolve/main/").removeprefix(f"/{REPO}/resolve/{COMMIT}/")
-            if name not in model.files:
-                code = "EntryNotFound" if self.path.startswith(f"/{REPO}/") else "RepoNotFound"
-                self.send_response(404)
-                self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            content = model.files[name]
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            self._send(content, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
-
-        def _send(self, content, headers):
-            begin = 0
-            asked = self.headers.get("Range")
-            if self.command == "GET" and "ETag" in headers:
-                model.ranges.append(asked)
-            if asked and self.command == "GET":
-                begin = int(re.match(r"bytes=(\d+)-", asked)[1])
-                headers = headers | {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
-            self.send_response(206 if begin else 200)
-            self.send_header("Content-Length", str(len(content) - begin))
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if model.cut is not None and "ETag" in headers:
-                self.wfile.write(content[begin : begin + model.cut])
-                self.wfile.flush()
-                model.gone = model.goes_away
-                self.close_connection = True
-                return
-            self.wfile.write(content[begin:])
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        model.address = f"http://127.0.0.1:{server.server_port}"
+    with running(tmp_path / "home") as model:
         yield model
-        server.shutdown()
 
 
 NAMES = ["README.md", "m-Q8_0.gguf", "m-F16.gguf", "m-Q4_K_M.gguf", "mmproj-m-Q4_K_M.gguf", "m-imatrix.gguf"]
@@ -196,6 +109,55 @@ def test_a_download_that_breaks_off(hub, comes_back):
         result = hub.fetch()
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_download_that_is_killed_begins_anew_and_leaves_nothing(hub):
+    hub.files, hub.pause = {"m.gguf": bytes(64 << 20)}, 0.1
+
+    def written():
+        return [path.stat().st_size for path in hub.home.rglob("*.incomplete")]
+
+    process = hub.start()
+    while not any(written()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    hub.pause = 0
+    (n_bytes,) = written()
+    assert not list(hub.home.rglob("*.gguf"))
+    result = hub.fetch()
+    assert result.returncode == 0, result.stderr
+    assert f"{REPO}: {n_bytes / 1e6:.1f} MB of an interrupted download are removed: it begins anew" in result.stderr
+    assert Path(result.stdout.strip()).stat().st_size == 64 << 20 and written() == []
+
+
+def test_only_what_nobody_downloads_is_removed(tmp_path, capsys):
+    folder = f"models--{REPO.replace('/', '--')}"
+    blobs, locks = tmp_path / folder / "blobs", tmp_path / ".locks" / folder
+    blobs.mkdir(parents=True)
+    locks.mkdir(parents=True)
+    for name in ("aa.01234567.incomplete", "bb.01234567.incomplete", "cc.incomplete", "dd"):
+        (blobs / name).write_bytes(bytes(2_000_000))
+    with (locks / "bb.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        hub_of_models.remove_leftovers(REPO, tmp_path)
+    assert sorted(path.name for path in blobs.iterdir()) == ["bb.01234567.incomplete", "cc.incomplete", "dd"]
+    assert capsys.readouterr().err.startswith(f"{REPO}: 2.0 MB of an interrupted download are removed")
+    hub_of_models.remove_leftovers("somebody/else", tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written(hub):
+    hub.files = {"m.gguf": b"four"}
+    hub.home.mkdir()
+    (hub.home / "hub").write_text("a file where the folder should be")
+    result = hub.fetch()
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"OSError: {REPO}: huggingface_hub's cache can't be written (") and last.endswith("to a folder that can")
 
 
 @pytest.mark.slow

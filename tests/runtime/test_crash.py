@@ -79,6 +79,12 @@ def test_a_failed_check_is_quoted(model):
     assert said.count("GGML_ASSERT") == 1
 
 
+def test_memory_that_ggml_does_not_get_is_one_line(model):
+    status, said = crashed("memory", model)
+    assert status == 1 and "crash" not in said
+    assert said.splitlines()[-1] == "error: this process can get no more memory (ggml needs some for tensors), while testing"
+
+
 def test_a_library_for_another_cpu_is_explained_by_the_trace(model):
     status, said = crashed("library", model)
     assert status == -signal.SIGILL

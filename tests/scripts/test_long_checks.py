@@ -26,3 +26,9 @@ def test_soak(arguments):
 @pytest.mark.slow
 def test_fuzzed_metadata():
     assert "no crash, no disagreement" in run("fuzz_metadata.py", "--cases", "200")
+
+
+@pytest.mark.slow
+def test_faults():
+    said = run("faults.py", "--only", "convert,hub", "--kills", "1")
+    assert "\n| convert | " in said and "\n| hub | " in said

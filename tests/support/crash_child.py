@@ -77,6 +77,14 @@ elif STEP in ("scoring", "scoring, decoding", "context"):
 elif STEP == "check":
     with crash.step("testing"):
         GGML.ggml_abort(b"some.c", 7, b"GGML_ASSERT(%s) failed", b"1 == 2")
+elif STEP == "memory":
+
+    class InitParams(ctypes.Structure):
+        _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+    GGML.ggml_init.argtypes = [InitParams]
+    with crash.step("testing"):
+        GGML.ggml_init(InitParams(1 << 60, None, True))
 elif STEP.startswith("signal "):
     with crash.step("testing"):
         getattr(ctypes.CDLL(None), "raise")(int(STEP.split()[1]))
