@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import pydoc
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -45,7 +45,8 @@ def screen() -> str:
     """What stands in the terminal after the questions, with its colours."""
     with tempfile.TemporaryDirectory() as name, terminal(Path(name), width=WIDTH, height=HEIGHT) as window:
         folder = Path(name)
-        text = re.sub(r"[ \n]+", " ", pydoc.plain(pydoc.render_doc("with")))
+        command = [sys.executable, "-m", "pydoc", "with"]
+        text = " ".join(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         (folder / "meeting.txt").write_text(FACTS + text)
         own = {
             "LT_GGUF_DATA": name,
