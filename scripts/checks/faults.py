@@ -211,9 +211,7 @@ def little_memory(n: int, rng: random.Random, wide: Path, folder: Path) -> tuple
         process = run(reading, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
         said, _ = process.communicate(timeout=600)
         if process.returncode not in (0, 1) or (process.returncode == 1 and not is_one_line(said)):
-            raise Fault(
-                f"memory: with {limit >> 20} of {most >> 20} MiB it ends with {process.returncode} and says {said[-800:]!r}"
-            )
+            raise Fault(f"memory: with {limit} of {most} bytes it ends with {process.returncode} and says {said[-3000:]!r}")
         counts["one line" if process.returncode else "had enough"] += 1
     return seconds, counts
 
