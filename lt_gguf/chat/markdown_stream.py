@@ -7,6 +7,7 @@ piece, and of that no more than the screen holds. So an answer of any length sta
 from __future__ import annotations
 
 import re
+import time
 from types import TracebackType
 from typing import Self
 
@@ -27,13 +28,14 @@ class MarkdownStream:
         self.console = console
         self._rest = ""
         self._live: Live | None = None
+        self._drawn_at = 0.0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
-            self._live.update(Text(""))
+            self._live.update(Text(""), refresh=True)
             self._live.stop()
             self._live = None
         if self._rest.strip():
@@ -42,16 +44,20 @@ class MarkdownStream:
 
     def add(self, piece: str) -> None:
         if self._live is None:  # note: until then the screen may show how far reading is
-            self._live = Live(console=self.console, refresh_per_second=_PER_SECOND, transient=True, vertical_overflow="crop")
+            # note: a thread that draws beside this one would now and then leave a block where it stood, and it then stands there twice
+            self._live = Live(console=self.console, auto_refresh=False, transient=True, vertical_overflow="crop")
             self._live.start()
         self._rest += piece
         done = complete(self._rest)
         if done:
-            self._live.update(Text(""))
-            self._live.console.print(Markdown(self._rest[:done]), end="\n")
+            self._live.update(Text(""), refresh=True)
+            self.console.print(Markdown(self._rest[:done]))
             self.console.print()
             self._rest = self._rest[done:].lstrip("\n")
-        self._live.update(self._tail())
+        now = time.monotonic()
+        if done or now - self._drawn_at >= 1 / _PER_SECOND:
+            self._drawn_at = now
+            self._live.update(self._tail(), refresh=True)
 
     def _tail(self) -> Markdown:
         """What the screen holds of the block that isn't complete; of a block of code, its last lines."""
