@@ -55,3 +55,18 @@ def test_the_beginning_of_an_open_prompt_is_copied_again():
         walk.memory_holds_what_it_must()
     finally:
         walk.teardown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [[1], [0, 1]], ids=["half", "all"])
+def test_a_prompt_in_its_own_part_is_not_copied_behind_other_text(layers):
+    """Found by a walk: the copy is refused as a whole, and what was there stays."""
+    walk = type("Walk", (EveryStep,), dict(layers=layers, unified=True, prefill="full", sink=3, window=16))()
+    walk.begin_with_prompts(lengths=(0, 0, 0), asked="all")
+    walk.feed_a_long_text(asked="all", n=101, seq=0)
+    walk.feed_a_few_tokens(asked="all", n=1, seq=2)
+    walk.feed_a_long_text(asked="none", n=237, seq=0)
+    walk.copy_what_follows(destination=2, source=0)
+    walk.memory_holds_what_it_must()
+    assert walk.model.sequences[2].refused and len(walk.model.sequences[2].entries) == 1
+    walk.teardown()

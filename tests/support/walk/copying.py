@@ -42,7 +42,10 @@ class Copying(Removing):
         after.refused = copied.refused or origin.refused
         if after.next() < origin.next():
             after.cut_prompts()  # as if the whole had been copied and its end removed
-        if self.model.visible(dropped, after):
+        # refused, too, where only one of them has a prompt in the part for long prompts, which would have to be copied for the other
+        differs = copied.entries and bool(origin.prompt()) != bool(copied.prompt())
+        stays = differs and taken and self.context.positions(FULL, destination) == copied.positions()
+        if self.model.visible(dropped, after) or stays:
             copied.refused = True
         else:
             copied.become(after)
