@@ -157,9 +157,9 @@ def what_is_lost(conversations: dict[str, Conversation]) -> str:
         for attention, conversation in conversations.items()
     }
     lost = [fact.question for fact in FACTS if fact in found["full"] - found["hybrid"]]
-    if not lost:
-        return f"Of the {len(found['full'])} facts that the full model finds the hybrid loses none."
-    return f"Of the {len(found['full'])} facts that the full model finds the hybrid loses {len(lost)}: {' '.join(lost)}"
+    n = len(found["full"])
+    facts = f"the {n} facts" if n != 1 else "the one fact"
+    return f"Of {facts} that the full model finds the hybrid loses {f'{len(lost)}: ' + ' '.join(lost) if lost else 'none.'}"
 
 
 def answers_table(conversations: dict[str, Conversation]) -> Table:

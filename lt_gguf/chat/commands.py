@@ -90,7 +90,7 @@ class Chat:
         except DoesNotFitError as error:
             self._complain(f"{error}: {self._what_to_do()}")
         except _ERRORS as error:
-            self._complain(_one_line(error))
+            self._complain(one_line(error))
         return False
 
     # ------------------------------------------------------------------------------ questions and answers
@@ -180,7 +180,7 @@ class Chat:
             except (DocumentError, OSError) as error:
                 if len(paths) == 1:
                     raise
-                self._complain(_one_line(error))
+                self._complain(one_line(error))
         self.attach(found)
 
     def attach(self, documents: list[Document]) -> None:
@@ -352,7 +352,8 @@ def _number(text: str, command: str) -> int | None:
     return int(text)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error as a person reads it, in one line."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):

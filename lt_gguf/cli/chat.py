@@ -107,6 +107,7 @@ def told_apart(file: str | None, documents: list[str]) -> tuple[str | None, list
 
 def bring(talk: Chat, words: list[str], paths: list[Path]) -> None:
     """The documents of the command line. Raises what `must` does."""
+    from lt_gguf.chat.commands import one_line
     from lt_gguf.chat.conversation import DoesNotFitError
     from lt_gguf.documents import read_bytes
 
@@ -120,8 +121,7 @@ def bring(talk: Chat, words: list[str], paths: list[Path]) -> None:
     except (DoesNotFitError, ValueError, OSError) as error:
         if not talk.screen.is_interactive:
             raise
-        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        talk.screen.say(f"error: {named}")
+        talk.screen.say(f"error: {one_line(error)}")
 
 
 def must(talk: Chat, line: str) -> None:
