@@ -269,7 +269,7 @@ void lt_kv_cache::clamp_shift(int32_t n_past, int32_t & n_keep, int32_t & n_disc
 }
 
 void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers have dropped would become visible again (sink = %u, window = %u). "
+    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers have dropped would become visible again (sink = %u, window = %u), or what it shares with another sequence would move in some layers only. "
             "To shift the context, keep at least the first %u tokens (n_keep >= sink). The sequence can't be continued before it is removed and processed again\n",
             func, seq_id, p0, p1, mask.n_sink, mask.n_window, mask.n_sink);
 

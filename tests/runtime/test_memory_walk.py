@@ -70,3 +70,19 @@ def test_a_prompt_in_its_own_part_is_not_copied_behind_other_text(layers):
     walk.memory_holds_what_it_must()
     assert walk.model.sequences[2].refused and len(walk.model.sequences[2].entries) == 1
     walk.teardown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [[1], [0, 1]], ids=["half", "all"])
+def test_cells_that_only_the_full_part_still_shares_are_not_moved(layers):
+    """Found by a walk: one of two sequences with a common beginning goes on and drops it, and its context is shifted."""
+    walk = type("Walk", (EveryStep,), dict(layers=layers, unified=True, prefill="full", sink=3, window=16))()
+    walk.begin_with_prompts(lengths=(100, 0, 0), asked="none")
+    walk.memory_holds_what_it_must()
+    walk.copy_a_prefix(source=0, destination=1, last=1.0)
+    walk.feed_a_long_text(seq=0, n=200, asked="all")
+    walk.memory_holds_what_it_must()
+    walk.add_to_positions(seq=0, first=0.1, last=1.0, by=1)
+    walk.memory_holds_what_it_must()
+    assert walk.model.sequences[0].refused
+    walk.teardown()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from support.memory_model import Prompt, Sequence
 from support.native import FULL, PROMPT, STREAMING
+from support.reference import Entry
 from support.walk.base import END, fractions, sequences
 from support.walk.removing import Removing
 
@@ -90,16 +91,24 @@ class Copying(Removing):
         allowed = not sequence.refused and all(
             self.model.allows(other, self.held_to_go_on(other), after, new_position) for other, after in enumerate(afters)
         )
+        # refused, too, where sequences share a cell of one part and not that of the other: there it would not move
+        shared = self.model.shared(seq, moved)
+        allowed = allowed and all(self.shares_alike(seq, other, entry) for other, entry in shared)
         ambiguous = self.restored_partial or self.has_equal_positions()
         operation(seq, p0, p1)
-        if allowed and ambiguous and self.model.shares_cells(seq, p0, high):
-            # refused, too, where the two parts share these cells differently, which positions alone don't say
+        if allowed and ambiguous and shared:  # where positions alone don't say it
             allowed = self.context.positions(FULL, seq) == afters[seq].positions()
         if allowed:
             for other, after in zip(self.model.sequences, afters):
                 other.become(after)
         else:
             sequence.refused = True
+
+    def shares_alike(self, seq: int, other: int, entry: Entry) -> bool:
+        """Whether two sequences that share an entry in the full part do so in the others, too."""
+        if bool(self.model.sequences[seq].prompt()) != bool(self.model.sequences[other].prompt()):
+            return False
+        return (entry.pos in self.held[seq]) == (entry.pos in self.held[other])
 
     def held_to_go_on(self, seq: int) -> list[int]:
         """Without what is only held for a rewind to before the prompt that is being read."""
