@@ -36,6 +36,16 @@ void lt_graph_input_attn_kv::build_keep_idxs(ggml_context * ctx, const llama_uba
     ggml_set_name(keep_idxs, "lt_inp_keep_idxs");
 }
 
+void lt_graph_input_attn_kv::for_each_tensor(const std::function<void(const ggml_tensor *)> & visit) const {
+    for (const llm_graph_input_attn_kv * inp : { (const llm_graph_input_attn_kv *) this, (const llm_graph_input_attn_kv *) inp_streaming.get() }) {
+        if (inp) {
+            for (const auto * t : { inp->self_k_idxs, inp->self_v_idxs, inp->self_kq_mask, inp->self_k_rot, inp->self_v_rot }) {
+                visit(t);
+            }
+        }
+    }
+}
+
 void lt_graph_input_attn_kv::set_input(const llama_ubatch * ubatch) {
     // note: if all layers stream, the tensors of the full part are in no graph and have no buffer. set_input() skips those
     llm_graph_input_attn_kv::set_input(ubatch);

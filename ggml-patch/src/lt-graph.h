@@ -4,6 +4,8 @@
 
 #include "llama-graph.h"
 
+#include <functional>
+
 // the attention input of a graph with streaming layers
 // as an llm_graph_input_attn_kv it is the input of the layers with full attention, and it owns that of the others
 class lt_graph_input_attn_kv : public llm_graph_input_attn_kv {
@@ -22,6 +24,9 @@ public:
     llm_graph_input_attn_kv * lt_for_layer(int il) override;
 
     void lt_keep_q(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int il) override;
+
+    // those that are set only where they have memory
+    void for_each_tensor(const std::function<void(const ggml_tensor *)> & visit) const;
 
     void build_keep_idxs(ggml_context * ctx, const llama_ubatch & ubatch);
 

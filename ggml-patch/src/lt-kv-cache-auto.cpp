@@ -6,6 +6,7 @@
 #include "lt-kv-cache.h"
 
 #include "lt-kv-ops.h"
+#include "lt-layers.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -61,6 +62,9 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
     kv_full      = create(hparams, size_full,      false, unified);
     kv_streaming = create(hparams, size_streaming, true,  unified);
 
+    has_cuts = false;
+    runs.clear();
+
     is_hollow = &hparams == &hparams_no_alloc;
 
     lazy_ratio.reset();
@@ -107,6 +111,7 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool all_kept) {
     kv_streaming.reset();
     kv_prompt.reset();
     kv_reserve.reset();
+    layered.reset();
 
     try {
         make_parts(model.hparams, layers, all_kept);
@@ -189,6 +194,7 @@ void lt_kv_cache::choose_layers() {
     lazy_ratio.reset();
 
     all_kept   = false;
+    has_cuts   = false;
     chosen_end = seq_pos_max(0) + 1;
     generation++;
 

@@ -5,6 +5,7 @@
 #include "lt-batch-ops.h"
 #include "lt-kv-cache-context.h"
 #include "lt-kv-ops.h"
+#include "lt-layers.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -83,6 +84,8 @@ llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, ui
         return std::make_unique<lt_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
     }
 
+    stop_layers();
+
     const lt_batch batch = inspect(balloc.get_batch(), embd_all);
 
     for (const auto & cur : batch) {
@@ -102,6 +105,18 @@ llama_memory_context_ptr lt_kv_cache::init_batch(llama_batch_allocr & balloc, ui
     }
 
     set_phases(batch);
+
+    if (start_layers(batch, balloc.get_n_outputs())) {
+        phases.rollback[batch.front().id] = LT_POS_END;
+
+        if (auto res = try_split(balloc, batch, n_ubatch)) {
+            return res;
+        }
+
+        pending = {};
+        stop_layers();
+        set_phases(batch);
+    }
 
     const auto rollback = phases.rollback;
 

@@ -1,5 +1,9 @@
 #include "lt-kv-cache-context.h"
 
+#include "lt-kv-ops.h"
+#include "lt-layers.h"
+
+#include <algorithm>
 #include <cassert>
 
 lt_kv_cache_context::lt_kv_cache_context(llama_memory_status status) : status(status) {}
@@ -37,26 +41,83 @@ lt_kv_cache_context::lt_kv_cache_context(
     kv(kv),
     batch(std::move(batch)),
     ubatches(std::move(ubatches_in)),
-    ctx_full     (new llama_kv_cache_context(kv->get_full     (), std::move(ubatches.sinfos_full),      ubatches.all)),
-    ctx_streaming(new llama_kv_cache_context(kv->get_streaming(), std::move(ubatches.sinfos_streaming), ubatches.streaming)),
-    status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
+    layers(kv->get_layers()),
+    status(LLAMA_MEMORY_STATUS_SUCCESS) {
+    if (layers) {
+        init_layers();
+        return;
+    }
+
+    ctx_full     .reset(new llama_kv_cache_context(kv->get_full     (), std::move(ubatches.sinfos_full),      ubatches.all));
+    ctx_streaming.reset(new llama_kv_cache_context(kv->get_streaming(), std::move(ubatches.sinfos_streaming), ubatches.streaming));
+
+    status = llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status());
+
     if (!ubatches.prompt.empty()) {
         ctx_prompt.reset(new llama_kv_cache_context(kv->get_prompt(), std::move(ubatches.sinfos_prompt), ubatches.prompt));
         status = llama_memory_status_combine(status, ctx_prompt->get_status());
     }
 }
 
-lt_kv_cache_context::~lt_kv_cache_context() = default;
+void lt_kv_cache_context::init_layers() {
+    int64_t i_token = 0;
+
+    for (size_t i = 0; i < ubatches.all.size(); ++i) {
+        const auto & ubatch = ubatches.all[i];
+
+        no_outputs.resize(std::max<size_t>(no_outputs.size(), ubatch.n_tokens), 0);
+
+        ubatch_parts cur;
+        cur.silent  = ubatch;
+        cur.i_token = i_token;
+
+        cur.full  .reset(new llama_kv_cache_context(kv->get_full  (), { ubatches.sinfos_full  [i] }, { ubatch }));
+        cur.prompt.reset(new llama_kv_cache_context(kv->get_prompt(), { ubatches.sinfos_prompt[i] }, { ubatch }));
+
+        i_token += ubatch.n_tokens;
+
+        parts.push_back(std::move(cur));
+    }
+
+    for (auto & cur : parts) {
+        cur.silent.output = no_outputs.data();
+    }
+}
+
+lt_kv_cache_context::~lt_kv_cache_context() {
+    if (layers) {
+        kv->stop_layers();
+    }
+}
 
 bool lt_kv_cache_context::next() {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    ctx_full->next();
-    if (!kv->keeps_all()) {
-        (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->next();
+    ++i_next;
+    report_progress();
+
+    if (layers) {
+        if (i_next < ubatches.all.size()) {
+            return true;
+        }
+
+        if (kv->next_run()) {
+            i_next = 0;
+            return true;
+        }
+
+        layers = nullptr;
+        kv->end_batch(batch);
+
+        return false;
     }
 
-    if (++i_next < ubatches.all.size()) {
+    ctx_full->next();
+    if (!kv->keeps_all()) {
+        (is_in_prompt_part(i_next - 1) ? ctx_prompt : ctx_streaming)->next();
+    }
+
+    if (i_next < ubatches.all.size()) {
         return true;
     }
 
@@ -68,9 +129,9 @@ bool lt_kv_cache_context::next() {
 bool lt_kv_cache_context::apply() {
     assert(!llama_memory_status_is_fail(status));
 
-    bool res = ctx_full->apply();
-
     if (is_update) {
+        bool res = ctx_full->apply();
+
         res = res & ctx_streaming->apply();
         if (ctx_prompt) {
             res = res & ctx_prompt->apply();
@@ -79,13 +140,35 @@ bool lt_kv_cache_context::apply() {
         return res;
     }
 
+    if (layers && layers->i_run > 0) {
+        return true;
+    }
+
     kv->begin_ubatch(batch, ubatches.all[i_next]);
+
+    if (layers) {
+        return parts[i_next].full->apply() & parts[i_next].prompt->apply();
+    }
+
+    bool res = ctx_full->apply();
 
     if (!kv->keeps_all()) {
         res = res & (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->apply();
     }
 
     return res;
+}
+
+void lt_kv_cache_context::report_progress() const {
+    if (!kv->on_progress) {
+        return;
+    }
+
+    const size_t n     = ubatches.all.size();
+    const size_t i_run = layers ? layers->i_run       : 0;
+    const size_t n_run = layers ? layers->runs.size() : 1;
+
+    kv->on_progress((float) (i_run*n + i_next)/(n_run*n));
 }
 
 llama_memory_status lt_kv_cache_context::get_status() const {
@@ -95,7 +178,7 @@ llama_memory_status lt_kv_cache_context::get_status() const {
 const llama_ubatch & lt_kv_cache_context::get_ubatch() const {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    return ubatches.all[i_next];
+    return layers && !layers->is_last_run() ? parts[i_next].silent : ubatches.all[i_next];
 }
 
 const lt_kv_cache & lt_kv_cache_context::get_cache() const {
@@ -105,15 +188,47 @@ const lt_kv_cache & lt_kv_cache_context::get_cache() const {
 const llama_kv_cache_context * lt_kv_cache_context::get_full() const {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
-    return static_cast<const llama_kv_cache_context *>(ctx_full.get());
+    return layers ? parts[i_next].full.get() : static_cast<const llama_kv_cache_context *>(ctx_full.get());
 }
 
 const llama_kv_cache_context * lt_kv_cache_context::get_streaming() const {
     assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
 
+    if (layers) {
+        return parts[i_next].prompt.get();
+    }
+
     return static_cast<const llama_kv_cache_context *>((is_in_prompt_part() ? ctx_prompt : ctx_streaming).get());
 }
 
 bool lt_kv_cache_context::is_in_prompt_part() const {
-    return i_next < ubatches.in_prompt_part.size() && ubatches.in_prompt_part[i_next];
+    return is_in_prompt_part(i_next);
+}
+
+bool lt_kv_cache_context::is_in_prompt_part(size_t i) const {
+    return i < ubatches.in_prompt_part.size() && ubatches.in_prompt_part[i];
+}
+
+const lt_layers * lt_kv_cache_context::get_layers() const {
+    return layers;
+}
+
+int64_t lt_kv_cache_context::get_i_token() const {
+    return parts[i_next].i_token;
+}
+
+void lt_kv_cache_context::note_cuts(const llm_graph_params & params) const {
+    kv->note_cuts(params, *this);
+}
+
+void lt_kv_cache_context::for_each_kv(const std::function<void(int32_t, const ggml_tensor *)> & f) const {
+    // note: what a graph is reserved for has a prompt part of its own
+    const auto * kv_streaming = !is_in_prompt_part() ? kv->get_streaming() : kv->get_prompt() ? kv->get_prompt() : kv->get_reserve();
+
+    for (const auto * part : { (const llama_kv_cache *) kv->get_full(), kv_streaming }) {
+        lt_kv_ops::for_each_layer(*part, [&](int32_t il, const ggml_tensor * k, const ggml_tensor * v) {
+            f(il, k);
+            f(il, v);
+        });
+    }
 }

@@ -2,6 +2,10 @@
 
 #include "lt-kv-cache.h"
 
+#include <functional>
+#include <memory>
+#include <vector>
+
 // the parts of an lt_kv_cache while a batch is processed, in the shape of llama_kv_cache_iswa_context
 class lt_kv_cache_context : public llama_memory_context_i {
 public:
@@ -48,7 +52,36 @@ public:
 
     bool is_in_prompt_part() const;
 
+    // a prompt that is read layer by layer
+
+    const lt_layers * get_layers() const; // null: the batch is not one
+
+    // the index of the current ubatch's first token in the batch
+    int64_t get_i_token() const;
+
+    void note_cuts(const llm_graph_params & params) const;
+
+    // call f(il, t) for the keys and the values of each layer
+    void for_each_kv(const std::function<void(int32_t, const ggml_tensor *)> & f) const;
+
 private:
+    // the parts while one ubatch is processed
+    // note: a context goes through its ubatches once, and here each of them comes several times
+    struct ubatch_parts {
+        llama_ubatch silent; // without outputs
+
+        int64_t i_token;
+
+        std::unique_ptr<llama_kv_cache_context> full;
+        std::unique_ptr<llama_kv_cache_context> prompt;
+    };
+
+    void init_layers();
+
+    bool is_in_prompt_part(size_t i) const;
+
+    void report_progress() const;
+
     lt_kv_cache * kv = nullptr;
 
     bool is_update = false;
@@ -63,6 +96,12 @@ private:
     llama_memory_context_ptr ctx_full;
     llama_memory_context_ptr ctx_streaming;
     llama_memory_context_ptr ctx_prompt; // can be null
+
+    const lt_layers * layers = nullptr; // null, or no longer, if the batch is not read layer by layer
+
+    std::vector<ubatch_parts> parts; // [ubatches.all.size()] if the batch is a prompt that is read layer by layer
+
+    std::vector<int8_t> no_outputs; // [n_ubatch]
 
     llama_memory_status status;
 };

@@ -7,6 +7,7 @@
 #include "lt-kv-cache.h"
 
 #include "lt-kv-ops.h"
+#include "lt-layers.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -15,33 +16,54 @@
 #include <algorithm>
 #include <stdexcept>
 
-size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
-    size_t res = 0;
-
-    for (uint32_t il = 0; il < has_cache.size(); ++il) {
-        if (has_cache[il] && spec.is_streaming(il) && model.hparams.has_kv(il)) {
-            const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
-
-            res += n_cells*(ggml_row_size(type_k_streaming, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v_streaming, n_embd_v));
-        }
+size_t lt_kv_cache::prompt_bytes(uint32_t il, uint32_t n_cells) const {
+    if (!has_cache[il] || !spec.is_streaming(il) || !model.hparams.has_kv(il)) {
+        return 0;
     }
 
+    const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
+
+    return n_cells*(ggml_row_size(type_k_streaming, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v_streaming, n_embd_v));
+}
+
+size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {
+    size_t res = 0;
+    for (uint32_t il = 0; il < has_cache.size(); ++il) {
+        res += prompt_bytes(il, n_cells);
+    }
+    return res;
+}
+
+size_t lt_kv_cache::layer_bytes(uint32_t n_cells) const {
+    size_t res = 0;
+    for (uint32_t il = 0; il < has_cache.size(); ++il) {
+        res = std::max(res, prompt_bytes(il, n_cells));
+    }
     return res;
 }
 
 void lt_kv_cache::check_limit(uint32_t n_cells, uint32_t n_tokens, uint32_t n_spare) const {
-    const size_t n_bytes = prompt_bytes(GGML_PAD(n_cells, LT_PART_PAD));
+    const auto bytes_of = [&](uint32_t n) { return prompt_bytes(GGML_PAD(n_cells - n_tokens + n, LT_PART_PAD)); };
 
+    check_limit(bytes_of(n_tokens), n_tokens, bytes_of, n_spare);
+}
+
+void lt_kv_cache::check_limit(size_t n_bytes, uint32_t n_tokens, const std::function<size_t(uint32_t)> & bytes_of, uint32_t n_spare) const {
     if (prompt_limit == 0 || n_bytes <= prompt_limit) {
         return;
     }
 
-    const uint32_t n_fit = prompt_limit/prompt_bytes(LT_PART_PAD)*LT_PART_PAD;
-    const uint32_t n_own = n_cells - n_tokens; // cells that are not for the tokens of this prompt
+    // the longest prompt that would fit
+    uint32_t n_fit = 0;
+    for (uint32_t n_max = n_tokens; n_fit + 1 < n_max; ) {
+        const uint32_t n = n_fit + (n_max - n_fit)/2;
+
+        (bytes_of(n) <= prompt_limit ? n_fit : n_max) = n;
+    }
 
     throw std::runtime_error(format("a prompt of %u tokens needs %.1f MiB while its streaming layers read it with full attention, the limit is %.1f MiB: "
                 "at most %u tokens would fit, or use a larger limit (%s), a KV cache of a smaller type, or prefill=stream",
-                n_tokens, n_bytes/1024.0/1024.0, prompt_limit/1024.0/1024.0, std::max(n_fit > n_own ? n_fit - n_own : 0, n_spare), "LT_PROMPT_LIMIT"));
+                n_tokens, n_bytes/1024.0/1024.0, prompt_limit/1024.0/1024.0, std::max(n_fit, n_spare), "LT_PROMPT_LIMIT"));
 }
 
 void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
@@ -79,7 +101,13 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
     const bool is_sure  = prompt_limit == 0 || !unified || n_seq_max == 1 || n_tokens + n_other <= n_ubatch;
     const bool is_spare = n_tokens <= n_spare && is_sure;
 
-    if (!is_spare && !all_kept) {
+    if (layered && layered->seq_id == seq_id) {
+        layered.reset();
+    }
+
+    if (!is_spare && !all_kept && n_used == 0 && can_read_by_layer(seq_id, n_tokens)) {
+        make_layers(seq_id, n_tokens);
+    } else if (!is_spare && !all_kept) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
 
         check_limit(n_cells, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);
@@ -182,6 +210,7 @@ void lt_kv_cache::free_prompt_part() {
     }
 
     kv_prompt.reset();
+    layered.reset();
     generation++;
 }
 

@@ -3,6 +3,7 @@
 #include "lt-kv-cache.h"
 
 #include "lt-kv-ops.h"
+#include "lt-layers.h"
 
 #include "llama-impl.h"
 
@@ -23,9 +24,17 @@ void lt_kv_cache::clear(bool data) {
     set_phases({});
 }
 
-void lt_kv_cache::forget(llama_seq_id seq_id) {
-    prompts   [seq_id].clear();
+void lt_kv_cache::undeclare(llama_seq_id seq_id) {
     n_declared[seq_id] = 0;
+
+    if (layered && !layered->is_running && layered->seq_id == seq_id) {
+        layered.reset();
+    }
+}
+
+void lt_kv_cache::forget(llama_seq_id seq_id) {
+    prompts[seq_id].clear();
+    undeclare(seq_id);
 
     phases.rollback[seq_id] = LT_POS_END;
 
@@ -64,6 +73,11 @@ bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? LT_POS_END : p1;
 
+    // note: if a batch fails, the context removes the tokens of one ubatch
+    if (get_layers() && (seq_id < 0 || seq_id == layered->seq_id)) {
+        stop_layers();
+    }
+
     const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
 
@@ -85,7 +99,7 @@ bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     }
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        n_declared[s] = 0;
+        undeclare(s);
 
         phases.rollback[s] = LT_POS_END;
 
@@ -130,7 +144,7 @@ void lt_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
     kv_full     ->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     kv_streaming->seq_cp(seq_id_src, seq_id_dst, p0, p1);
 
-    n_declared[seq_id_dst] = 0;
+    undeclare(seq_id_dst);
 
     phases.rollback[seq_id_dst] = LT_POS_END;
 

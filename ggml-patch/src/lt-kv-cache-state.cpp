@@ -198,7 +198,7 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
 
     for (llama_seq_id s = s0; s < s1; ++s) {
         leave_prompt_part(s);
-        n_declared[s] = 0;
+        undeclare(s);
 
         phases.rollback[s] = LT_POS_END;
     }

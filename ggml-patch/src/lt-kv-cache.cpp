@@ -1,6 +1,8 @@
 #include "lt-kv-cache.h"
 
 #include "lt-kv-cache-context.h"
+#include "lt-kv-ops.h"
+#include "lt-layers.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -116,6 +118,9 @@ lt_kv_cache::lt_kv_cache(
     set_layers(spec.layers, spec.is_auto() || spec.hides);
 }
 
+// note: not where lt_layers is incomplete
+lt_kv_cache::~lt_kv_cache() = default;
+
 std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const {
     const layer_filter_cb filter = [&](int32_t il) {
         return has_cache[il] && (!spec.hides && spec.is_streaming(il)) == streaming;
@@ -200,6 +205,10 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() con
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::prompt_breakdown() const {
+    if (layered) {
+        return layered->memory_breakdown();
+    }
+
     if (kv_prompt) {
         return kv_prompt->memory_breakdown();
     }

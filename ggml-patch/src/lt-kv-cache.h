@@ -17,6 +17,11 @@
 #include <vector>
 
 struct llama_cparams;
+struct llm_graph_params;
+struct lt_layers;
+struct lt_run;
+
+class lt_kv_cache_context;
 
 // the prompt part, and a streaming part that has grown, have a multiple of so many cells
 static constexpr uint32_t LT_PART_PAD = 256;
@@ -45,7 +50,7 @@ public:
             const llama_cparams       & cparams,
             const layer_filter_cb     & filter);
 
-    ~lt_kv_cache() = default;
+    ~lt_kv_cache();
 
     //
     // llama_memory_i
@@ -150,6 +155,21 @@ public:
     void begin_ubatch(const lt_batch & batch, const llama_ubatch & ubatch);
     void end_batch   (const lt_batch & batch);
 
+    // the prompt that is being read layer by layer, null if there is none
+    const lt_layers * get_layers() const;
+
+    // a graph has been built: find out where it can be cut between layers
+    void note_cuts(const llm_graph_params & params, const lt_kv_cache_context & mctx);
+
+    // all ubatches have passed the current run of layers. false: it was the last one
+    bool next_run();
+
+    // the prompt has come to a halt: as if it had not begun
+    void stop_layers();
+
+    // called while a batch is computed, with the share of it that has been
+    std::function<void(float)> on_progress;
+
 private:
     const llama_model & model;
 
@@ -185,6 +205,14 @@ private:
     std::unique_ptr<llama_kv_cache> kv_streaming;
     std::unique_ptr<llama_kv_cache> kv_prompt;
     std::unique_ptr<llama_kv_cache> kv_reserve;
+
+    // of a prompt that is, or is about to be, read layer by layer. else null
+    std::unique_ptr<lt_layers> layered;
+
+    bool has_cuts = false;     // whether it is known
+    std::vector<lt_run> runs;  // how such a prompt is read, less than two: there is none
+
+    bool has_equal_layers = true; // all streaming layers have keys and values of the same size
 
     uint64_t generation = 0;
 
@@ -231,6 +259,9 @@ private:
     using cell_map = std::map<std::pair<uint32_t, uint32_t>, uint32_t>;
 
     std::unique_ptr<llama_kv_cache> create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const;
+
+    // no prompt of the sequence is announced any more
+    void undeclare(llama_seq_id seq_id);
 
     // the sequence is empty
     void forget(llama_seq_id seq_id);
@@ -331,11 +362,16 @@ private:
     // ask for room in the prompt part for the prompts of the batch
     void request_room(const lt_batch & batch, const std::vector<llama_seq_id> & move);
 
+    // the bytes of one streaming layer, of all of them, or the most that one of them takes
+    size_t prompt_bytes(uint32_t il, uint32_t n_cells) const;
     size_t prompt_bytes(uint32_t n_cells) const;
+    size_t layer_bytes (uint32_t n_cells) const;
 
-    // throws std::runtime_error if the prompt part may not have so many cells, of which n_tokens are for a new prompt
+    // throws std::runtime_error if the prompt part may not have so many cells, or bytes, of which n_tokens are for a new prompt
     // n_spare: tokens of it that need no prompt part
+    // bytes_of: the bytes for a prompt of n tokens
     void check_limit(uint32_t n_cells, uint32_t n_tokens, uint32_t n_spare = 0) const;
+    void check_limit(size_t   n_bytes, uint32_t n_tokens, const std::function<size_t(uint32_t)> & bytes_of, uint32_t n_spare = 0) const;
 
     // the cells of the streaming part in the state of a sequence; -1: most of those that one stream has in the state of all
     uint32_t n_saved(llama_seq_id seq_id) const;
@@ -358,6 +394,35 @@ private:
 
     // the prompt part is not needed for a sequence any more
     void leave_prompt_part(llama_seq_id seq_id);
+
+    //
+    // prompts that are read layer by layer, see lt-kv-cache-layers.cpp
+    //
+
+    // whether a prompt of so many tokens can be read so, if it comes as one batch
+    bool can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const;
+
+    // the cells of its prompt part, and what it takes besides the streaming part
+    uint32_t n_kept_cells() const;
+    uint32_t n_layer_cells(llama_seq_id seq_id, uint32_t n_tokens) const;
+    size_t   layers_bytes (llama_seq_id seq_id, uint32_t n_tokens) const;
+
+    // take the memory for it. throws std::runtime_error
+    void make_layers(llama_seq_id seq_id, uint32_t n_tokens);
+    void make_hidden(lt_layers & layers) const;
+
+    // the streaming part has room for what is kept of a prompt besides all that it holds
+    bool has_room_for_kept(llama_seq_id seq_id) const;
+
+    // false if the batch is not such a prompt, or if there is no memory for it
+    bool start_layers(const lt_batch & batch, uint32_t n_outputs);
+
+    void begin_run();
+
+    // which cells are kept, and where
+    void plan_kept();
+
+    void finish_layers();
 
     //
     // parts that grow, see lt-kv-cache-grow.cpp

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
+#include <stdexcept>
 
 llama_kv_cells & lt_kv_ops::cells(llama_kv_cache & kv, uint32_t strm) {
     return kv.v_cells[strm];
@@ -137,10 +138,15 @@ static void lt_copy_columns(const lt_kv_ops::cell_pairs & pairs, const ggml_tens
 void lt_kv_ops::copy_data(
         const llama_kv_cache & src, uint32_t strm_src,
               llama_kv_cache & dst, uint32_t strm_dst,
-            const cell_pairs & pairs) {
+            const cell_pairs & pairs,
+                     int32_t   il) {
     assert(src.v_trans == dst.v_trans);
 
     for (const auto & layer_dst : dst.layers) {
+        if (il >= 0 && (int32_t) layer_dst.il != il) {
+            continue;
+        }
+
         const auto & layer_src = src.layers[src.map_layer_ids.at(layer_dst.il)];
 
         lt_copy_rows(pairs, layer_src.k_stream[strm_src], layer_dst.k_stream[strm_dst]);
@@ -257,6 +263,85 @@ void lt_kv_ops::use_rotation_of(const llama_kv_cache & src, llama_kv_cache & dst
 
     dst.attn_rot_k = src.attn_rot_k;
     dst.attn_rot_v = src.attn_rot_v;
+}
+
+void lt_kv_ops::for_each_layer(const llama_kv_cache & kv, const std::function<void(int32_t, ggml_tensor *, ggml_tensor *)> & f) {
+    for (const auto & layer : kv.layers) {
+        f(layer.il, layer.k, layer.v);
+    }
+}
+
+bool lt_kv_ops::has_equal_layers(const llama_kv_cache & kv) {
+    bool res = true;
+    for_each_layer(kv, [&](int32_t, const ggml_tensor * k, const ggml_tensor * v) {
+        const auto & first = kv.layers.front();
+
+        res = res && ggml_are_same_shape(k, first.k) && (v ? first.v && ggml_are_same_shape(v, first.v) : !first.v);
+    });
+
+    return res;
+}
+
+// where the values begin in memory that begins with the keys
+static size_t lt_offs_v(ggml_backend_buffer_type_t buft, const ggml_tensor * k) {
+    return GGML_PAD(ggml_backend_buft_get_alloc_size(buft, k), ggml_backend_buft_get_alignment(buft));
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> lt_kv_ops::shared_breakdown(const llama_kv_cache & kv) {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+
+    for_each_layer(kv, [&](int32_t, const ggml_tensor * k, const ggml_tensor * v) {
+        auto * buft = ggml_backend_buffer_get_type(k->buffer);
+
+        res[buft] = std::max(res[buft], lt_offs_v(buft, k) + (v ? ggml_backend_buft_get_alloc_size(buft, v) : 0));
+    });
+
+    return res;
+}
+
+std::vector<ggml_backend_buffer_ptr> lt_kv_ops::share_memory(llama_kv_cache & kv) {
+    std::vector<ggml_backend_buffer_ptr> res;
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_t> bufs;
+
+    for (const auto & [buft, size] : shared_breakdown(kv)) {
+        res.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
+        if (!res.back()) {
+            throw std::runtime_error(format("%.1f MiB could not be allocated", size/1024.0/1024.0));
+        }
+
+        bufs[buft] = res.back().get();
+
+        // what is in no cell must still be numbers
+        ggml_backend_buffer_clear(res.back().get(), 0);
+    }
+
+    const auto put = [](ggml_backend_buffer_t buf, ggml_tensor * t, size_t offs) {
+        t->buffer = nullptr;
+        ggml_backend_tensor_alloc(buf, t, (uint8_t *) ggml_backend_buffer_get_base(buf) + offs);
+    };
+
+    const auto put_views = [](const std::vector<ggml_tensor *> & views) {
+        for (ggml_tensor * view : views) {
+            if (view) {
+                view->buffer = nullptr;
+                ggml_backend_view_init(view);
+            }
+        }
+    };
+
+    for (const auto & layer : kv.layers) {
+        auto * buft = ggml_backend_buffer_get_type(layer.k->buffer);
+
+        put(bufs[buft], layer.k, 0);
+        if (layer.v) {
+            put(bufs[buft], layer.v, lt_offs_v(buft, layer.k));
+        }
+
+        put_views(layer.k_stream);
+        put_views(layer.v_stream);
+    }
+
+    return res;
 }
 
 void lt_kv_ops::drop_layer(llama_kv_cache & kv, int32_t il) {

@@ -2,8 +2,11 @@
 
 #include "llama-kv-cache.h"
 
+#include "ggml-cpp.h"
+
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -21,11 +24,12 @@ struct lt_kv_ops {
 
     static llama_kv_cells & cells(llama_kv_cache & kv, uint32_t strm);
 
-    // copy K and V of the layers that the destination has. nothing may be computing on either
+    // copy K and V of the layers that the destination has, or of one of them. nothing may be computing on either
     static void copy_data(
             const llama_kv_cache & src, uint32_t strm_src,
                   llama_kv_cache & dst, uint32_t strm_dst,
-                const cell_pairs & pairs);
+                const cell_pairs & pairs,
+                         int32_t   il = -1);
 
     // copy position and extension of a cell, not its sequences
     static void copy_cell(const llama_kv_cells & src, uint32_t i_src, llama_kv_cells & dst, uint32_t i_dst);
@@ -50,6 +54,19 @@ struct lt_kv_ops {
 
     // rotate keys and values as another cache does
     static void use_rotation_of(const llama_kv_cache & src, llama_kv_cache & dst);
+
+    // call f(il, k, v) for each layer; v can be null
+    static void for_each_layer(const llama_kv_cache & kv, const std::function<void(int32_t, ggml_tensor *, ggml_tensor *)> & f);
+
+    // whether all layers have keys and values of the same size
+    static bool has_equal_layers(const llama_kv_cache & kv);
+
+    // give the layers of a cache that was made without memory the same memory, as much as the largest one needs: a buffer for each
+    // kind. the cells have no values then
+    static std::vector<ggml_backend_buffer_ptr> share_memory(llama_kv_cache & kv);
+
+    // what that would take
+    static std::map<ggml_backend_buffer_type_t, size_t> shared_breakdown(const llama_kv_cache & kv);
 
     // give back a layer of a cache that has a buffer for each
     static void drop_layer(llama_kv_cache & kv, int32_t il);

@@ -96,8 +96,8 @@ class Copying(Removing):
         allowed = allowed and all(self.shares_alike(seq, other, entry) for other, entry in shared)
         ambiguous = self.restored_partial or self.has_equal_positions()
         operation(seq, p0, p1)
-        if allowed and ambiguous and shared:  # where positions alone don't say it
-            allowed = self.context.positions(FULL, seq) == afters[seq].positions()
+        if ambiguous and shared:  # positions alone don't say which of two tokens a part shares
+            allowed = not sequence.refused and self.context.positions(FULL, seq) == afters[seq].positions()
         if allowed:
             for other, after in zip(self.model.sequences, afters):
                 other.become(after)
@@ -106,7 +106,7 @@ class Copying(Removing):
 
     def shares_alike(self, seq: int, other: int, entry: Entry) -> bool:
         """Whether two sequences that share an entry in the full part do so in the others, too."""
-        if bool(self.model.sequences[seq].prompt()) != bool(self.model.sequences[other].prompt()):
+        if bool(self.context.positions(PROMPT, seq)) != bool(self.context.positions(PROMPT, other)):
             return False
         return (entry.pos in self.held[seq]) == (entry.pos in self.held[other])
 

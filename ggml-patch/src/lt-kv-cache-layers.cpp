@@ -1,0 +1,408 @@
+// prompts that are read layer by layer, see lt-layers.h
+//
+// policy: a prompt that comes as one batch, and for which the streaming part has no room, is read so if the model's graph can be
+//   cut between its streaming layers. what the streaming part holds is not touched before the whole prompt has been read: a failure
+//   or an abort leaves the sequence as it was before the prompt
+//
+// the batch: lt_kv_cache_context goes through all ubatches once for each run of layers. only in the last run they have outputs
+
+#include "lt-kv-cache.h"
+
+#include "lt-graph-cut.h"
+#include "lt-kv-cache-context.h"
+#include "lt-kv-ops.h"
+#include "lt-layers.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+std::map<ggml_backend_buffer_type_t, size_t> lt_layers::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+
+    for (const auto & buf : bufs) {
+        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    }
+
+    if (buf_act) {
+        res[ggml_backend_buffer_get_type(buf_act.get())] += ggml_backend_buffer_get_size(buf_act.get());
+    }
+
+    if (kv_kept) {
+        for (const auto & [buft, size] : kv_kept->memory_breakdown()) {
+            res[buft] += size;
+        }
+    }
+
+    return res;
+}
+
+//
+// where the layers are cut
+//
+
+// as few runs as there are streaming layers. none if the graph can't be cut between two of them
+static std::vector<lt_run> lt_make_runs(const std::vector<lt_cut> & cuts, const std::vector<bool> & is_streaming) {
+    const int32_t n_layer = cuts.size();
+
+    std::vector<lt_run> res = { { 0, n_layer, -1 } };
+
+    int32_t il_cut = -1; // the last cut behind the streaming layer of the run
+
+    for (int32_t il = 0; il < n_layer; ++il) {
+        if (cuts[il].t) {
+            il_cut = il;
+        }
+
+        if (!is_streaming[il]) {
+            continue;
+        }
+
+        if (res.back().il_streaming >= 0) {
+            if (il_cut < 0) {
+                return {};
+            }
+
+            res.back().il_end = il_cut;
+            res.push_back({ il_cut, n_layer, -1 });
+        }
+
+        res.back().il_streaming = il;
+        il_cut = -1;
+    }
+
+    return res;
+}
+
+void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_context & mctx) {
+    // note: with a single token, what has a row for each token looks like what has one for all
+    if (has_cuts || spec.prefill != LT_PREFILL_FULL || all_kept || params.ubatch.n_tokens < 2) {
+        return;
+    }
+
+    has_cuts = true;
+
+    std::vector<bool> is_streaming(has_cache.size(), false);
+    lt_kv_ops::for_each_layer(*kv_streaming, [&](int32_t il, const ggml_tensor *, const ggml_tensor *) { is_streaming[il] = true; });
+
+    has_equal_layers = lt_kv_ops::has_equal_layers(*kv_streaming);
+
+    runs = lt_make_runs(lt_find_cuts(params, mctx), is_streaming);
+
+    if (runs.empty()) {
+        LLAMA_LOG_INFO("%s: the layers of this model pass on more than the hidden states: all streaming layers hold a prompt at once while it is read\n", __func__);
+    } else if (runs.size() > 1) {
+        LLAMA_LOG_INFO("%s: a prompt that comes in one batch is read in %zu runs of layers, of which one at a time holds it in a streaming layer\n", __func__, runs.size());
+    }
+}
+
+//
+// memory
+//
+
+bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
+    if (runs.size() < 2 || !lctx || prompts[seq_id].current() || in_prompt_part.any()) {
+        return false;
+    }
+
+    const auto & cparams = lctx->get_cparams();
+
+    const bool keeps_hidden = cparams.embeddings || cparams.embeddings_nextn ||
+        std::find(cparams.embeddings_layer_inp.begin(), cparams.embeddings_layer_inp.end(), true) != cparams.embeddings_layer_inp.end();
+
+    return !keeps_hidden && n_tokens <= lctx->n_batch() && n_tokens > n_ubatch && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
+}
+
+uint32_t lt_kv_cache::n_kept_cells() const {
+    return GGML_PAD(mask.n_sink + mask.n_back, LT_PART_PAD);
+}
+
+uint32_t lt_kv_cache::n_layer_cells(llama_seq_id seq_id, uint32_t n_tokens) const {
+    return GGML_PAD(pos_streaming(seq_id).size() + n_tokens, LT_PART_PAD);
+}
+
+size_t lt_kv_cache::layers_bytes(llama_seq_id seq_id, uint32_t n_tokens) const {
+    const size_t n_kept = has_room_for_kept(seq_id) ? 0 : prompt_bytes(n_kept_cells());
+
+    return layer_bytes(n_layer_cells(seq_id, n_tokens)) + (size_t) n_tokens*model.hparams.n_embd*sizeof(float) + n_kept;
+}
+
+void lt_kv_cache::make_layers(llama_seq_id seq_id, uint32_t n_tokens) {
+    layered.reset();
+
+    const size_t n_bytes = layers_bytes(seq_id, n_tokens);
+
+    check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); });
+
+    auto res = std::make_unique<lt_layers>();
+
+    res->seq_id   = seq_id;
+    res->n_tokens = n_tokens;
+    res->runs     = runs;
+
+    try {
+        res->kv   = create(hparams_no_alloc, n_layer_cells(seq_id, n_tokens), true, true);
+        res->bufs = lt_kv_ops::share_memory(*res->kv);
+
+        make_hidden(*res);
+
+        if (!has_room_for_kept(seq_id)) {
+            res->kv_kept = create(model.hparams, n_kept_cells(), true, true);
+        }
+    } catch (const std::exception & err) {
+        throw std::runtime_error(format("no memory to read a prompt of %u tokens, %.1f MiB (%s). A KV cache of a smaller type or prefill=stream needs less",
+                    n_tokens, n_bytes/1024.0/1024.0, err.what()));
+    }
+
+    layered = std::move(res);
+}
+
+void lt_kv_cache::make_hidden(lt_layers & layers) const {
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    layers.ctx_act.reset(ggml_init(params));
+    layers.act = ggml_new_tensor_2d(layers.ctx_act.get(), GGML_TYPE_F32, model.hparams.n_embd, layers.n_tokens);
+    ggml_set_name(layers.act, "lt_hidden");
+
+    // on the device, if one has all layers
+    auto * dev = model.dev_layer(0);
+    for (uint32_t il = 1; il < model.hparams.n_layer(); ++il) {
+        dev = model.dev_layer(il) == dev ? dev : nullptr;
+    }
+
+    auto * buft = dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type();
+
+    layers.buf_act.reset(ggml_backend_alloc_ctx_tensors_from_buft(layers.ctx_act.get(), buft));
+    if (!layers.buf_act) {
+        throw std::runtime_error(format("%.1f MiB for the hidden states could not be allocated", ggml_nbytes(layers.act)/1024.0/1024.0));
+    }
+}
+
+static std::vector<uint32_t> lt_find_empty(const llama_kv_cells & cells, size_t n) {
+    std::vector<uint32_t> res;
+    for (uint32_t i = 0; i < cells.size() && res.size() < n; ++i) {
+        if (cells.is_empty(i)) {
+            res.push_back(i);
+        }
+    }
+    return res;
+}
+
+bool lt_kv_cache::has_room_for_kept(llama_seq_id seq_id) const {
+    const size_t n = (size_t) mask.n_sink + mask.n_back;
+
+    return lt_find_empty(kv_streaming->get_cells(seq_id), n).size() == n;
+}
+
+//
+// reading
+//
+
+bool lt_kv_cache::start_layers(const lt_batch & batch, uint32_t n_outputs) {
+    const auto & cur = batch.front();
+
+    const bool is_whole = batch.size() == 1 && cur.is_prompt && cur.is_last && (uint32_t) (cur.end - cur.begin) == cur.n_tokens;
+
+    const auto has_spare = [&] {
+        return lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(cur.id), 0, UINT32_MAX, cur.n_tokens).size() >= cur.n_tokens;
+    };
+
+    // note: where all tokens have outputs, upstream doesn't ask which ones have
+    if (!is_whole || n_outputs == cur.n_tokens || !can_read_by_layer(cur.id, cur.n_tokens) || has_spare()) {
+        layered.reset();
+        return false;
+    }
+
+    try {
+        const bool is_made = layered && layered->seq_id == cur.id && layered->n_tokens == cur.n_tokens &&
+            layered->kv->get_size() >= n_layer_cells(cur.id, cur.n_tokens) && (layered->kv_kept || has_room_for_kept(cur.id));
+
+        if (!is_made) {
+            make_layers(cur.id, cur.n_tokens);
+        }
+    } catch (const std::exception & err) {
+        LLAMA_LOG_WARN("%s: %s\n", __func__, err.what());
+        return false;
+    }
+
+    layered->is_running = true;
+    layered->begin      = cur.begin;
+
+    lctx->synchronize();
+
+    kv_prompt = std::move(layered->kv);
+    generation++;
+
+    const auto & src = kv_streaming->get_cells(cur.id);
+          auto & dst = lt_kv_ops::cells(*kv_prompt, 0);
+
+    for (const auto & [p, i] : src.seq_pos_get(cur.id)) {
+        if (!mask.is_dead(src, i, cur.id)) {
+            const uint32_t i_dst = layered->pairs_in.size();
+
+            lt_kv_ops::copy_cell(src, i, dst, i_dst);
+            dst.seq_add(i_dst, cur.id);
+
+            layered->pairs_in.push_back({ i, i_dst });
+        }
+    }
+
+    in_prompt_part.set(cur.id);
+
+    begin_run();
+
+    return true;
+}
+
+void lt_kv_cache::begin_run() {
+    const auto & run = layered->run();
+
+    if (run.il_streaming >= 0) {
+        // note: layers can have keys and values of other sizes, and what is in no cell must still be numbers
+        for (const auto & buf : layered->bufs) {
+            if (!has_equal_layers) {
+                ggml_backend_buffer_clear(buf.get(), 0);
+            }
+        }
+
+        lt_kv_ops::copy_data(*kv_streaming, kv_streaming->get_stream(layered->seq_id), *kv_prompt, 0, layered->pairs_in, run.il_streaming);
+    }
+
+    // ggml-alloc tells graphs apart by their sizes alone, and takes one run of layers for another: after this graph, it can't
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead() + ggml_graph_overhead_custom(1, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 1, false);
+
+    ggml_tensor * t = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1);
+    ggml_set_input(t);
+
+    ggml_build_forward_expand(gf, t);
+
+    ggml_backend_sched_reset  (lctx->get_sched());
+    ggml_backend_sched_reserve(lctx->get_sched(), gf);
+}
+
+void lt_kv_cache::plan_kept() {
+    const llama_seq_id s = layered->seq_id;
+
+    const auto & cells = kv_prompt->get_cells(s);
+    const auto & held  = kv_streaming->get_cells(s);
+
+    std::vector<uint32_t> kept;
+    for (const auto & [p, i] : cells.seq_pos_get(s)) {
+        const bool is_kept = p < (llama_pos) mask.n_sink || p >= cells.seq_pos_max(s) + 1 - (llama_pos) mask.n_back;
+        const auto it      = held.seq_pos_get(s).lower_bound({ p, 0 });
+
+        // what the streaming part has already stays where it is
+        const bool is_held = !layered->kv_kept && it != held.seq_pos_get(s).end() && it->first == p;
+
+        if (is_kept && !is_held) {
+            kept.push_back(i);
+        }
+    }
+
+    auto & dst = layered->kv_kept ? *layered->kv_kept : *kv_streaming;
+
+    const auto free = lt_find_empty(dst.get_cells(s), kept.size());
+    GGML_ASSERT(free.size() == kept.size());
+
+    for (size_t j = 0; j < kept.size(); ++j) {
+        layered->pairs_out.push_back({ kept[j], free[j] });
+    }
+}
+
+bool lt_kv_cache::next_run() {
+    lctx->synchronize();
+
+    if (layered->i_run == 0) {
+        plan_kept();
+    }
+
+    const llama_seq_id s = layered->seq_id;
+
+    if (const int32_t il = layered->run().il_streaming; il >= 0) {
+        auto & dst = layered->kv_kept ? *layered->kv_kept : *kv_streaming;
+
+        lt_kv_ops::copy_data(*kv_prompt, 0, dst, layered->kv_kept ? 0 : kv_streaming->get_stream(s), layered->pairs_out, il);
+    }
+
+    if (!layered->is_last_run()) {
+        layered->i_run++;
+        begin_run();
+
+        return true;
+    }
+
+    finish_layers();
+
+    return false;
+}
+
+void lt_kv_cache::finish_layers() {
+    const llama_seq_id s = layered->seq_id;
+
+    const uint32_t strm = layered->kv_kept ? 0 : kv_streaming->get_stream(s);
+
+    auto & dst = lt_kv_ops::cells(layered->kv_kept ? *layered->kv_kept : *kv_streaming, strm);
+
+    if (!layered->kv_kept) {
+        const pos_set held = dst.seq_pos_get(s);
+        for (const auto & [p, i] : held) {
+            if (p >= (llama_pos) mask.n_sink && p < kv_prompt->seq_pos_max(s) + 1 - (llama_pos) mask.n_back) {
+                dst.seq_rm(i, s);
+            }
+        }
+    }
+
+    for (const auto & [i, i_dst] : layered->pairs_out) {
+        lt_kv_ops::copy_cell(kv_prompt->get_cells(s), i, dst, i_dst);
+        dst.seq_add(i_dst, s);
+    }
+
+    if (layered->kv_kept) {
+        // the end of the prompt copies it to the streaming part, see lt-kv-cache-prompt-end.cpp
+        kv_prompt = std::move(layered->kv_kept);
+        generation++;
+    } else {
+        lt_kv_ops::set_head(*kv_streaming, strm, layered->pairs_out.back().second + 1);
+        leave_prompt_part(s);
+    }
+
+    layered.reset();
+}
+
+void lt_kv_cache::stop_layers() {
+    if (!layered || !layered->is_running) {
+        return;
+    }
+
+    const llama_seq_id s     = layered->seq_id;
+    const llama_pos    begin = layered->begin;
+
+    kv_full->seq_rm(s, begin, -1);
+
+    leave_prompt_part(s);
+    layered.reset();
+
+    prompts[s].truncate(begin);
+    n_declared[s] = 0;
+
+    set_phases({});
+}
+
+const lt_layers * lt_kv_cache::get_layers() const {
+    return layered && layered->is_running ? layered.get() : nullptr;
+}

@@ -1,0 +1,59 @@
+#pragma once
+
+#include "lt-kv-ops.h"
+
+#include "ggml-cpp.h"
+
+#include <map>
+#include <memory>
+#include <vector>
+
+// layers [il_begin, il_end) that are computed for all of a prompt before the next ones, one of them streaming at most
+struct lt_run {
+    int32_t il_begin;
+    int32_t il_end;
+    int32_t il_streaming; // -1: none
+};
+
+// a prompt that is read layer by layer: all its ubatches pass a run of layers before the next run
+//
+// so the memory for what its tokens see in a streaming layer serves for all of them. between two runs the hidden states of all
+// tokens are kept
+struct lt_layers {
+    llama_seq_id seq_id;
+    uint32_t     n_tokens;
+
+    std::vector<lt_run> runs;
+
+    // the prompt part, whose layers have their keys and values in the same memory. while the prompt is read, the cache has it
+    std::unique_ptr<llama_kv_cache>      kv;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+
+    // what the streaming layers keep of the prompt, where the streaming part has no room for it besides what it holds. else null
+    std::unique_ptr<llama_kv_cache> kv_kept;
+
+    // the hidden states, F32 [n_embd, n_tokens]
+    ggml_context_ptr        ctx_act;
+    ggml_backend_buffer_ptr buf_act;
+    ggml_tensor           * act = nullptr;
+
+    // it is being read
+    bool is_running = false;
+
+    // its first position
+    llama_pos begin = 0;
+
+    size_t i_run = 0;
+
+    // (cell of the streaming part, cell of the prompt part): what is held from before the prompt
+    lt_kv_ops::cell_pairs pairs_in;
+
+    // (cell of the prompt part, cell of the streaming part or of kv_kept): what is kept at its end
+    lt_kv_ops::cell_pairs pairs_out;
+
+    const lt_run & run() const { return runs[i_run]; }
+
+    bool is_last_run() const { return i_run + 1 == runs.size(); }
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
+};
