@@ -195,6 +195,19 @@ void lt_set_prompt_limit(llama_context * ctx, size_t n_bytes) {
     }
 }
 
+void lt_set_n_batch(llama_context * ctx, uint32_t n_batch) {
+    ctx->lt_set_n_batch(n_batch);
+}
+
+void lt_set_progress(llama_context * ctx, lt_progress_callback callback, void * user_data) {
+    if (auto * kv = dynamic_cast<lt_kv_cache *>(ctx->get_memory())) {
+        kv->on_progress = nullptr;
+        if (callback) {
+            kv->on_progress = [=](float progress) { callback(progress, user_data); };
+        }
+    }
+}
+
 int32_t lt_lazy_ratios(const llama_context * ctx, float * ratios, int32_t n) {
     const auto * kv = lt_get_cache(ctx);
     if (!kv || kv->get_lazy_ratios().empty()) {

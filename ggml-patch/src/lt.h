@@ -107,6 +107,20 @@ extern "C" {
     // the limit. Without streaming layers or with prefill = stream it does nothing and returns true.
     LLAMA_API bool lt_prompt_begin(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens, char * err, size_t err_size);
 
+    // A prompt that is longer than sinks and window, and that begins and ends in one batch of one sequence, is read layer by layer: all
+    // of it passes some layers, of which one streams, before the next ones. So LT_KV_PROMPT is what one streaming layer needs, and
+    // the hidden states of all tokens. If reading it fails or is aborted, nothing of the prompt stays. Layers whose graph can't be cut
+    // between them, and prompts that ask for the logits of all tokens, are read as if they came in several batches.
+
+    // Most tokens of a batch of this context from now on. It takes no memory.
+    LLAMA_API void lt_set_n_batch(struct llama_context * ctx, uint32_t n_batch);
+
+    // Called while a batch is computed, each time some of its tokens have passed some layers, with the share of its work that is done.
+    typedef void (*lt_progress_callback)(float progress, void * user_data);
+
+    // From now on; NULL: no more. Without streaming layers it is not called.
+    LLAMA_API void lt_set_progress(struct llama_context * ctx, lt_progress_callback callback, void * user_data);
+
     // Most bytes of LT_KV_PROMPT, 0: no limit. At first what the environment variable LT_PROMPT_LIMIT says, in MiB.
     LLAMA_API void lt_set_prompt_limit(struct llama_context * ctx, size_t n_bytes);
 

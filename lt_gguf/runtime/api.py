@@ -6,7 +6,8 @@ Importing this module loads the native library and raises `LibraryError` if it i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -67,6 +68,9 @@ _lt_prompt_begin = _bind(
     "lt_prompt_begin", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32, _TEXT, ctypes.c_size_t
 )
 _lt_set_prompt_limit = _bind("lt_set_prompt_limit", None, _CONTEXT, ctypes.c_size_t)
+_PROGRESS = ctypes.CFUNCTYPE(None, ctypes.c_float, ctypes.c_void_p)
+_lt_set_n_batch = _bind("lt_set_n_batch", None, _CONTEXT, ctypes.c_uint32)
+_lt_set_progress = _bind("lt_set_progress", None, _CONTEXT, _PROGRESS, ctypes.c_void_p)
 _lt_seq_in_prompt = _bind("lt_seq_in_prompt", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id)
 _lt_lazy_ratios = _bind("lt_lazy_ratios", ctypes.c_int32, _CONTEXT, ctypes.POINTER(ctypes.c_float), ctypes.c_int32)
 
@@ -145,6 +149,22 @@ def prompt_begin(context: int, seq_id: int, n_tokens: int) -> None:
 def set_prompt_limit(context: int, n_bytes: int) -> None:
     """Sets the most bytes that `KVPart.PROMPT` may take; 0: no limit."""
     _lt_set_prompt_limit(context, n_bytes)
+
+
+def set_n_batch(context: int, n_batch: int) -> None:
+    """Sets the most tokens of a batch. A prompt that comes in one is read layer by layer, where the model allows it."""
+    _lt_set_n_batch(context, n_batch)
+
+
+@contextmanager
+def progress(context: int, report: Callable[[float], None] | None) -> Iterator[None]:
+    """Within the block `report` is called while a batch is computed, with the share of its work that is done."""
+    callback = _PROGRESS(lambda share, _: report(share)) if report is not None else _PROGRESS()
+    _lt_set_progress(context, callback, None)
+    try:
+        yield
+    finally:
+        _lt_set_progress(context, _PROGRESS(), None)
 
 
 def seq_in_prompt(context: int, seq_id: int) -> bool:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lt_gguf.runtime import api, crash
+from lt_gguf.runtime.batch import Batch, batch_part
+from lt_gguf.runtime.interruptible import interruptible
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.saved import Saved, state_bytes
@@ -71,9 +73,15 @@ class RewindingLlama(_Llama):
         self._broken_at: int | None = None
         # Tokens before this position have been computed since the memory was last cut.
         self._computed_to = 0
+        self._reads_by_layer = False
         super().__init__(model_path, **kwargs)
         self._spec, self.auto = self._running_spec()
         self._reads_in_full = self._spec.prefill == "full" and (bool(self._spec.layers) or self.auto is not None)
+        # A prompt that comes in one batch is read layer by layer. Made when the first one comes.
+        self._whole: Batch | None = None
+        if self._reads_in_full and self.auto is None and not self._logits_all and not self.context_params.embeddings:
+            api.set_n_batch(self.ctx, self._n_ctx)
+            self._reads_by_layer = True
 
     @property
     def streaming(self) -> StreamingSpec | None:
@@ -314,13 +322,18 @@ class RewindingLlama(_Llama):
         # what doesn't ask for all its logits is a prompt to the runtime
         is_decoded = self._reads_in_full and not piece.is_prompt
         n_batch = min(self.n_batch, _DECODED_AT_ONCE) if is_decoded and not self._logits_all else self.n_batch
+        is_whole = self._reads_by_layer and piece.is_prompt and ends and not piece.continues and len(tokens) > n_batch
+        n_batch = len(tokens) if is_whole else n_batch
         for begin in range(0, len(tokens), n_batch):
             batch = tokens[begin : begin + n_batch]
             end = piece.begin + begin + len(batch)
             is_last = end == piece.end and ends
             doing = f"reading a prompt, {len(batch)} tokens" if piece.is_prompt or not is_new else "decoding"
             with crash.step(f"{doing} from position {piece.begin + begin} on, {self.model_path}"):
-                self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
+                if is_whole:
+                    self._decode_whole(batch, piece.begin, report)
+                else:
+                    self._decode(batch, piece.begin + begin, asks_all=self._logits_all or is_decoded, asks_last=is_last)
             if piece.is_prompt or not is_new:
                 self.n_read += len(batch)
             else:
@@ -351,6 +364,24 @@ class RewindingLlama(_Llama):
         if asks_all or asks_last:
             self._logits_at = end
             self._requires_eval = False
+
+    def _decode_whole(self, tokens: list[int], begin: int, report: Callable[[int], None] | None) -> None:
+        """A whole prompt in one llama_decode, as `_decode`. Ctrl-C stops it, and then none of it is there."""
+        end = begin + len(tokens)
+        wanted = np.zeros(len(tokens), np.int8)
+        wanted[-1] = 1
+        if self._whole is None:
+            self._whole = Batch(self._n_ctx)
+        self._whole.fill(batch_part(tokens, begin, 0, wanted))
+        self._begin_change(begin)
+        self._computed_to = end
+        on_progress = None if report is None else lambda share: report(int(share * len(tokens)))
+        with interruptible(self.ctx), api.progress(self.ctx, on_progress):
+            if status := _llama_cpp.llama_decode(self.ctx, self._whole.native):
+                raise RuntimeError(f"llama_decode returned {status}")
+        self.input_ids[begin:end] = tokens
+        self._logits_at = end
+        self._requires_eval = False
 
     def _take_snapshot(self, n_tokens: int, with_logits: bool = False) -> None:
         if self._snapshots.limit == 0 or self.streaming is None:
