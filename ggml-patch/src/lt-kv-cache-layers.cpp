@@ -44,34 +44,37 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_layers::memory_breakdown() const
 // where the layers are cut
 //
 
-// as few runs as there are streaming layers. none if the graph can't be cut between two of them
+// a run for each streaming layer, and where the graph can be cut there, one for the full layers between two of them: a graph that
+// has layers of both kinds has a mask for each. none if the graph can't be cut between two streaming layers
 static std::vector<lt_run> lt_make_runs(const std::vector<lt_cut> & cuts, const std::vector<bool> & is_streaming) {
     const int32_t n_layer = cuts.size();
 
     std::vector<lt_run> res = { { 0, n_layer, -1 } };
 
+    const auto cut = [&](int32_t il) {
+        res.back().il_end = il;
+        res.push_back({ il, n_layer, -1 });
+    };
+
     int32_t il_cut = -1; // the last cut behind the streaming layer of the run
 
     for (int32_t il = 0; il < n_layer; ++il) {
-        if (cuts[il].t) {
-            il_cut = il;
-        }
+        il_cut = cuts[il].t ? il : il_cut;
 
-        if (!is_streaming[il]) {
-            continue;
-        }
-
-        if (res.back().il_streaming >= 0) {
+        if (cuts[il].t && is_streaming[il] != is_streaming[il - 1]) {
+            cut(il);
+        } else if (is_streaming[il] && res.back().il_streaming >= 0) {
             if (il_cut < 0) {
                 return {};
             }
 
-            res.back().il_end = il_cut;
-            res.push_back({ il_cut, n_layer, -1 });
+            cut(il_cut);
         }
 
-        res.back().il_streaming = il;
-        il_cut = -1;
+        if (is_streaming[il]) {
+            res.back().il_streaming = il;
+            il_cut = -1;
+        }
     }
 
     return res;
@@ -92,9 +95,13 @@ void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_c
 
     runs = lt_make_runs(lt_find_cuts(params, mctx), is_streaming);
 
-    if (runs.empty()) {
+    const bool is_one = std::count(is_streaming.begin(), is_streaming.end(), true) < 2;
+
+    if (is_one) {
+        runs.clear(); // it would be held at once anyway
+    } else if (runs.empty()) {
         LLAMA_LOG_INFO("%s: the layers of this model pass on more than the hidden states: all streaming layers hold a prompt at once while it is read\n", __func__);
-    } else if (runs.size() > 1) {
+    } else {
         LLAMA_LOG_INFO("%s: a prompt that comes in one batch is read in %zu runs of layers, of which one at a time holds it in a streaming layer\n", __func__, runs.size());
     }
 }
@@ -104,7 +111,7 @@ void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_c
 //
 
 bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
-    if (runs.size() < 2 || !lctx || prompts[seq_id].current() || in_prompt_part.any()) {
+    if (runs.empty() || !lctx || prompts[seq_id].current() || in_prompt_part.any()) {
         return false;
     }
 
@@ -113,7 +120,10 @@ bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) cons
     const bool keeps_hidden = cparams.embeddings || cparams.embeddings_nextn ||
         std::find(cparams.embeddings_layer_inp.begin(), cparams.embeddings_layer_inp.end(), true) != cparams.embeddings_layer_inp.end();
 
-    return !keeps_hidden && n_tokens <= lctx->n_batch() && n_tokens > n_ubatch && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
+    // note: the hidden states of a token can take more than what a few layers hold of it
+    const bool is_less = layers_bytes(seq_id, n_tokens) < prompt_bytes(n_layer_cells(seq_id, n_tokens));
+
+    return !keeps_hidden && is_less && n_tokens <= lctx->n_batch() && n_tokens > n_ubatch && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
 }
 
 uint32_t lt_kv_cache::n_kept_cells() const {
@@ -135,7 +145,9 @@ void lt_kv_cache::make_layers(llama_seq_id seq_id, uint32_t n_tokens) {
 
     const size_t n_bytes = layers_bytes(seq_id, n_tokens);
 
-    check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); });
+    const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
+
+    check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); }, n_spare);
 
     auto res = std::make_unique<lt_layers>();
 

@@ -210,7 +210,7 @@ private:
     std::unique_ptr<lt_layers> layered;
 
     bool has_cuts = false;     // whether it is known
-    std::vector<lt_run> runs;  // how such a prompt is read, less than two: there is none
+    std::vector<lt_run> runs;  // how such a prompt is read, empty: there is none
 
     bool has_equal_layers = true; // all streaming layers have keys and values of the same size
 

@@ -7,7 +7,7 @@ from hypothesis.stateful import precondition, rule
 from support.memory_model import Prompt, Sequence
 from support.native import FULL, PROMPT, STREAMING
 from support.reference import Entry
-from support.walk.base import END, fractions, sequences
+from support.walk.base import END, N_SEQ, fractions, sequences
 from support.walk.removing import Removing
 
 
@@ -94,7 +94,8 @@ class Copying(Removing):
         # refused, too, where sequences share a cell of one part and not that of the other: there it would not move
         shared = self.model.shared(seq, moved)
         allowed = allowed and all(self.shares_alike(seq, other, entry) for other, entry in shared)
-        ambiguous = self.restored_partial or self.has_equal_positions()
+        reading = any(self.context.positions(PROMPT, other) for other in range(N_SEQ))  # sequences come to the prompt part one by one
+        ambiguous = self.restored_partial or reading or self.has_equal_positions()
         operation(seq, p0, p1)
         if ambiguous and shared:  # positions alone don't say which of two tokens a part shares
             allowed = not sequence.refused and self.context.positions(FULL, seq) == afters[seq].positions()

@@ -1,0 +1,155 @@
+"""Measures the memory of a process while it reads a long prompt: in several batches, and in one, layer by layer (prefill = full).
+
+    python scripts/bench/prompt_peak.py [--tokens 16384] [--streaming 8,12] [--picture FILE.svg] [--threads N]
+
+For each number of streaming layers, of 16, and with full attention in all of them, a process of its own reads the same random
+tokens twice: as one batch, and in batches of 512, in turn. It notes its resident memory every 50 ms, beginning when the context is
+made and has read a few tokens, so that weights and compute buffers are there. What it grows by with full attention in all layers,
+a few MiB of masks and the like, is not the cache's and is taken off. Prints a Markdown table; the picture has the memory over time. The model has random weights and as many hidden values for each value of a layer's cache as
+Llama-3.1-8B (a grouped-query model: what is kept between layers is four times what one of them holds in its cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from decode import Shape, write_random_model  # beside this file
+from support.native import FULL, PROMPT, STREAMING, Model
+
+from lt_gguf.runtime.cpu import usable_cores
+from lt_gguf.spec import StreamingSpec
+
+SHAPE = Shape(16, 256, 4, 1, 64, 512, 4096)
+SINK, WINDOW, N_UBATCH = 4, 1020, 512
+LAYER_BYTES = 2 * SHAPE.n_head_kv * SHAPE.head_size * 2  # K and V of a token in one layer, f16
+MIB = 2**20
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def read(path: Path, n_streaming: int, n_tokens: int, by_layer: bool, threads: int) -> dict[str, Any]:
+    """Reads the prompt and decodes a few tokens; what that took."""
+    tokens = np.random.default_rng(0).integers(3, SHAPE.n_vocab, n_tokens)
+    layers = tuple(range(SHAPE.n_layer - n_streaming, SHAPE.n_layer))
+    spec = StreamingSpec(layers, SHAPE.n_layer, SINK, WINDOW, "full") if n_streaming else None
+    seen, ended = [], threading.Event()
+    with Model(path) as model:
+        model.set_streaming("off" if spec is None else str(spec))
+        n_batch = n_tokens if by_layer else N_UBATCH
+        with model.context(n_ctx=n_tokens + 256, n_batch=n_batch, n_ubatch=N_UBATCH, kv="f16", flash=True, n_threads=threads) as context:
+            context.read_prompt(tokens[:N_UBATCH])
+            context.clear()
+            start, before = time.perf_counter(), resident()
+
+            def watch() -> None:
+                while not ended.wait(0.05):
+                    seen.append((time.perf_counter() - start, resident() - before))
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            context.prompt_begin(n_tokens)
+            prompt_part = context.kv_bytes(PROMPT)
+            logits = context.read_prompt(tokens)
+            seconds = time.perf_counter() - start
+            time.sleep(0.2)
+            ended.set()
+            watcher.join()
+            cache = context.kv_bytes(FULL) + context.kv_bytes(STREAMING)
+    return {"cache": cache, "prompt_part": prompt_part, "seen": seen, "seconds": seconds, "sum": float(logits.astype(np.float64).sum())}
+
+
+def measure(path: Path, n_streaming: int, by_layer: bool, options: argparse.Namespace) -> dict[str, Any]:
+    arguments = [str(path), str(n_streaming), str(options.tokens), str(int(by_layer)), str(options.threads)]
+    done = subprocess.run([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {done.stderr.strip().splitlines()[-1:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["rise"] = max(rise for _, rise in result["seen"])
+    return result
+
+
+def draw(path: Path, runs: dict[tuple[int, bool], dict[str, Any]], n_tokens: int) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    streaming = sorted({n for n, _ in runs if n})
+    figure, axes = pyplot.subplots(1, len(streaming), figsize=(4.5 * len(streaming), 3.4), sharey=True, squeeze=False)
+    for axis, n in zip(axes[0], streaming):
+        for by_layer, label, color in ((False, "in several batches", "#888888"), (True, "layer by layer", "#0b6e4f")):
+            run = runs[n, by_layer]
+            times, rises = np.array(run["seen"]).T
+            axis.plot(times, (run["cache"] + np.maximum(0, rises - runs[0, False]["rise"])) / MIB, color=color, label=label)
+        axis.axhline(runs[0, False]["cache"] / MIB, color="#c0392b", linestyle=":", label="all layers full")
+        axis.set_title(f"{n} of {SHAPE.n_layer} layers streaming", fontsize=10)
+        axis.set_xlabel("seconds")
+        axis.set_ylim(0)
+    axes[0][0].set_ylabel("KV cache and prompt, MiB")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="center right")
+    figure.suptitle(f"Reading {n_tokens} tokens", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--streaming", default="8,12", help="numbers of streaming layers, of 16")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--model", type=Path, default=Path("build/bench/peak-16x1x64.gguf"))
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    if not options.model.exists():
+        write_random_model(options.model, SHAPE)
+
+    cases = [(0, False)] + [(int(n), by_layer) for n in options.streaming.split(",") for by_layer in (False, True)]
+    runs = {}
+    for n, by_layer in cases:
+        print(f"{n} of {SHAPE.n_layer} streaming, {'one batch' if by_layer else 'several batches'}", file=sys.stderr, flush=True)
+        runs[n, by_layer] = measure(options.model, n, by_layer, options)
+
+    full = runs[0, False]
+    for run in runs.values():
+        run["peak"] = run["cache"] + run["rise"] - full["rise"]
+    print("| streaming | read | cache, MiB | at the peak, MiB | of all full | full layers + 1 + hidden, MiB | peak ÷ that | seconds | ÷ several batches |")
+    print("|" + " --: |" * 9)
+    for (n, by_layer), run in runs.items():
+        one = ((SHAPE.n_layer - n + (n > 0)) * LAYER_BYTES + (n > 0) * SHAPE.n_embd * 4) * options.tokens
+        cells = [
+            f"{n} of {SHAPE.n_layer}",
+            "layer by layer" if by_layer else "in several batches",
+            f"{run['cache'] / MIB:.1f}",
+            f"{run['peak'] / MIB:.1f}",
+            f"{run['peak'] / full['peak']:.2f}",
+            f"{one / MIB:.1f}",
+            f"{run['peak'] / one:.3f}",
+            f"{run['seconds']:.1f}",
+            f"{run['seconds'] / runs[n, False]['seconds']:.3f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+    same = all(runs[n, True]["sum"] == runs[n, False]["sum"] for n, by_layer in runs if by_layer)
+    print(f"\n{options.tokens} tokens. The logits at the end are {'the same in both' if same else 'not the same'}.")
+    if options.picture:
+        draw(options.picture, runs, options.tokens)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        model, n_streaming, n_tokens, by_layer, threads = sys.argv[2:]
+        print(json.dumps(read(Path(model), int(n_streaming), int(n_tokens), by_layer == "1", int(threads))))
+    else:
+        main()
