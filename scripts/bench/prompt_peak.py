@@ -49,7 +49,9 @@ def read(path: Path, n_streaming: int, n_tokens: int, by_layer: bool, threads: i
     with Model(path) as model:
         model.set_streaming("off" if spec is None else str(spec))
         n_batch = n_tokens if by_layer else N_UBATCH
-        with model.context(n_ctx=n_tokens + 256, n_batch=n_batch, n_ubatch=N_UBATCH, kv="f16", flash=True, n_threads=threads) as context:
+        with model.context(
+            n_ctx=n_tokens + 256, n_batch=n_batch, n_ubatch=N_UBATCH, kv="f16", flash=True, n_threads=threads
+        ) as context:
             context.read_prompt(tokens[:N_UBATCH])
             context.clear()
             start, before = time.perf_counter(), resident()
@@ -68,12 +70,18 @@ def read(path: Path, n_streaming: int, n_tokens: int, by_layer: bool, threads: i
             ended.set()
             watcher.join()
             cache = context.kv_bytes(FULL) + context.kv_bytes(STREAMING)
-    return {"cache": cache, "prompt_part": prompt_part, "seen": seen, "seconds": seconds, "sum": float(logits.astype(np.float64).sum())}
+    return {
+        "cache": cache,
+        "prompt_part": prompt_part,
+        "seen": seen,
+        "seconds": seconds,
+        "sum": float(logits.astype(np.float64).sum()),
+    }
 
 
 def measure(path: Path, n_streaming: int, by_layer: bool, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [str(path), str(n_streaming), str(options.tokens), str(int(by_layer)), str(options.threads)]
-    done = subprocess.run([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, __file__, "--child", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {done.stderr.strip().splitlines()[-1:]}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -99,7 +107,7 @@ def draw(path: Path, runs: dict[tuple[int, bool], dict[str, Any]], n_tokens: int
         axis.set_xlabel("seconds")
         axis.set_ylim(0)
     axes[0][0].set_ylabel("KV cache and prompt, MiB")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="center right")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower left")
     figure.suptitle(f"Reading {n_tokens} tokens", fontsize=11)
     figure.tight_layout()
     figure.savefig(path)
@@ -125,7 +133,9 @@ def main() -> None:
     full = runs[0, False]
     for run in runs.values():
         run["peak"] = run["cache"] + run["rise"] - full["rise"]
-    print("| streaming | read | cache, MiB | at the peak, MiB | of all full | full layers + 1 + hidden, MiB | peak ÷ that | seconds | ÷ several batches |")
+    print(
+        "| streaming | read | cache, MiB | at the peak, MiB | of all full | full layers + 1 + hidden, MiB | peak ÷ that | seconds | ÷ several batches |"
+    )
     print("|" + " --: |" * 9)
     for (n, by_layer), run in runs.items():
         one = ((SHAPE.n_layer - n + (n > 0)) * LAYER_BYTES + (n > 0) * SHAPE.n_embd * 4) * options.tokens

@@ -64,7 +64,9 @@ def test_the_same_numbers_as_batch_by_batch(model, layers, kv, flash, n_seq, uni
     """On the CPU bit for bit, as long as what is added up lies in the same order: until the first prompt has ended."""
     answers, held = [], []
     for n_batch in (N_UBATCH, N_CTX):
-        with context_of(model, layers, n_batch, n_ctx=N_CTX * n_seq, kv=kv, flash=flash, n_seq_max=n_seq, kv_unified=unified) as context:
+        with context_of(
+            model, layers, n_batch, n_ctx=N_CTX * n_seq, kv=kv, flash=flash, n_seq_max=n_seq, kv_unified=unified
+        ) as context:
             answers.append(converse(context))
             held.append([context.positions(part) for part in (FULL, STREAMING)])
             assert context.kv_bytes(PROMPT) == 0
@@ -178,7 +180,9 @@ def test_other_prompts_are_read_as_before(model, why):
 class TestLlama:
     @pytest.fixture(scope="class")
     def llm(self, demo_gguf):
-        with_layers = Llama(demo_gguf, n_ctx=4096, n_batch=128, streaming="layers=1,2,5;sink=4;window=60;prefill=full", verbose=False)
+        with_layers = Llama(
+            demo_gguf, n_ctx=4096, n_batch=128, streaming="layers=1,2,5;sink=4;window=60;prefill=full", verbose=False
+        )
         yield with_layers
         with_layers.close()
 

@@ -94,7 +94,9 @@ class Copying(Removing):
         # refused, too, where sequences share a cell of one part and not that of the other: there it would not move
         shared = self.model.shared(seq, moved)
         allowed = allowed and all(self.shares_alike(seq, other, entry) for other, entry in shared)
-        reading = any(self.context.positions(PROMPT, other) for other in range(N_SEQ))  # sequences come to the prompt part one by one
+        reading = any(
+            self.context.positions(PROMPT, other) for other in range(N_SEQ)
+        )  # sequences come to the prompt part one by one
         ambiguous = self.restored_partial or reading or self.has_equal_positions()
         operation(seq, p0, p1)
         if ambiguous and shared:  # positions alone don't say which of two tokens a part shares
