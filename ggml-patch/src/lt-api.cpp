@@ -203,7 +203,7 @@ void lt_set_progress(llama_context * ctx, lt_progress_callback callback, void * 
     if (auto * kv = dynamic_cast<lt_kv_cache *>(ctx->get_memory())) {
         kv->on_progress = nullptr;
         if (callback) {
-            kv->on_progress = [=](float progress) { callback(progress, user_data); };
+            kv->on_progress = [=](float progress) { return callback(progress, user_data); };
         }
     }
 }

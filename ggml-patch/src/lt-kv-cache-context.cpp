@@ -140,6 +140,10 @@ bool lt_kv_cache_context::apply() {
         return res;
     }
 
+    if (is_stopped) {
+        return false;
+    }
+
     if (layers && layers->i_run > 0) {
         return true;
     }
@@ -159,7 +163,7 @@ bool lt_kv_cache_context::apply() {
     return res;
 }
 
-void lt_kv_cache_context::report_progress() const {
+void lt_kv_cache_context::report_progress() {
     if (!kv->on_progress) {
         return;
     }
@@ -168,7 +172,7 @@ void lt_kv_cache_context::report_progress() const {
     const size_t i_run = layers ? layers->i_run       : 0;
     const size_t n_run = layers ? layers->runs.size() : 1;
 
-    kv->on_progress((float) (i_run*n + i_next)/(n_run*n));
+    is_stopped = !kv->on_progress((float) (i_run*n + i_next)/(n_run*n));
 }
 
 llama_memory_status lt_kv_cache_context::get_status() const {

@@ -80,7 +80,7 @@ private:
 
     bool is_in_prompt_part(size_t i) const;
 
-    void report_progress() const;
+    void report_progress();
 
     lt_kv_cache * kv = nullptr;
 
@@ -102,6 +102,9 @@ private:
     std::vector<ubatch_parts> parts; // [ubatches.all.size()] if the batch is a prompt that is read layer by layer
 
     std::vector<int8_t> no_outputs; // [n_ubatch]
+
+    // the caller wants no more of the batch
+    bool is_stopped = false;
 
     llama_memory_status status;
 };

@@ -167,8 +167,8 @@ public:
     // the prompt has come to a halt: as if it had not begun
     void stop_layers();
 
-    // called while a batch is computed, with the share of it that has been
-    std::function<void(float)> on_progress;
+    // called while a batch is computed, with the share of it that has been. false: it is to end
+    std::function<bool(float)> on_progress;
 
 private:
     const llama_model & model;

@@ -116,7 +116,8 @@ extern "C" {
     LLAMA_API void lt_set_n_batch(struct llama_context * ctx, uint32_t n_batch);
 
     // Called while a batch is computed, each time some of its tokens have passed some layers, with the share of its work that is done.
-    typedef void (*lt_progress_callback)(float progress, void * user_data);
+    // Returning false before all of it is done ends the batch: llama_decode() returns -3, and what an abort leaves is there.
+    typedef bool (*lt_progress_callback)(float progress, void * user_data);
 
     // From now on; NULL: no more. Without streaming layers it is not called.
     LLAMA_API void lt_set_progress(struct llama_context * ctx, lt_progress_callback callback, void * user_data);

@@ -68,7 +68,7 @@ _lt_prompt_begin = _bind(
     "lt_prompt_begin", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32, _TEXT, ctypes.c_size_t
 )
 _lt_set_prompt_limit = _bind("lt_set_prompt_limit", None, _CONTEXT, ctypes.c_size_t)
-_PROGRESS = ctypes.CFUNCTYPE(None, ctypes.c_float, ctypes.c_void_p)
+_PROGRESS = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)
 _lt_set_n_batch = _bind("lt_set_n_batch", None, _CONTEXT, ctypes.c_uint32)
 _lt_set_progress = _bind("lt_set_progress", None, _CONTEXT, _PROGRESS, ctypes.c_void_p)
 _lt_seq_in_prompt = _bind("lt_seq_in_prompt", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id)
@@ -157,9 +157,9 @@ def set_n_batch(context: int, n_batch: int) -> None:
 
 
 @contextmanager
-def progress(context: int, report: Callable[[float], None] | None) -> Iterator[None]:
-    """Within the block `report` is called while a batch is computed, with the share of its work that is done."""
-    callback = _PROGRESS(lambda share, _: report(share)) if report is not None else _PROGRESS()
+def progress(context: int, report: Callable[[float], bool]) -> Iterator[None]:
+    """Within the block `report` is called while a batch is computed, with the share of its work that is done; `False` ends it."""
+    callback = _PROGRESS(lambda share, _: report(share))
     _lt_set_progress(context, callback, None)
     try:
         yield

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from enum import Enum
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lt_gguf.runtime import api, crash
 from lt_gguf.runtime.batch import Batch, batch_part
-from lt_gguf.runtime.interruptible import interruptible
+from lt_gguf.runtime.interruptible import stopped_by_ctrl_c
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.saved import Saved, state_bytes
@@ -375,10 +376,15 @@ class RewindingLlama(_Llama):
         self._whole.fill(batch_part(tokens, begin, 0, wanted))
         self._begin_change(begin)
         self._computed_to = end
-        on_progress = None if report is None else lambda share: report(int(share * len(tokens)))
-        with interruptible(self.ctx), api.progress(self.ctx, on_progress):
-            if status := _llama_cpp.llama_decode(self.ctx, self._whole.native):
-                raise RuntimeError(f"llama_decode returned {status}")
+        with stopped_by_ctrl_c() as is_stopped:
+
+            def on_progress(share: float) -> bool:
+                if report is not None:
+                    report(int(share * len(tokens)))
+                return not is_stopped()
+
+            with api.progress(self.ctx, on_progress):
+                self._ctx.decode(SimpleNamespace(batch=self._whole.native))
         self.input_ids[begin:end] = tokens
         self._logits_at = end
         self._requires_eval = False

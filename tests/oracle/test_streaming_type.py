@@ -93,7 +93,9 @@ def test_a_type_that_the_spec_asks_for(subject, given):
 )
 def test_left_out_it_is_f16_or_what_the_others_have(subject, kv, flash, expected):
     model = subject("llama")
-    with model.context(model.spec(SINK, WINDOW, STREAMS, prefill="full"), n_ctx=1024, n_ubatch=64, kv=kv, flash=flash) as context:
+    with model.context(
+        model.spec(SINK, WINDOW, STREAMS, prefill="full"), n_ctx=1024, n_batch=512, n_ubatch=64, kv=kv, flash=flash
+    ) as context:
         values = 2 * len(STREAMS) * COMMON["num_key_value_heads"] * COMMON["hidden_size"] // COMMON["num_attention_heads"]
         assert context.kv_bytes(STREAMING) == expected * values * context.kv_cells(STREAMING)
         context.prompt_begin(600)

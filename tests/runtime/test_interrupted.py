@@ -7,14 +7,14 @@ import itertools
 import llama_cpp
 import numpy as np
 import pytest
-from support.llama import all_modes, answer, assert_like, interrupt, load, logits, n_read, text
+from support.llama import all_modes, answer, assert_like, interrupt, load, logits, modes_in_batches, n_read, text
 from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 
 import lt_gguf  # noqa: F401 - before llama_cpp, to which it shows the libraries
 
 
 @pytest.mark.slow
-@all_modes
+@modes_in_batches
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", [0, 3, 6])
 def test_ctrl_c_while_a_prompt_is_read(hybrid_file, monkeypatch, mode, at, when):
@@ -31,7 +31,7 @@ def test_ctrl_c_while_a_prompt_is_read(hybrid_file, monkeypatch, mode, at, when)
 
 
 @pytest.mark.slow
-@all_modes
+@modes_in_batches
 @pytest.mark.parametrize("at", [0, 2, 9, 10])
 def test_ctrl_c_while_going_back(hybrid_file, monkeypatch, mode, at):
     llm = load(hybrid_file, mode, snapshot_limit=0)
@@ -79,7 +79,7 @@ def test_after_ctrl_c_no_stale_logits_are_sampled(hybrid_file, monkeypatch, mode
 
 
 @pytest.mark.slow
-@all_modes
+@modes_in_batches
 @pytest.mark.parametrize("attribute", ["n_tokens", "_broken_at", "_logits_at", "n_read", "_requires_eval"])
 def test_ctrl_c_between_a_decode_and_its_bookkeeping(hybrid_file, mode, attribute):
     """It strikes where the attribute is about to be set after the third or the fifth batch, which is the last one."""

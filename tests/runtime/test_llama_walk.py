@@ -78,7 +78,8 @@ class Walk:
 
     def interrupted(self) -> None:
         tokens = self.text(300)
-        interrupt(self.monkeypatch, self.llm, self.random.randrange(1, 4), self.random.choice(["before", "after"]))
+        at = 0 if self.mode == "by_layer" else self.random.randrange(1, 4)
+        interrupt(self.monkeypatch, self.llm, at, self.random.choice(["before", "after"]))
         n = len(self.tokens)
         with pytest.raises(KeyboardInterrupt):
             self.llm.eval(tokens)

@@ -40,7 +40,7 @@ def context_of(model, layers="half", n_batch=N_CTX, **settings):
 def most_bytes(context):
     """The most that the prompt part takes within the block, as `[bytes]`, and how often somebody asked."""
     seen = []
-    with api().progress(context.handle, lambda share: seen.append((share, context.kv_bytes(PROMPT)))):
+    with api().progress(context.handle, lambda share: not seen.append((share, context.kv_bytes(PROMPT)))):
         yield seen
 
 

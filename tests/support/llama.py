@@ -14,12 +14,16 @@ import lt_gguf
 SETTINGS = {"n_ctx": 2048, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 SETTINGS |= {"type_k": 0, "type_v": 0}
 SPECS = {"prefill_stream": "layers=1,3;prefill=stream", "prefill_full": "layers=1,3;prefill=full", "auto": "auto:0.5"}
+SPECS["by_layer"] = SPECS["prefill_full"]  # prompts come in one batch; in the mode before it in batches of 64
 
 all_modes = pytest.mark.parametrize("mode", SPECS)
+modes_in_batches = pytest.mark.parametrize("mode", [mode for mode in SPECS if mode != "by_layer"])
 
 
 def load(path, mode: str = "prefill_stream", **settings) -> lt_gguf.Llama:
-    return lt_gguf.Llama(str(path), **(SETTINGS | {"streaming": SPECS[mode]} | settings))
+    llm = lt_gguf.Llama(str(path), **(SETTINGS | {"streaming": SPECS[mode]} | settings))
+    llm._reads_by_layer &= mode == "by_layer"
+    return llm
 
 
 def text(n: int, seed: int = 0) -> list[int]:

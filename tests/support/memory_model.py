@@ -160,11 +160,11 @@ class MemoryModel:
                 moved.append(new_position(entry))
         return not after.entries or not self.visible((p for p in moved if p >= 0), after)
 
-    def shared(self, seq: int, moved: dict[int, int]) -> list[tuple[int, Entry]]:
-        """The other sequences that share cells of this one whose entries, by id, get another position."""
+    def shares_moved(self, seq: int, moved: dict[int, int]) -> bool:
+        """Whether another sequence shares cells of this one whose entries, by id, get another position."""
         mine = {id(entry) for entry in self.sequences[seq].entries if moved.get(id(entry), entry.pos) != entry.pos}
-        others = ((i, other) for i, other in enumerate(self.sequences) if i != seq)
-        return [(i, entry) for i, other in others for entry in other.entries if id(entry) in mine]
+        others = (other for i, other in enumerate(self.sequences) if i != seq)
+        return any(id(entry) in mine for other in others for entry in other.entries)
 
     def cells(self) -> int:
         return len({id(entry) for sequence in self.sequences for entry in sequence.entries})

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from support.memory_model import Prompt, Sequence
 from support.native import FULL, PROMPT, STREAMING
-from support.reference import Entry
-from support.walk.base import END, N_SEQ, fractions, sequences
+from support.walk.base import END, fractions, sequences
 from support.walk.removing import Removing
 
 
@@ -91,27 +90,19 @@ class Copying(Removing):
         allowed = not sequence.refused and all(
             self.model.allows(other, self.held_to_go_on(other), after, new_position) for other, after in enumerate(afters)
         )
-        # refused, too, where sequences share a cell of one part and not that of the other: there it would not move
-        shared = self.model.shared(seq, moved)
-        allowed = allowed and all(self.shares_alike(seq, other, entry) for other, entry in shared)
-        reading = any(
-            self.context.positions(PROMPT, other) for other in range(N_SEQ)
-        )  # sequences come to the prompt part one by one
-        ambiguous = self.restored_partial or reading or self.has_equal_positions()
+        shared = self.model.shares_moved(seq, moved)
+        ambiguous = self.restored_partial or self.has_equal_positions()
         operation(seq, p0, p1)
-        if ambiguous and shared:  # positions alone don't say which of two tokens a part shares
-            allowed = not sequence.refused and self.context.positions(FULL, seq) == afters[seq].positions()
+        if shared:
+            # refused, too, where sequences share a cell of one part and not that of the other, which positions don't say
+            has_moved = not sequence.refused and self.context.positions(FULL, seq) == afters[seq].positions()
+            assert allowed or ambiguous or not has_moved, "what was dropped has become visible"
+            allowed = has_moved
         if allowed:
             for other, after in zip(self.model.sequences, afters):
                 other.become(after)
         else:
             sequence.refused = True
-
-    def shares_alike(self, seq: int, other: int, entry: Entry) -> bool:
-        """Whether two sequences that share an entry in the full part do so in the others, too."""
-        if bool(self.context.positions(PROMPT, seq)) != bool(self.context.positions(PROMPT, other)):
-            return False
-        return (entry.pos in self.held[seq]) == (entry.pos in self.held[other])
 
     def held_to_go_on(self, seq: int) -> list[int]:
         """Without what is only held for a rewind to before the prompt that is being read."""
