@@ -374,6 +374,7 @@ class RewindingLlama(_Llama):
         if self._whole is None:
             self._whole = Batch(self._n_ctx)
         self._whole.fill(batch_part(tokens, begin, 0, wanted))
+        whole: Any = SimpleNamespace(batch=self._whole.native)  # as much as decode looks at
         self._begin_change(begin)
         self._computed_to = end
         with stopped_by_ctrl_c() as is_stopped:
@@ -384,7 +385,7 @@ class RewindingLlama(_Llama):
                 return not is_stopped()
 
             with api.progress(self.ctx, on_progress):
-                self._ctx.decode(SimpleNamespace(batch=self._whole.native))
+                self._ctx.decode(whole)
         self.input_ids[begin:end] = tokens
         self._logits_at = end
         self._requires_eval = False
