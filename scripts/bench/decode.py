@@ -65,6 +65,8 @@ def write_random_model(path: Path, shape: Shape) -> None:
         writer.add_head_count(shape.n_head)
         writer.add_head_count_kv(shape.n_head_kv)
         writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_key_length(shape.head_size)
+        writer.add_value_length(shape.head_size)
         writer.add_rope_dimension_count(shape.head_size)
 
         def matrix(name: str, n_in: int, n_out: int) -> None:
