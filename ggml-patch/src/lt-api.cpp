@@ -167,6 +167,18 @@ bool lt_seq_in_prompt(const llama_context * ctx, llama_seq_id seq_id) {
     return kv && lt_has_seq(*kv->get_full(), seq_id) && kv->is_in_prompt(seq_id);
 }
 
+bool lt_fits_by_layer(const llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens) {
+    const auto * kv = lt_get_cache(ctx);
+
+    return kv && lt_has_seq(*kv->get_full(), seq_id) && kv->fits_by_layer(seq_id, n_tokens);
+}
+
+bool lt_seq_by_layer(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * kv = lt_get_cache(ctx);
+
+    return kv && lt_has_seq(*kv->get_full(), seq_id) && kv->is_by_layer(seq_id);
+}
+
 bool lt_prompt_begin(llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens, char * err, size_t err_size) {
     auto * kv = dynamic_cast<lt_kv_cache *>(ctx->get_memory());
     if (!kv) {

@@ -110,8 +110,8 @@ void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_c
 // memory
 //
 
-bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
-    if (runs.empty() || !lctx || prompts[seq_id].current() || in_prompt_part.any()) {
+bool lt_kv_cache::is_for_layers(llama_seq_id seq_id, uint32_t n_tokens) const {
+    if (runs.empty() || !lctx) {
         return false;
     }
 
@@ -123,7 +123,19 @@ bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) cons
     // note: the hidden states of a token can take more than what a few layers hold of it
     const bool is_less = layers_bytes(seq_id, n_tokens) < prompt_bytes(n_layer_cells(seq_id, n_tokens));
 
-    return !keeps_hidden && is_less && n_tokens <= lctx->n_batch() && n_tokens > n_ubatch && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
+    return !keeps_hidden && is_less && n_tokens > n_ubatch && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
+}
+
+bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
+    return is_for_layers(seq_id, n_tokens) && n_tokens <= lctx->n_batch() && !prompts[seq_id].current() && !in_prompt_part.any();
+}
+
+bool lt_kv_cache::fits_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
+    return is_for_layers(seq_id, n_tokens) && (prompt_limit == 0 || layers_bytes(seq_id, n_tokens) <= prompt_limit);
+}
+
+bool lt_kv_cache::is_by_layer(llama_seq_id seq_id) const {
+    return layered && layered->seq_id == seq_id;
 }
 
 uint32_t lt_kv_cache::n_kept_cells() const {

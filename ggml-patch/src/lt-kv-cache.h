@@ -151,6 +151,12 @@ public:
     // a prompt part as large as can be, without memory: what the graphs are reserved for. null if there is never one
     llama_kv_cache * get_reserve();
 
+    // the announced prompt of the sequence is to be read layer by layer
+    bool is_by_layer(llama_seq_id seq_id) const;
+
+    // one of so many tokens would be, and it fits the limit, if it came in one batch and nothing else were being read
+    bool fits_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const;
+
     // used by lt_kv_cache_context: an ubatch is applied, and the last one of a batch has been computed
     void begin_ubatch(const lt_batch & batch, const llama_ubatch & ubatch);
     void end_batch   (const lt_batch & batch);
@@ -399,7 +405,8 @@ private:
     // prompts that are read layer by layer, see lt-kv-cache-layers.cpp
     //
 
-    // whether a prompt of so many tokens can be read so, if it comes as one batch
+    // whether a prompt of so many tokens is worth being read so, and whether it can be now, if it comes as one batch
+    bool is_for_layers    (llama_seq_id seq_id, uint32_t n_tokens) const;
     bool can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const;
 
     // the cells of its prompt part, and what it takes besides the streaming part

@@ -112,7 +112,13 @@ extern "C" {
     // the hidden states of all tokens. If reading it fails or is aborted, nothing of the prompt stays. Layers whose graph can't be cut
     // between them, and prompts that ask for the logits of all tokens, are read as if they came in several batches.
 
-    // Most tokens of a batch of this context from now on. It takes no memory.
+    // Whether a prompt of so many tokens would be read so and fits the limit, if it came in one batch and nothing else were being read.
+    LLAMA_API bool lt_fits_by_layer(const struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens);
+
+    // Whether the prompt that was announced last is of this sequence and will be read so, if it comes in one batch.
+    LLAMA_API bool lt_seq_by_layer(const struct llama_context * ctx, llama_seq_id seq_id);
+
+    // Most tokens of a batch of this context from now on: a longer prompt is not read so. It takes no memory.
     LLAMA_API void lt_set_n_batch(struct llama_context * ctx, uint32_t n_batch);
 
     // Called while a batch is computed, each time some of its tokens have passed some layers, with the share of its work that is done.
