@@ -119,7 +119,7 @@ def test_a_client_that_leaves_ends_it(model, tmp_path):
     begin = LONG[:1000]
     with running(model, tmp_path / "log") as address:
         answer, _ = complete(address, begin, 8)
-        conversation = begin + answer + SLOW[:3500]
+        conversation = begin + answer + SLOW[:2500]
         start = time.monotonic()
         whole = complete(address, conversation, 1)[0]
         seconds = time.monotonic() - start
