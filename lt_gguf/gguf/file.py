@@ -28,6 +28,7 @@ class GGUFModel:
         n_layer: number of layers, those included that only predict ahead.
         n_layer_main: of them, the first ones, which the main graph runs; only these have a KV cache and may stream.
         n_ctx_train: context size that the model was trained for, in tokens.
+        n_embd: elements of a hidden state.
         n_head: attention heads, one number a layer.
         n_head_kv: key-value heads, one number a layer.
         head_size_k: elements of a key head.
@@ -45,6 +46,7 @@ class GGUFModel:
     n_layer: int
     n_layer_main: int
     n_ctx_train: int
+    n_embd: int
     n_head: tuple[int, ...]
     n_head_kv: tuple[int, ...]
     head_size_k: int
@@ -97,7 +99,8 @@ def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
         layers = layer_count(arch, metadata)
         n_head = _per_layer(metadata, f"{arch}.attention.head_count", layers, default=(0,) * layers.all)
         n_head_kv = _per_layer(metadata, f"{arch}.attention.head_count_kv", layers, default=n_head)
-        head_size = _integer(metadata, f"{arch}.embedding_length", 0) // n_head[0] if n_head[0] else 0
+        n_embd = _integer(metadata, f"{arch}.embedding_length", 0)
+        head_size = n_embd // n_head[0] if n_head[0] else 0
         spec = StreamingSpec.from_metadata(metadata, arch, layers.all)
         reason = why_not_streaming(arch, metadata)
         check_can_stream(arch, spec, layers.main, reason)
@@ -108,6 +111,7 @@ def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
             n_layer=layers.all,
             n_layer_main=layers.main,
             n_ctx_train=_integer(metadata, f"{arch}.context_length", 0),
+            n_embd=n_embd,
             n_head=n_head,
             n_head_kv=n_head_kv,
             head_size_k=_integer(metadata, f"{arch}.attention.key_length", head_size),

@@ -85,13 +85,10 @@ def kv_memory(
     Raises:
         ValueError: an unknown cache type, or one that llama.cpp refuses for this model.
     """
-    n_ctx = _pad(n_ctx)
+    n_ctx = padded_cells(n_ctx)
     n_caches = 1 if kv_unified else n_seq_max
-    n_full = _pad(n_ctx // n_caches)
-    n_streaming = 0
-    if spec is not None:
-        n_visible = (spec.sink + spec.window) * (n_seq_max if kv_unified else 1)
-        n_streaming = _pad(min(n_full, n_visible + min(n_ubatch, n_ctx)))
+    n_full = padded_cells(n_ctx // n_caches)
+    n_streaming = 0 if spec is None else streaming_cells(spec, n_ctx, n_ubatch=n_ubatch, n_seq_max=n_seq_max, kv_unified=kv_unified)
 
     full = streaming = 0
     for il in range(len(shape.n_head_kv)):
@@ -101,6 +98,16 @@ def kv_memory(
         else:
             full += shape.token_bytes(il, type_k, type_v, flash_attn) * n_full * n_caches
     return KVMemory(full, streaming)
+
+
+def streaming_cells(
+    spec: StreamingSpec, n_ctx: int, *, n_ubatch: int = DEFAULT_N_UBATCH, n_seq_max: int = 1, kv_unified: bool = False
+) -> int:
+    """Cells of a streaming layer's cache: sinks, window and a micro-batch. The arguments are those of `kv_memory`."""
+    n_ctx = padded_cells(n_ctx)
+    n_full = padded_cells(n_ctx // (1 if kv_unified else n_seq_max))
+    n_visible = (spec.sink + spec.window) * (n_seq_max if kv_unified else 1)
+    return padded_cells(min(n_full, n_visible + min(n_ubatch, n_ctx)))
 
 
 def cache_types_text(cache_type: str, spec: StreamingSpec | None) -> str:
@@ -113,5 +120,6 @@ def _row_bytes(type_name: str, n_elements: int) -> int:
     return n_elements // CACHE_TYPES[type_name].block * CACHE_TYPES[type_name].block_bytes
 
 
-def _pad(n_cells: int) -> int:
+def padded_cells(n_cells: int) -> int:
+    """As many as llama.cpp allocates for so many."""
     return -(-n_cells // _N_CELLS_PAD) * _N_CELLS_PAD

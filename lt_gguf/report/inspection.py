@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lt_gguf.gguf.file import GGUFModel
 from lt_gguf.memory.kv import KVMemory, cache_types_text, kv_memory
+from lt_gguf.memory.prompt import PromptMemory, prompt_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec, format_layers
@@ -62,8 +63,10 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
                 "hybrid": hybrid.total,
                 "hybrid_full_layers": hybrid.full,
                 "hybrid_streaming_layers": hybrid.streaming,
+                "prompt_whole": prompt.whole,
+                "prompt_batches": prompt.batches,
             }
-            for n_ctx, full, hybrid in _memory(model, spec, cache_type)
+            for n_ctx, full, hybrid, prompt in _memory(model, spec, cache_type)
         ],
     }
 
@@ -95,13 +98,17 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
     if model.why_not_streaming:
         console.print(f"KV memory: not shown for this architecture, {model.why_not_streaming}")
         return
-    memory = Table("context", "KV full", "KV hybrid", "saved", title=f"KV cache, {types}")
+    peaks = ["at its peak"] if any(prompt.whole for *_, prompt in memory_rows) else []
+    memory = Table("context", "KV full", "KV hybrid", "saved", *peaks, title=f"KV cache, {types}")
     for column in memory.columns:
         column.justify = "right"
-    for n_ctx, full, hybrid in memory_rows:
+    for n_ctx, full, hybrid, prompt in memory_rows:
         saved = f"{1 - hybrid.total / full.total:.0%}" if full.total else "-"
-        memory.add_row(f"{n_ctx // 1024}k", format_bytes(full.total), format_bytes(hybrid.total), saved)
+        peak = [format_bytes(hybrid.total + prompt.whole)] if peaks else []
+        memory.add_row(f"{n_ctx // 1024}k", format_bytes(full.total), format_bytes(hybrid.total), saved, *peak)
     console.print(memory)
+    if peaks:
+        console.print("At its peak: while a prompt is read that fills the context and comes as a whole")
 
 
 def _layer_rows(
@@ -230,12 +237,17 @@ def _token_bytes(model: GGUFModel, spec: StreamingSpec | None, il: int, cache_ty
     return shape.token_bytes(il, cache_type) if il < len(shape.n_head_kv) else None
 
 
-def _memory(model: GGUFModel, spec: StreamingSpec | None, cache_type: str) -> list[tuple[int, KVMemory, KVMemory]]:
-    """Context size, memory of the ordinary model, memory of the hybrid one."""
+def _memory(model: GGUFModel, spec: StreamingSpec | None, cache_type: str) -> list[tuple[int, KVMemory, KVMemory, PromptMemory]]:
+    """Context size, memory of the ordinary model, memory of the hybrid one, and what a prompt that fills it takes besides."""
     if model.why_not_streaming:
         return []
     shape = model.kv_shape
     return [
-        (n_ctx, kv_memory(shape, None, n_ctx, type_k=cache_type), kv_memory(shape, spec, n_ctx, type_k=cache_type))
+        (
+            n_ctx,
+            kv_memory(shape, None, n_ctx, type_k=cache_type),
+            kv_memory(shape, spec, n_ctx, type_k=cache_type),
+            prompt_memory(shape, spec, n_ctx, n_embd=model.n_embd, type_k=cache_type),
+        )
         for n_ctx in CONTEXTS
     ]

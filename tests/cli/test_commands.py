@@ -65,6 +65,7 @@ def test_inspect_json(lt_gguf_command, hybrid_file):
         hybrid = kv_memory(model.kv_shape, model.spec, entry["n_ctx"], type_k="f32")
         assert (entry["hybrid_full_layers"], entry["hybrid_streaming_layers"], entry["hybrid"]) == (*hybrid, hybrid.total)
         assert entry["full"] == N_LAYER * 2 * 2 * 16 * 4 * entry["n_ctx"]
+        assert entry["prompt_whole"] == entry["prompt_batches"] == 0
 
 
 def test_inspect_tables(lt_gguf_command, hybrid_file):
@@ -73,6 +74,11 @@ def test_inspect_tables(lt_gguf_command, hybrid_file):
     assert "2 layers stream, chosen by interleave-odd: 1,3; sink 2, window 40" in " ".join(out.split())
     # 4 layers x 128 bytes x 4096 cells; 2 x 128 x 4096 + 2 x 128 x 768
     assert "2.00 MiB" in out and "1.19 MiB" in out and "41%" in out
+    assert "peak" not in out
+    status, out, _ = lt_gguf_command("inspect", hybrid_file, "--streaming", "layers=all;prefill=full")
+    assert status == 0 and "At its peak" in out
+    # in 4 layers at once, because of the hidden states: 4 x 128 bytes x (768 + 4096) cells
+    assert "2.38 MiB" in out
     status, out, _ = lt_gguf_command("inspect", hybrid_file, "--streaming", "off")
     assert status == 0
     assert "no layer streams" in out
