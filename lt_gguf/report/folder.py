@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from lt_gguf.gguf.unfinished import unfinished_folder
 from lt_gguf.report import loss_plots, plots
 from lt_gguf.report.model_card import streaming_section
 from lt_gguf.report.report import Report
@@ -35,7 +32,9 @@ def write_report(report: Report, folder: Path, overwrite: bool = False) -> list[
     """
     check_destination(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _hidden_folder(folder if folder.exists() else folder.parent, folder.name) as unfinished:
+    with unfinished_folder(folder if folder.exists() else folder.parent, prefix=f".{folder.name}.") as hidden:
+        unfinished = hidden / "report"  # note: unlike the hidden one it is made for all who may read here
+        unfinished.mkdir()
         names = _write_into(report, unfinished)
         if folder.exists():
             for name in FILES:  # note: report.json is the last, so whoever sees it sees its pictures
@@ -55,17 +54,6 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     existing = [] if overwrite else [name for name in FILES if (folder / name).exists()]
     if existing:
         raise ValueError(f"{folder / existing[-1]}: exists, remove it, name another folder or use --overwrite")
-
-
-@contextmanager
-def _hidden_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder in `parent`; gone at the end of the with block, if it hasn't been renamed."""
-    folder = parent / f".{name}.{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_into(report: Report, folder: Path) -> list[str]:

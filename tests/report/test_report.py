@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lt_gguf.calibration import Calibration
+from lt_gguf.gguf import unfinished
 from lt_gguf.report import plots
 from lt_gguf.report.folder import FILES, check_destination, write_report
 from lt_gguf.report.model_card import streaming_section
@@ -236,6 +237,23 @@ def test_no_half_written_report(tmp_path, monkeypatch, existing, fails_at):
         assert [path.name for path in tmp_path.iterdir()] == ["report"]
     else:
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_a_killed_process_has_left_goes(tmp_path, existing):
+    folder = tmp_path / "report"
+    if existing:
+        write_report(by_hand(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # as a process that is killed: nothing is tidied up, and its lock goes
+        patch.setattr(unfinished.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Report, "to_json", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_report(by_hand(), folder, overwrite=True)
+    assert list((folder if existing else tmp_path).glob(".report.*"))
+    write_report(by_hand(), folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 # --------------------------------------------------------------------------------------------- the section
