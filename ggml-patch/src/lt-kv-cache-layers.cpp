@@ -143,7 +143,14 @@ uint32_t lt_kv_cache::n_kept_cells() const {
 }
 
 uint32_t lt_kv_cache::n_layer_cells(llama_seq_id seq_id, uint32_t n_tokens) const {
-    return GGML_PAD(pos_streaming(seq_id).size() + n_tokens, LT_PART_PAD);
+    const auto & held = pos_streaming(seq_id);
+
+    // note: what has been read of a prompt that goes on is among its tokens
+    const lt_prompt * prompt = prompts[seq_id].current();
+
+    const uint32_t n_held = prompt ? std::distance(held.begin(), held.lower_bound({ prompt->begin, 0 })) : held.size();
+
+    return GGML_PAD(n_held + n_tokens, LT_PART_PAD);
 }
 
 size_t lt_kv_cache::layers_bytes(llama_seq_id seq_id, uint32_t n_tokens) const {

@@ -113,6 +113,7 @@ extern "C" {
     // between them, and prompts that ask for the logits of all tokens, are read as if they came in several batches.
 
     // Whether a prompt of so many tokens would be read so and fits the limit, if it came in one batch and nothing else were being read.
+    // Of a prompt that is being read: if it were read again from its beginning.
     LLAMA_API bool lt_fits_by_layer(const struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens);
 
     // Whether the prompt that was announced last is of this sequence and will be read so, if it comes in one batch.

@@ -206,7 +206,8 @@ class Chat:
             n_here = conversation.llm.n_tokens
             self.screen.say(f"stopped at {n_here} tokens: the rest is read before the next answer; /undo takes the documents out")
             return
-        self._say_read(n_read, conversation.n_restored - restored, time.monotonic() - begun)
+        if n_read or conversation.n_restored > restored:
+            self._say_read(n_read, conversation.n_restored - restored, time.monotonic() - begun)
 
     def _read_ahead(self) -> None:
         """After something earlier in the conversation has changed."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lt_gguf.chat.prompt import PromptMaker
 from lt_gguf.chat.turns import Answer, Turn
 from lt_gguf.documents import Document
+from lt_gguf.runtime.prompts import NotAheadError
 
 if TYPE_CHECKING:
     from lt_gguf.runtime.kept_states import KeptStates
@@ -155,11 +156,15 @@ class Conversation:
 
     def read_ahead(self, progress: Reading | None = None) -> int:
         """Reads what the next prompt begins with whatever is asked: from the disk if it is there, else by computing it, and then
-        keeps it. Returns how many tokens were computed."""
+        keeps it. Returns how many tokens were computed: none where memory allows to read them only as a whole, with the question."""
         if not (self.turns or self.pending):
             return 0
         tokens = self.prompts.beginning(self.system, self.turns, self.pending)
-        n_read = self._read(tokens, progress)
+        try:
+            n_read = self._read(tokens, progress)
+        except NotAheadError:
+            self.say("too much for the memory that is left to be read ahead: it is read together with the question")
+            return 0
         if n_read >= _WORTH_KEEPING:
             self.keep()
         return n_read
@@ -251,15 +256,15 @@ class Conversation:
 
     # --------------------------------------------------------------------------------------------- within
 
-    def _read(self, tokens: list[int], progress: Reading | None) -> int:
-        """Makes the context begin with these tokens; returns how many were computed."""
+    def _read(self, tokens: list[int], progress: Reading | None, is_whole: bool = False) -> int:
+        """Makes the context begin with these tokens, which are a whole prompt or its beginning; returns how many were computed."""
         self._restore(tokens)
         n_before, begun = self.llm.n_read, time.monotonic()
         n_missing = len(tokens) - self.llm.n_reusable(tokens)
         if progress is not None and n_missing:
             progress(0, n_missing)  # note: of a large model the first batch takes half a minute
         try:
-            self.llm.read_ahead(tokens, progress)
+            (self.llm.read if is_whole else self.llm.read_ahead)(tokens, progress)
         finally:
             n_read = self.llm.n_read - n_before
             if n_read >= _WORTH_KEEPING:
@@ -285,9 +290,14 @@ class Conversation:
             raise DoesNotFitError(f"{len(prompt.tokens)} tokens don't fit the context of {n_ctx}")
         begun, n_read_before, n_restored_before = time.monotonic(), self.llm.n_read, self.n_restored
         self._restore(prompt.tokens)
+        is_whole = False
         if len(prompt.tokens) - self.llm.n_reusable(prompt.tokens) > self.llm.n_batch:
             # note: a long prompt is read with a progress and can be stopped; its last token gives the logits for the answer
-            self._read(prompt.tokens[:-1], progress)
+            try:
+                self._read(prompt.tokens[:-1], progress)
+            except NotAheadError:
+                is_whole = True
+                self._read(prompt.tokens, progress, is_whole)
         words: list[str] = []
         ended = ""
         first: tuple[int, float] | None = None  # tokens in the context and the time, when the first piece was there
@@ -306,6 +316,8 @@ class Conversation:
         self.turns = [*before, replace(turn, answer="".join(words))]
         if turn.documents:
             self.pending = []
+        if is_whole:
+            self.keep()
         n_restored = self.n_restored - n_restored_before
         seconds = first[1] - begun if first else None
         rate = n_generated / (time.monotonic() - first[1]) if first and n_generated else None

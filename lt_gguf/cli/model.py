@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lt_gguf import models
-from lt_gguf.gguf.file import GGUFModel, read_model
-from lt_gguf.memory.budget import largest_context
-from lt_gguf.memory.kv import KVShape
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.cpu import usable_cores
@@ -77,8 +75,6 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log o
 DEFAULT_CONTEXT = 4096
 DEFAULT_TEMPERATURE = 0.8
 DEFAULT_BATCH_SIZE = 512
-
-_RESERVE = 768 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +175,7 @@ def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | Non
     if options.ctx is not None and options.ctx < 0:
         raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
     _check_batch_size(options)
-    described = read_model(file)
-    n_ctx_train = described.n_ctx_train
+    n_ctx_train = read_model(file).n_ctx_train
     streaming = streaming_of(file, options.streaming)
     ggml_type = cache_type_of(options.cache_type).ggml_type
     settings: dict[str, Any] = {"n_threads": options.n_threads, "n_threads_batch": options.n_threads}
@@ -188,9 +183,9 @@ def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | Non
         settings["prompt_limit"] = size_of("--prompt-limit", options.prompt_limit)
     if snapshot_limit is not None:
         settings["snapshot_limit"] = size_of("--snapshot-limit", snapshot_limit)
-    make = functools.partial(
-        Llama,
+    return Llama(
         file,
+        n_ctx="auto" if options.ctx is None else min(options.ctx or n_ctx_train, n_ctx_train or options.ctx),
         streaming=streaming,
         n_batch=options.batch_size,
         n_gpu_layers=options.n_gpu_layers,
@@ -201,35 +196,6 @@ def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | Non
         verbose=options.verbose,
         **settings,
     )
-    if options.ctx is not None:
-        return make(n_ctx=min(options.ctx or n_ctx_train, n_ctx_train or options.ctx))
-    n_ctx = largest_that_fits(described, streaming, options)
-    while True:
-        try:
-            return make(n_ctx=n_ctx)
-        except ValueError:
-            # note: what a GPU has left isn't known before; a file that can't be loaded can't be with any context either
-            if n_ctx <= DEFAULT_CONTEXT:
-                raise
-            n_ctx = max(DEFAULT_CONTEXT, n_ctx // 2)
-
-
-def largest_that_fits(described: GGUFModel, streaming: Any, options: ChatOptions) -> int:
-    """The size of a context that is as large as the model was trained for and memory allows, in tokens."""
-    from lt_gguf.runtime.available_memory import available_memory
-
-    most = described.n_ctx_train or DEFAULT_CONTEXT
-    available = available_memory()
-    if available is None:
-        return most
-    # note: the weights are mapped and must stay in memory; the rest is for what is computed, and for who else runs here
-    left = available - described.n_bytes - max(_RESERVE, available // 10)
-    layers = described.n_head_kv[: described.n_layer_main]
-    # note: an upper bound for the models whose cache is of another shape
-    shape = KVShape(layers, max(described.n_head_kv, default=0), described.head_size_k, described.head_size_v)
-    # a spec's text is of the file's own layers in part, so it is taken for full attention, which is what a prompt needs anyway
-    spec = described.spec if streaming is None else streaming if isinstance(streaming, StreamingSpec) else None
-    return largest_context(shape, spec, left, most, cache_type=options.cache_type, flash_attn=options.flash_attn)
 
 
 def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:

@@ -257,9 +257,11 @@ class _Conversion:
                 model.kv_shape,
                 options.budget,
                 options.ctx,
+                n_embd=model.n_embd,
                 n_layer_main=model.n_layer_main,
                 sink=options.sink,
                 window=options.window,
+                prefill=options.prefill,
                 cache_type=options.kv_cache_type,
             )
 
@@ -297,7 +299,14 @@ class _Conversion:
                 return self.strategy.select(request)
             check_can_stream(model.architecture, StreamingSpec((0,), model.n_layer), model.n_layer_main, model.why_not_streaming)
             return select_within(
-                self.strategy, request, model.kv_shape, options.budget, options.ctx, cache_type=options.kv_cache_type
+                self.strategy,
+                request,
+                model.kv_shape,
+                options.budget,
+                options.ctx,
+                n_embd=model.n_embd,
+                prefill=options.prefill,
+                cache_type=options.kv_cache_type,
             )
 
     def _quantize(self, converted: Path, plan: Plan, names: list[str]) -> Path:

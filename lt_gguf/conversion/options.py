@@ -99,7 +99,9 @@ class Options:
 
     kv_budget: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="As few streaming layers as let the KV cache of --ctx tokens fit in, as in 4GiB."),
+        typer.Option(
+            metavar="SIZE", help="As few streaming layers as let the KV cache of --ctx tokens fit in at its peak, as in 4GiB."
+        ),
     ] = None
     ctx: Annotated[int | None, typer.Option("--ctx", "-c", metavar="TOKENS", help="Context size for --kv-budget.")] = None
     cache_type: Annotated[

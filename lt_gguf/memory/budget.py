@@ -1,20 +1,26 @@
-"""How many layers must stream so that the KV cache fits into a budget. (`selection.within_budget` chooses them.)
+"""How many layers must stream so that a context fits into a budget (`selection.within_budget` chooses them), and the largest context
+that fits.
 
-The sizes are `kv_memory`'s, which are what the runtime allocates. What streaming layers take besides while a long prompt is
-read with full attention (`prefill = full`) isn't in them: it is as large as the prompt, is given back at the prompt's end, and
-has a bound of its own (`--prompt-limit`).
+The sizes are those that the runtime allocates: `kv_memory`'s, and `prompt_memory`'s of a prompt that fills the context and comes as a
+whole, which with `prefill = full` is what a context takes at its peak.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape, kv_memory
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.memory.prompt import prompt_memory
+from lt_gguf.spec import DEFAULT_PREFILL, StreamingSpec
 from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
+
+SMALLEST_CONTEXT = 1024  # tokens; what is tried even where it doesn't fit
+
+_BATCH_TOKEN = (
+    512  # bytes that a token takes in llama.cpp's own tables while a prompt comes as a whole (scripts/bench/prompt_peak.py)
+)
 
 
 def smallest_number(
@@ -22,19 +28,22 @@ def smallest_number(
     budget: int,
     n_ctx: int,
     *,
+    n_embd: int,
     n_layer_main: int,
     sink: int,
     window: int,
+    prefill: str = DEFAULT_PREFILL,
     cache_type: str = DEFAULT_CACHE_TYPE,
     n_ubatch: int = DEFAULT_N_UBATCH,
 ) -> int:
-    """The smallest number of streaming layers with which the KV cache of one sequence fits into `budget` bytes.
+    """The smallest number of streaming layers with which a context of one sequence fits into `budget` bytes, at its peak.
 
     Where layers differ in their KV heads this is the number of the right layers, those that save most; others may need
     more, see `selection.within_budget`.
 
     Args:
         n_ctx: context size in tokens.
+        n_embd: elements of a hidden state.
         n_layer_main: the layers 0 to n_layer_main - 1 may stream.
 
     Raises:
@@ -43,24 +52,38 @@ def smallest_number(
     """
     if n_ctx < 1:
         raise ValueError(f"context = {n_ctx}: must be at least 1 token")
-    settings: dict[str, Any] = {"sink": sink, "window": window, "n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    settings: dict[str, Any] = {"sink": sink, "window": window, "prefill": prefill, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    settings |= {"n_ctx": n_ctx, "n_embd": n_embd}
     by_saving = sorted(range(n_layer_main), key=lambda il: (-shape.token_bytes(il, cache_type), il))
     for n in range(n_layer_main + 1):
-        if kv_bytes(shape, by_saving[:n], **settings) <= budget:
+        if peak_bytes(shape, by_saving[:n], **settings) <= budget:
             return n
     # note: where the other layers are quantized, a streaming layer can take more than a small context would
-    least = min(kv_bytes(shape, by_saving[:n], **settings) for n in range(n_layer_main + 1))
+    least = min(peak_bytes(shape, by_saving[:n], **settings) for n in range(n_layer_main + 1))
     raise ValueError(
-        f"KV budget = {format_mib(budget)}: however many of {n_layer_main} layers stream (sink {sink}, window {window}), a context of "
-        f"{n_ctx} tokens takes {format_mib(least)} or more ({cache_type}), "
+        f"KV budget = {format_mib(budget)}: however many of {n_layer_main} layers stream (sink {sink}, window {window}, prefill "
+        f"{prefill}), a context of {n_ctx} tokens takes {format_mib(least)} or more ({cache_type}), "
         "must be at least that, or a smaller context, window or cache type"
     )
 
 
-def kv_bytes(shape: KVShape, layers: Sequence[int], *, sink: int, window: int, n_ctx: int, cache_type: str, n_ubatch: int) -> int:
-    """Bytes that a context of one sequence allocates for K and V if `layers` stream. Raises ValueError as `kv_memory`."""
-    spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window)
-    return kv_memory(shape, spec, n_ctx, type_k=cache_type, n_ubatch=n_ubatch).total
+def peak_bytes(
+    shape: KVShape,
+    layers: Sequence[int],
+    *,
+    n_embd: int,
+    sink: int,
+    window: int,
+    prefill: str,
+    n_ctx: int,
+    cache_type: str,
+    n_ubatch: int,
+) -> int:
+    """Bytes that a context of one sequence allocates for K, V and a prompt that fills it and comes as a whole, if `layers` stream.
+    Raises ValueError as `kv_memory`."""
+    spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window, prefill)
+    kv = kv_memory(shape, spec, n_ctx, type_k=cache_type, n_ubatch=n_ubatch)
+    return kv.total + prompt_memory(shape, spec, n_ctx, n_embd=n_embd, type_k=cache_type, n_ubatch=n_ubatch).whole
 
 
 def format_mib(n_bytes: int) -> str:
@@ -74,26 +97,49 @@ def largest_context(
     n_bytes: int,
     n_ctx_most: int,
     *,
-    cache_type: str = DEFAULT_CACHE_TYPE,
+    n_embd: int,
+    n_head: int,
+    type_k: str = DEFAULT_CACHE_TYPE,
+    type_v: str | None = None,
     flash_attn: bool,
-) -> int:
-    """The largest context of one sequence, a multiple of 1024 tokens or `n_ctx_most`, whose KV cache fits into `n_bytes` at its peak;
-    at least 1024, so that a message may be tried.
+    n_ubatch: int = DEFAULT_N_UBATCH,
+    whole: bool = True,
+) -> tuple[int, int]:
+    """The largest context of one sequence, a multiple of 1024 tokens or `n_ctx_most`, that fits into `n_bytes` at its peak; at least
+    1024, so that a message may be tried.
 
     Args:
-        spec: which layers stream. While a prompt is read with full attention they hold all of it (`prefill = full`).
+        spec: which layers stream.
         n_ctx_most: what the model was trained for, in tokens.
+        n_embd: elements of a hidden state.
+        n_head: attention heads of the layer that has most.
+        whole: prompts come as a whole; else in batches, for which all streaming layers hold all of a prompt.
+
+    Returns:
+        the context's size, and how many bytes are left for what streaming layers take while they read a prompt: at least what one
+        that fills it takes, if it fits.
     """
 
+    def left(n_ctx: int) -> int:
+        """Bytes that are left for prompts."""
+        kv = kv_memory(shape, spec, n_ctx, type_k=type_k, type_v=type_v, n_ubatch=n_ubatch, flash_attn=flash_attn)
+        # what attends to what, in f32 and as it is used; without flash attention each head's weights
+        mask = n_ctx * n_ubatch * (4 + (2 if flash_attn else 4 * n_head))
+        return n_bytes - kv.total - mask
+
+    def need(n_ctx: int) -> int:
+        types: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "n_ubatch": n_ubatch, "flash_attn": flash_attn}
+        prompt = prompt_memory(shape, spec, n_ctx, n_embd=n_embd, **types)
+        return min(prompt.whole + n_ctx * _BATCH_TOKEN, prompt.batches) if whole else prompt.batches
+
     def fits(n_ctx: int) -> bool:
-        # note: in streaming layers of a type of their own, which may be larger than that of the others
-        at_peak = replace(spec, window=n_ctx) if spec is not None and spec.prefill == "full" else spec
-        return kv_memory(shape, at_peak, n_ctx, type_k=cache_type, flash_attn=flash_attn).total <= n_bytes
+        return need(n_ctx) <= left(n_ctx)
 
     if fits(n_ctx_most):
-        return n_ctx_most
-    low, high = 1, max(1, n_ctx_most // 1024)  # in steps; low is taken whether or not it fits
+        return n_ctx_most, left(n_ctx_most)
+    low, high = 1, max(1, n_ctx_most // SMALLEST_CONTEXT)  # in steps; low is taken whether or not it fits
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(1024 * middle) else (low, middle)
-    return min(n_ctx_most, 1024 * low)
+        low, high = (middle, high) if fits(SMALLEST_CONTEXT * middle) else (low, middle)
+    n_ctx = min(n_ctx_most, SMALLEST_CONTEXT * low)
+    return n_ctx, max(left(n_ctx), need(n_ctx))

@@ -67,6 +67,7 @@ _lt_seq_positions = _bind(
 _lt_prompt_begin = _bind(
     "lt_prompt_begin", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32, _TEXT, ctypes.c_size_t
 )
+_lt_fits_by_layer = _bind("lt_fits_by_layer", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32)
 _lt_set_prompt_limit = _bind("lt_set_prompt_limit", None, _CONTEXT, ctypes.c_size_t)
 _PROGRESS = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)
 _lt_set_n_batch = _bind("lt_set_n_batch", None, _CONTEXT, ctypes.c_uint32)
@@ -144,6 +145,11 @@ def prompt_begin(context: int, seq_id: int, n_tokens: int) -> None:
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     if not _lt_prompt_begin(context, seq_id, n_tokens, error, _ERROR_SIZE):
         raise ValueError(error.value.decode(errors="replace"))
+
+
+def fits_by_layer(context: int, seq_id: int, n_tokens: int) -> bool:
+    """Whether a prompt of so many tokens would be read layer by layer and fits the prompt limit, if it came in one batch."""
+    return _lt_fits_by_layer(context, seq_id, n_tokens)
 
 
 def set_prompt_limit(context: int, n_bytes: int) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from lt_gguf.models import local_path, resolve, resolve_on_hub
 from lt_gguf.models.remembered import chosen_for
-from lt_gguf.runtime import api, crash, disk_cache, lazy_ratios
+from lt_gguf.runtime import api, context_size, crash, disk_cache, lazy_ratios
+from lt_gguf.runtime.context_size import ContextSize
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.reading_ahead import ReadingLlama
@@ -48,8 +49,10 @@ class Llama(ReadingLlama):
             reading it again; the oldest go first. 0: none is kept.
         timeout: seconds for which a call waits while other threads' calls have the model, then it raises TimeoutError; 0:
             not at all; `None`: without limit. Each method that uses the model takes it, too, for one call.
-        kwargs: as for `llama_cpp.Llama`. `swa_full` has no effect on streaming layers. `n_threads` and `n_threads_batch`: `None`
-            is the number of physical cores that the process may use (`lt_gguf.runtime.cpu.usable_cores`).
+        kwargs: as for `llama_cpp.Llama`. `n_ctx="auto"`: as large as the model was trained for and memory allows, the weights, the
+            cache and a prompt that fills it counted; `prompt_limit` is then what that leaves for prompts, unless it is given.
+            `swa_full` has no effect on streaming layers. `n_threads` and `n_threads_batch`: `None` is the number of physical cores
+            that the process may use (`lt_gguf.runtime.cpu.usable_cores`).
 
     Raises:
         ValueError: an argument is out of range, or the file can't be loaded or its model can't stream as asked; the message
@@ -73,21 +76,51 @@ class Llama(ReadingLlama):
             warnings.warn(unknown, RuntimeWarning, stacklevel=2)
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
         check_size("snapshot_limit", snapshot_limit)
-        if "n_ctx" in kwargs:
+        is_largest = isinstance(kwargs.get("n_ctx"), str) and kwargs["n_ctx"] == context_size.AUTO
+        if "n_ctx" in kwargs and not is_largest:
             kwargs["n_ctx"] = _check_n_ctx(kwargs["n_ctx"])
         for name in ("n_threads", "n_threads_batch"):  # llama_cpp's own default is half of the machine's
             kwargs[name] = kwargs.get(name) or usable_cores()
         self._turns = Turns(timeout)
+        load = self._load_largest if is_largest else self._load
+        load(model_path, snapshot_limit=snapshot_limit, verbose=verbose, **kwargs)
+        if self._prompt_limit is not None:
+            api.set_prompt_limit(self.ctx, self._prompt_limit)
+
+    def _load(self, model_path: str, *, verbose: bool, **kwargs: Any) -> None:
         with _loading, captured_errors(forward=verbose) as log, crash.loading(model_path):
             try:
-                super().__init__(model_path, snapshot_limit=snapshot_limit, verbose=verbose, **kwargs)
+                super().__init__(model_path, verbose=verbose, **kwargs)
             except ValueError as error:
-                self.close()
+                super().close()
                 if not log.reason:
                     raise
                 raise ValueError(f"{model_path}: {log.reason}") from error
-        if self._prompt_limit is not None:
-            api.set_prompt_limit(self.ctx, self._prompt_limit)
+
+    def _load_largest(self, model_path: str, **kwargs: Any) -> None:
+        """As `_load`, with the largest context that fits, and the prompt limit that goes with it."""
+        names = ("type_k", "type_v", "flash_attn", "n_ubatch")
+        settings = {name: kwargs[name] for name in names if name in kwargs}
+        size = self._load_some(context_size.largest_size(model_path, self._streaming_argument, **settings), model_path, **kwargs)
+        if size.prompt_limit and not self.reads_by_layer(self._n_ctx - 1):
+            # note: whether a model can be read layer by layer nobody knows before its graph is there
+            in_batches = context_size.largest_size(model_path, self._streaming_argument, **settings, whole=False)
+            if in_batches.n_ctx < size.n_ctx:
+                super().close()
+                size = self._load_some(in_batches, model_path, **kwargs)
+        if size.prompt_limit and self._prompt_limit is None and "LT_PROMPT_LIMIT" not in os.environ:
+            self._prompt_limit = size.prompt_limit
+
+    def _load_some(self, size: ContextSize, model_path: str, **kwargs: Any) -> ContextSize:
+        """Loads with a context of that size or, where there is less memory than was thought, a smaller one; returns its size."""
+        while True:
+            try:
+                self._load(model_path, **kwargs | {"n_ctx": size.n_ctx})
+                return size
+            except ValueError:
+                if not size.can_be_less:
+                    raise
+                size = size.halved()
 
     @classmethod
     def from_pretrained(
@@ -145,6 +178,7 @@ class Llama(ReadingLlama):
     create_chat_completion = streams(ReadingLlama.create_chat_completion)
     generate = streams(ReadingLlama.generate, always=True)
     eval = takes_turn(ReadingLlama.eval)
+    read = takes_turn(ReadingLlama.read)
     read_ahead = takes_turn(ReadingLlama.read_ahead)
     sample = takes_turn(ReadingLlama.sample)
     embed = takes_turn(ReadingLlama.embed)
@@ -254,7 +288,7 @@ class Llama(ReadingLlama):
 
 def _check_n_ctx(value: Any) -> int:
     """A context's size. Raises ValueError if it isn't one."""
-    allowed = f"a number of tokens up to {INT32_MAX}, 0: as many as the model was trained for"
+    allowed = f'a number of tokens up to {INT32_MAX}, 0: as many as the model was trained for, "auto": and as memory allows'
     try:
         n_ctx = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
+class NotAheadError(ValueError):
+    """The beginning of a prompt can't be read before its rest is known: it would take more than the prompt limit, which the prompt as a
+    whole doesn't."""
+
+
 class Piece(NamedTuple):
     """Positions [begin, end) that are read in one go.
 
@@ -32,6 +37,11 @@ class Prompts:
     @property
     def is_open(self) -> bool:
         return bool(self.spans) and self.spans[-1][1] is None
+
+    @property
+    def open_begin(self) -> int | None:
+        """Where the prompt that is being read begins, `None` if none is."""
+        return self.spans[-1][0] if self.is_open else None
 
     def first_end(self, n: int = 0) -> int:
         """Where the first prompt that ends behind the position `n` ends; 0 if none does."""

@@ -1,4 +1,5 @@
-"""Reading the beginning of a prompt before its rest is known: a document, while a person still thinks of the question."""
+"""Reading a prompt before it is answered, or its beginning before the rest is known: a document, while a person still thinks of the
+question."""
 
 from __future__ import annotations
 
@@ -7,13 +8,34 @@ from functools import partial
 
 from lt_gguf.runtime.interruptible import interruptible
 from lt_gguf.runtime.library import load_llama_cpp
+from lt_gguf.runtime.prompts import NotAheadError
 from lt_gguf.runtime.rewinding import RewindingLlama, Role
 
 _llama_cpp = load_llama_cpp().llama_cpp
 
 
 class ReadingLlama(RewindingLlama):
-    """`RewindingLlama` that reads ahead."""
+    """`RewindingLlama` that reads before it answers."""
+
+    def read(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads a prompt that `generate` is going to answer: of it, what the context doesn't begin with already.
+
+        Args:
+            progress: called while it is read, with the tokens that have been read (layer by layer: the share of the work), and how
+                many are to be. If it raises an error, or Ctrl-C does, the whole batches that were read stay.
+
+        Raises:
+            ValueError: it doesn't fit the context or the prompt limit; none of the tokens has been read.
+            RuntimeError: llama_decode failed.
+        """
+        missing = self._reuse(list(tokens))
+        if not missing:
+            return
+        self._role = Role.PROMPT
+        try:
+            self._eval(missing, progress=None if progress is None else partial(_report, progress, lambda: None))
+        finally:
+            self._role = None
 
     def read_ahead(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Reads the beginning of a prompt, the rest of which will follow: of it, what the context doesn't begin with already.
@@ -27,6 +49,7 @@ class ReadingLlama(RewindingLlama):
 
         Raises:
             ValueError: it doesn't fit the context or the prompt limit; none of the tokens has been read.
+            NotAheadError: it doesn't fit the prompt limit in several batches, as a whole it would (`read`); no more has been read.
             RuntimeError: llama_decode failed.
         """
         tokens = list(tokens)
@@ -43,6 +66,11 @@ class ReadingLlama(RewindingLlama):
         try:
             with interruptible(self.ctx) as check:
                 self._eval(tokens[n:], ends=False, progress=partial(_report, progress, check))
+        except ValueError as error:
+            begun = self._prompts.open_begin
+            if self.reads_by_layer(len(tokens) + 1 - (n if begun is None else begun)):
+                raise NotAheadError(str(error)) from None
+            raise
         finally:
             self._role = None
 

@@ -14,18 +14,16 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from enum import Enum
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lt_gguf.runtime import api, crash
-from lt_gguf.runtime.batch import Batch, batch_part
-from lt_gguf.runtime.interruptible import stopped_by_ctrl_c
 from lt_gguf.runtime.library import load_llama_cpp
 from lt_gguf.runtime.prompts import Piece, Prompts
 from lt_gguf.runtime.saved import Saved, state_bytes
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT, Snapshots
+from lt_gguf.runtime.whole_prompt import WholePrompt
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running
 
 _binding = load_llama_cpp()
@@ -79,9 +77,8 @@ class RewindingLlama(_Llama):
         self._spec, self.auto = self._running_spec()
         self._reads_in_full = self._spec.prefill == "full" and (bool(self._spec.layers) or self.auto is not None)
         # A prompt that comes in one batch is read layer by layer. Made when the first one comes.
-        self._whole: Batch | None = None
+        self._whole: WholePrompt | None = None
         if self._reads_in_full and self.auto is None and not self._logits_all and not self.context_params.embeddings:
-            api.set_n_batch(self.ctx, self._n_ctx)
             self._reads_by_layer = True
 
     @property
@@ -116,11 +113,26 @@ class RewindingLlama(_Llama):
         self._prompts.truncate(n_kept)
         text = np.concatenate([self.input_ids[start:n_kept], new])
         is_prompt = self._role is Role.PROMPT or (len(new) > 1 and self._role is not Role.DRAFT)
+        begun = self._prompts.open_begin
         for piece in self._pieces(start, n_kept, n_kept + len(new), is_prompt):
             part = text[piece.begin - start : piece.end - start].tolist()
             is_new = piece.end > n_kept
             report = None if progress is None else partial(progress, piece.begin - start, len(text))
-            self._read(part, piece, is_new=is_new, ends=ends or not is_new, report=report)
+            try:
+                self._read(part, piece, is_new=is_new, ends=ends or not is_new, report=report)
+            except ValueError:
+                if begun is None or not ends or not self.reads_by_layer(n_kept + len(new) - begun):
+                    raise
+                # what was read ahead of a prompt leaves too little for its rest, so it is read anew, as a whole
+                self._say(f"eval: all {n_kept + len(new) - begun} tokens of the prompt are read together")
+                self.n_tokens = begun
+                self._eval([*self.input_ids[begun:n_kept].tolist(), *new.tolist()], progress=progress)
+                return
+
+    def reads_by_layer(self, n_tokens: int) -> bool:
+        """Whether a prompt of so many tokens is read layer by layer if it comes as a whole and is the only one, and fits the prompt
+        limit then."""
+        return self._reads_by_layer and api.fits_by_layer(self.ctx, 0, n_tokens)
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As `llama_cpp.Llama.generate`. What the context and the prompt have in common isn't read again; where the
@@ -233,10 +245,10 @@ class RewindingLlama(_Llama):
     def _recall_logits(self, n: int) -> bool:
         """Goes back to the end of a prompt of which a snapshot is kept, and shows its logits to samplers."""
         snapshot = self._snapshots.at(n)
-        if snapshot is None or snapshot.logits is None or self._logits_at is None:
+        if snapshot is None or snapshot.logits is None or self._logits_all:
             return False
         self._requires_eval = True
-        if self._go_back(n) != n:
+        if self._go_back(n) != n or (self._logits_at is None and not self._make_row(n)):
             return False
         row = _llama_cpp.llama_get_logits_ith(self.ctx, -1)
         if not row:
@@ -245,6 +257,16 @@ class RewindingLlama(_Llama):
         self._logits_at = n
         self._requires_eval = False
         return True
+
+    def _make_row(self, n: int) -> bool:
+        """Makes llama.cpp have a row of logits, which it lacks after a state was restored: by a token behind the `n` that are there,
+        which is taken back. False if there is no room for it."""
+        if not 0 < n < self._n_ctx:
+            return False
+        self._decode([int(self.input_ids[n - 1])], n, asks_all=True, asks_last=True)
+        if self._ctx.kv_cache_seq_rm(-1, n, -1):
+            self._broken_at = None
+        return self._broken_at is None
 
     def _go_back(self, n: int) -> int:
         """Makes the memory hold the first `n` tokens of `input_ids`, or fewer; returns how many."""
@@ -312,10 +334,13 @@ class RewindingLlama(_Llama):
         self, tokens: list[int], piece: Piece, is_new: bool, ends: bool = True, report: Callable[[int], None] | None = None
     ) -> None:
         """Computes the tokens of a piece, which follow what the memory holds. Unless it `ends`, a prompt stays open."""
+        is_whole = self._reads_by_layer and piece.is_prompt and ends and not piece.continues and len(tokens) > self.n_batch
         if piece.is_prompt:
             if piece.begin > 0 and not piece.continues and not self._snapshots.at(piece.begin):
                 self._take_snapshot(piece.begin)
             if self._reads_in_full:
+                if self._reads_by_layer:
+                    api.set_n_batch(self.ctx, self._n_ctx if is_whole else self.n_batch)
                 # note: with the last token that is announced the prompt ends, so of an open one another is to come
                 api.prompt_begin(self.ctx, 0, len(tokens) + (not ends))
             if is_new and self._reads_in_full:
@@ -323,7 +348,6 @@ class RewindingLlama(_Llama):
         # what doesn't ask for all its logits is a prompt to the runtime
         is_decoded = self._reads_in_full and not piece.is_prompt
         n_batch = min(self.n_batch, _DECODED_AT_ONCE) if is_decoded and not self._logits_all else self.n_batch
-        is_whole = self._reads_by_layer and piece.is_prompt and ends and not piece.continues and len(tokens) > n_batch
         n_batch = len(tokens) if is_whole else n_batch
         for begin in range(0, len(tokens), n_batch):
             batch = tokens[begin : begin + n_batch]
@@ -368,26 +392,13 @@ class RewindingLlama(_Llama):
 
     def _decode_whole(self, tokens: list[int], begin: int, report: Callable[[int], None] | None) -> None:
         """A whole prompt in one llama_decode, as `_decode`. Ctrl-C stops it, and then none of it is there."""
-        end = begin + len(tokens)
-        wanted = np.zeros(len(tokens), np.int8)
-        wanted[-1] = 1
         if self._whole is None:
-            self._whole = Batch(self._n_ctx)
-        self._whole.fill(batch_part(tokens, begin, 0, wanted))
-        whole: Any = SimpleNamespace(batch=self._whole.native)  # as much as decode looks at
+            self._whole = WholePrompt(self._n_ctx)
         self._begin_change(begin)
-        self._computed_to = end
-        with stopped_by_ctrl_c() as is_stopped:
-
-            def on_progress(share: float) -> bool:
-                if report is not None:
-                    report(int(share * len(tokens)))
-                return not is_stopped()
-
-            with api.progress(self.ctx, on_progress):
-                self._ctx.decode(whole)
-        self.input_ids[begin:end] = tokens
-        self._logits_at = end
+        self._computed_to = begin + len(tokens)
+        self._whole.decode(self._ctx, tokens, begin, report)
+        self.input_ids[begin : begin + len(tokens)] = tokens
+        self._logits_at = begin + len(tokens)
         self._requires_eval = False
 
     def _take_snapshot(self, n_tokens: int, with_logits: bool = False) -> None:

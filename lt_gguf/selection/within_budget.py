@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lt_gguf.memory.budget import format_mib, kv_bytes, smallest_number
+from lt_gguf.memory.budget import format_mib, peak_bytes, smallest_number
 from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape
 from lt_gguf.selection.base import Request, Selection, Strategy
+from lt_gguf.spec import DEFAULT_PREFILL
 from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
@@ -18,6 +19,8 @@ def select_within(
     budget: int,
     n_ctx: int,
     *,
+    n_embd: int,
+    prefill: str = DEFAULT_PREFILL,
     cache_type: str = DEFAULT_CACHE_TYPE,
     n_ubatch: int = DEFAULT_N_UBATCH,
 ) -> Selection:
@@ -26,15 +29,19 @@ def select_within(
     The request's fraction doesn't count. A strategy whose number of layers is its own (`threshold`, `manual`, `preset`)
     chooses as it does without a budget, and is refused if that doesn't fit.
 
+    Args:
+        n_embd: elements of a hidden state.
+
     Raises:
         ValueError: nothing fits, or as `Strategy.select` and `smallest_number`.
     """
-    settings: dict[str, Any] = {"n_ctx": n_ctx, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    settings: dict[str, Any] = {"n_embd": n_embd, "prefill": prefill, "cache_type": cache_type, "n_ubatch": n_ubatch}
 
     def size(selection: Selection) -> int:
-        return kv_bytes(shape, selection.layers, sink=selection.sink, window=selection.window, **settings)
+        return peak_bytes(shape, selection.layers, sink=selection.sink, window=selection.window, n_ctx=n_ctx, **settings)
 
-    what = f"the KV cache of {n_ctx} tokens ({cache_type})"
+    at_peak = " at its peak" if prefill == "full" else ""
+    what = f"the KV cache of {n_ctx} tokens ({cache_type}){at_peak}"
     if not strategy.counts:
         selection = strategy.select(replace(request, n_streaming=None))
         if size(selection) <= budget:
@@ -45,13 +52,17 @@ def select_within(
         )
 
     n_main = request.model.n_layer_main
-    least = smallest_number(shape, budget, n_layer_main=n_main, sink=request.sink, window=request.window, **settings)
+    least = smallest_number(shape, budget, n_ctx, n_layer_main=n_main, sink=request.sink, window=request.window, **settings)
     for n in range(least, n_main + 1):
         selection = strategy.select(replace(request, n_streaming=n))
         if size(selection) <= budget:
             said = f"{n} is the smallest number with which {what} fits into {format_mib(budget)}, it takes {format_mib(size(selection))}"
             return _with_reason(selection, said)
-    raise AssertionError("with all layers streaming it fits, smallest_number() says")
+    # note: of a small context, streaming layers can take more than others
+    raise ValueError(
+        f"selection {strategy.name}: whatever number of layers it chooses, {what} takes more than the KV budget of {format_mib(budget)}: "
+        "must be a larger budget, or a smaller context, window or cache type"
+    )
 
 
 def _with_reason(selection: Selection, text: str) -> Selection:

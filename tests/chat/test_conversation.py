@@ -45,6 +45,35 @@ def test_a_document_is_read_once(hybrid_file, tmp_path, mode):
     assert second.turns[-1].answer == answer and second.last.n_read < 60
 
 
+def test_a_document_that_memory_allows_only_as_a_whole(hybrid_file, tmp_path):
+    """It is read together with the question, and then not again."""
+    settings = {"mode": "by_layer", "streaming": "layers=0-3;prefill=full", "n_predict": 6}
+    unlimited = new_conversation(hybrid_file, None, **settings)
+    unlimited.pending = [LONG]
+    expected = [ask(unlimited, question) for question in ("the dog", "a fox")]
+    first = new_conversation(hybrid_file, tmp_path, prompt_limit=600_000, **settings)
+    said: list[str] = []
+    first.say = said.append
+    assert first.attach([LONG]) == 0 and first.pending == [LONG]
+    assert said == ["too much for the memory that is left to be read ahead: it is read together with the question"]
+    steps: list[tuple[int, int]] = []
+    first.ask("the dog", lambda _: None, lambda *step: steps.append(step))
+    assert first.last.n_read > 400 and steps[-1] == (first.last.n_read, first.last.n_read) and len(steps) > 10
+    assert n_computed(first, lambda: ask(first, "a fox")) < 40
+    assert [turn.answer for turn in first.turns] == expected
+    # it is on disk with its question, for another time
+    second = new_conversation(hybrid_file, tmp_path, prompt_limit=600_000, **settings)
+    second.pending = [LONG]
+    assert n_computed(second, lambda: ask(second, "the dog")) < 40 and second.turns[-1].answer == expected[0]
+
+
+def test_a_document_that_is_too_much_as_a_whole_too(hybrid_file):
+    conversation = new_conversation(hybrid_file, None, "by_layer", streaming="layers=0-3;prefill=full", prompt_limit=100_000)
+    with pytest.raises(ValueError, match="the limit is 0.1 MiB: at most"):
+        conversation.attach([LONG])
+    assert not conversation.pending and not conversation.turns
+
+
 def test_answering_again_reads_nothing(hybrid_file, tmp_path):
     conversation = new_conversation(hybrid_file, tmp_path)
     conversation.attach([LONG])

@@ -19,10 +19,8 @@ from lt_gguf.chat.screen import PlainScreen
 from lt_gguf.cli import chat
 from lt_gguf.cli import model as model_options
 from lt_gguf.gguf.file import read_model
-from lt_gguf.memory.budget import largest_context
-from lt_gguf.memory.kv import KVShape, kv_memory
-from lt_gguf.runtime import available_memory
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.memory.kv import kv_memory
+from lt_gguf.runtime import available_memory, context_size
 
 QUICK = ["--threads", "1", "--batch-size", "64"]
 SMALL = [*QUICK, "--ctx", "512"]
@@ -203,52 +201,10 @@ def test_the_context_is_as_large_as_can_be(lt_gguf_command, hybrid_file, monkeyp
     through_a_pipe(monkeypatch, "/exit\n")
     _, _, err = lt_gguf_command("chat", hybrid_file, *QUICK)
     assert err.splitlines()[0].endswith("context of 2048 tokens")  # what it was trained for
-    monkeypatch.setattr(available_memory, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(context_size, "available_memory", lambda: 1 << 20)
     through_a_pipe(monkeypatch, "/exit\n")
     _, _, err = lt_gguf_command("chat", hybrid_file, *QUICK)
     assert err.splitlines()[0].endswith("context of 1024 tokens")  # the least that is tried
-
-
-def test_where_memory_is_short_a_smaller_context_is_tried(hybrid_file, monkeypatch):
-    sizes = []
-
-    class Short:
-        def __init__(self, *_, n_ctx: int, **__) -> None:
-            sizes.append(n_ctx)
-            if n_ctx > 10_000:
-                raise ValueError("Failed to create llama_context")
-
-    monkeypatch.setattr("lt_gguf.runtime.llama.Llama", Short)
-    monkeypatch.setattr(model_options, "largest_that_fits", lambda *_: 32768)
-    assert isinstance(model_options.load(str(hybrid_file), model_options.ChatOptions()), Short)
-    assert sizes == [32768, 16384, 8192]
-    monkeypatch.setattr(model_options, "largest_that_fits", lambda *_: 2048)
-    monkeypatch.setattr(Short, "__init__", refuse)
-    with pytest.raises(ValueError, match="no GGUF"):  # a smaller context wouldn't mend that
-        model_options.load(str(hybrid_file), model_options.ChatOptions())
-
-
-def refuse(*_, **__) -> None:
-    raise ValueError("no GGUF")
-
-
-def test_largest_context():
-    shape, most = KVShape((2,) * 4, 2, 64, 64), 32768
-
-    def bytes_of(n_ctx: int, spec: StreamingSpec | None = None) -> int:
-        return kv_memory(shape, spec, n_ctx).total
-
-    half = StreamingSpec((1, 3), 4, 4, 252, "stream")
-    assert largest_context(shape, None, bytes_of(most), most, flash_attn=True) == most
-    assert largest_context(shape, None, bytes_of(most) - 1, most, flash_attn=True) == most - 1024
-    assert largest_context(shape, None, bytes_of(4864), most, flash_attn=True) == 4096
-    assert largest_context(shape, half, bytes_of(8192, half), most, flash_attn=True) == 8192
-    full = StreamingSpec((1, 3), 4, 4, 252, "full")  # which holds a prompt in all layers
-    assert largest_context(shape, full, bytes_of(8192, full), most, flash_attn=True) < 8192
-    assert (
-        largest_context(shape, None, -5, most, flash_attn=True) == 1024
-        and largest_context(shape, None, 0, 300, flash_attn=True) == 300
-    )
 
 
 def test_available_memory(tmp_path):

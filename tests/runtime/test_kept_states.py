@@ -52,6 +52,25 @@ def test_read_again_from_disk_in_another_context(hybrid_file, mode, store):
         assert_like(other, hybrid_file, mode, [("prompt", DOCUMENT + OTHER)])
 
 
+@all_modes
+def test_the_same_prompt_again_reads_nothing(hybrid_file, mode, store):
+    """Its last token, too, whose logits come back with the state."""
+    llm = load(hybrid_file, mode)
+    said = answer(llm, DOCUMENT, 20)
+    assert KeptStates(llm, store).keep()
+    other = load(hybrid_file, mode)
+    assert KeptStates(other, store).restore(DOCUMENT) == 600
+    assert n_read(other, lambda: answer(other, DOCUMENT, 1)) == 0
+    assert_like(other, hybrid_file, mode, [("prompt", DOCUMENT)])
+    assert answer(other, DOCUMENT, 20) == said
+    # and it goes on as ever: a question beside it, one after the answer
+    assert answer(other, DOCUMENT + said[:10] + QUESTION, 1) and n_read(other, lambda: answer(other, DOCUMENT, 1)) == 0
+    history = [("prompt", DOCUMENT), ("decoded", said[:10]), ("prompt", QUESTION)]
+    answer(other, DOCUMENT, 11)
+    answer(other, DOCUMENT + said[:10] + QUESTION, 1)
+    assert_like(other, hybrid_file, mode, history)
+
+
 def test_without_streaming_layers_the_context_can_be_cut(hybrid_file, store):
     llm = load(hybrid_file, streaming="off")
     llm.read_ahead(DOCUMENT)

@@ -393,11 +393,11 @@ def test_pickle(hybrid_file):
     assert continuation(copy, PROMPT) == continuation(llm, PROMPT)
 
 
-@pytest.mark.parametrize("n_ctx", ["auto", "4096", 4096.0, -1, None, True, 2**31])
+@pytest.mark.parametrize("n_ctx", ["largest", "4096", 4096.0, -1, None, True, 2**31])
 def test_bad_context_sizes(hybrid_file, n_ctx):
     with pytest.raises(ValueError) as error:
         load(hybrid_file, n_ctx=n_ctx)
-    allowed = "must be a number of tokens up to 2147483647, 0: as many as the model was trained for"
+    allowed = 'must be a number of tokens up to 2147483647, 0: as many as the model was trained for, "auto": and as memory allows'
     assert str(error.value) == f"n_ctx = {n_ctx!r}: {allowed}"
 
 

@@ -111,7 +111,7 @@ def test_a_budget_of_memory():
     measured = candidates(additive)
     request = Request(Model("llama", "a model", 4, 4), candidates=measured, window=252)
     full = 4 * 512 * 8192
-    found = select_within(strategy("kl"), request, shape, full * 4 // 5, 8192)
+    found = select_within(strategy("kl"), request, shape, full * 4 // 5, 8192, n_embd=64, prefill="stream")
     assert found.layers == (1,) and "1 is the smallest number" in found.reason and len(found.candidates) == 5
 
 
