@@ -11,6 +11,7 @@ streaming: of a shape that lets the cache matter (16 layers of 8 KV heads of 64)
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 from rich.console import Console
 from rich.progress import track
 
@@ -49,10 +51,10 @@ SHAPES = {
 }
 
 
-def write_random_model(path: Path, shape: Shape) -> None:
-    """A Llama with random weights in float16, half of its layers streaming; appears under its name only when it is whole."""
+def write_random_model(path: Path, shape: Shape, type_: GGMLQuantizationType = GGMLQuantizationType.F16) -> None:
+    """A Llama with random weights in float16 or quantized; appears under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float16)  # once and again: only their number matters
+    values = np.random.default_rng(0).standard_normal(1 << 22, np.float32)  # once and again: only their number matters
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         writer = GGUFWriter(Path(scratch) / path.name, "llama")
         writer.add_name("random weights, for benchmarks only")
@@ -69,8 +71,12 @@ def write_random_model(path: Path, shape: Shape) -> None:
         writer.add_value_length(shape.head_size)
         writer.add_rope_dimension_count(shape.head_size)
 
+        @functools.cache
+        def rows(n_in: int) -> np.ndarray:
+            return quantize(values[: values.size // n_in * n_in].reshape(-1, n_in) / n_in**0.5, type_)
+
         def matrix(name: str, n_in: int, n_out: int) -> None:
-            writer.add_tensor(name, np.resize(values / np.float16(n_in**0.5), (n_out, n_in)))
+            writer.add_tensor(name, np.resize(rows(n_in), (n_out, rows(n_in).shape[1])), raw_dtype=type_)
 
         n_q, n_kv = shape.n_head * shape.head_size, shape.n_head_kv * shape.head_size
         matrix("token_embd.weight", shape.n_embd, shape.n_vocab)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from support.llama import answer, load, text
+from support.talkie import write_talkie
 from support.tiny_checkpoint import write_checkpoint
 
 from lt_gguf.conversion import convert
@@ -86,6 +87,15 @@ def test_what_is_read_in_batches_gets_a_smaller_one(file, monkeypatch):
     assert asks_all.n_ctx() == 2048 and asks_all.__getstate__()["prompt_limit"] == left
     asks_all.eval(text(2000))
     assert asks_all.n_tokens == 2000
+
+
+def test_a_model_that_cannot_be_read_layer_by_layer_gets_a_smaller_one(file, monkeypatch, tmp_path):
+    """Which nobody knows before it is loaded."""
+    talkie = write_talkie(tmp_path / "talkie.gguf", file)
+    left = free_for(monkeypatch, talkie, 2048)
+    llm = load(talkie, "by_layer", streaming=ALL, n_ctx="auto")
+    assert llm.n_ctx() == 1024 and llm.__getstate__()["prompt_limit"] > left
+    assert len(answer(llm, text(1000), 3)) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from support.families import COMMON, FAMILIES
-from support.native import FULL, PROMPT, STREAMING, DecodeError, api
+from support.native import FULL, PROMPT, STREAMING, DecodeError, Model, api
 from support.oracle import EXACT, Subject, difference, random_tokens
+from support.talkie import write_talkie
+from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 from support.transcript import Transcript
 
 from lt_gguf import Llama
@@ -87,6 +89,23 @@ def test_every_family_is_read_so(family, tmp_path):
         assert len(seen) == 6 * -(-500 // N_UBATCH)
         transcript.decode(20, 1)
         assert transcript.difference() < EXACT
+
+
+def test_a_model_whose_layers_pass_on_more_is_read_as_ever(hybrid_file, tmp_path):
+    """The embeddings of all tokens are added in each of its layers."""
+    file, tokens = write_talkie(tmp_path / "talkie.gguf", hybrid_file), random_tokens(1200)
+    answers = []
+    with Model(file) as model:
+        model.set_streaming("layers=0-3;sink=2;window=40;prefill=full")
+        for n_batch in (N_UBATCH, N_CTX):
+            with model.context(n_ctx=N_CTX, n_batch=n_batch, n_ubatch=N_UBATCH) as context:
+                said = [line for line in context.log if "note_cuts" in line]
+                assert len(said) == 1 and "pass on more than the hidden states: all streaming layers hold a prompt" in said[0]
+                assert not api().fits_by_layer(context.handle, 0, 1000)
+                context.prompt_begin(1000)
+                assert context.kv_bytes(PROMPT) == 1024 * 4 * (2 * 2 * 16 * 4)
+                answers.append((context.read_prompt(tokens[:1000]), context.decode_one_by_one(tokens[1000:1020], 1000)))
+    assert all(difference(*pair) <= EXACT for pair in zip(*answers))
 
 
 @layers
