@@ -10,7 +10,7 @@ import typer
 from lt_gguf.cli.common import new_app, run_process
 from lt_gguf.cli.version import Version
 
-COMMANDS = ("convert", "train", "inspect", "analyze", "flag", "eval", "run", "chat", "serve", "cache")
+COMMANDS = ("convert", "train", "inspect", "analyze", "flag", "eval", "run", "chat", "serve", "cache", "doctor")
 
 
 def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
