@@ -3,7 +3,7 @@
 import { bytes, number } from "./dom.js";
 import { cacheBytes, capacity, fullBytes, heldByLayer } from "./layers.js";
 
-const WIDTH = 280, HEIGHT = 150, LEFT = 4, RIGHT = 4, TOP = 14, BOTTOM = 20;
+const WIDTH = 280, HEIGHT = 150, LEFT = 4, RIGHT = 4, TOP = 14, BOTTOM = 20, LABEL = 115;
 const SVG = "http://www.w3.org/2000/svg";
 
 function svg(tag, attributes, text = null) {
@@ -25,7 +25,7 @@ export function chart(info, n, answers) {
   const full = (tokens) => fullBytes(info, tokens);
   // Far enough to the right to see the lines part; a context of 128K would squeeze a short conversation into the corner.
   const knee = capacity(info);
-  const most = Math.min(info.n_ctx, roundUp(Math.max(1.25 * n, Number.isFinite(knee) ? 3 * knee : 0, 1000)));
+  const most = !n ? info.n_ctx : Math.min(info.n_ctx, roundUp(Math.max(1.25 * n, Number.isFinite(knee) ? 3 * knee : 0, 1000)));
   const x = (tokens) => LEFT + tokens / most * (WIDTH - LEFT - RIGHT);
   const y = (size) => HEIGHT - BOTTOM - size / full(most) * (HEIGHT - TOP - BOTTOM);
   const path = (size, from, to) => [from, ...[knee].filter((k) => k > from && k < to), to]
@@ -44,7 +44,8 @@ export function chart(info, n, answers) {
   }
   image.append(svg("text", { x: WIDTH - RIGHT, y: TOP - 4, class: "name full", "text-anchor": "end" }, `full attention, ${bytes(full(most))}`));
   if (info.streaming) {
-    image.append(svg("text", { x: WIDTH - RIGHT, y: Math.min(y(hybrid(most)) + 15, HEIGHT - BOTTOM - 4), class: "name hybrid", "text-anchor": "end" }, `this model, ${bytes(hybrid(most))}`));
+    const below = y(hybrid(most * (1 - LABEL / WIDTH))) + 14;  // the line rises to the right: under the label's left end it is lowest
+    image.append(svg("text", { x: WIDTH - RIGHT, y: Math.min(below, HEIGHT - BOTTOM - 4), class: "name hybrid", "text-anchor": "end" }, `this model, ${bytes(hybrid(most))}`));
   }
   image.append(svg("text", { x: LEFT, y: HEIGHT - 6, class: "tick" }, "0"));
   image.append(svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 6, class: "tick", "text-anchor": "end" }, `${number(most)} tokens`));

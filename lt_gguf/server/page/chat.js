@@ -94,7 +94,8 @@ async function answer() {
 }
 
 function showRunning(isRunning) {
-  // The button that had the focus goes; the other one takes it.
+  document.body.classList.toggle("running", isRunning);  // questions can't be edited while one is answered
+  // The button that had the focus goes.
   const [from, to] = isRunning ? [$("send"), $("stop")] : [$("stop"), $("send")];
   const hadFocus = document.activeElement === from;
   from.hidden = true;

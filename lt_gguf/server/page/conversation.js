@@ -1,6 +1,6 @@
 // The questions and answers as they are shown.
 
-import { $, copy, duration, el, number, tokens } from "./dom.js";
+import { $, copy, duration, el, number, speed, tokens } from "./dom.js";
 import { chip } from "./documents.js";
 import { renderMarkdown } from "./markdown.js";
 import { state } from "./state.js";
@@ -134,7 +134,7 @@ function answer(message, index) {
 }
 
 function summary({ read, generated, generatedPerSecond }) {
-  return `read ${number(read)}, generated ${tokens(generated)}` + (generatedPerSecond ? `, ${generatedPerSecond.toFixed(1)} tokens/s` : "");
+  return `read ${number(read)}, generated ${tokens(generated)}` + (generatedPerSecond ? `, ${speed(generatedPerSecond)}` : "");
 }
 
 function fill({ reasoning, text }, message) {

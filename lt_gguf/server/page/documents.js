@@ -122,7 +122,8 @@ export function setUpDocuments() {
     $("files").value = "";  // so that the same file can be chosen again
     await attach(files);
   });
-  $("question").addEventListener("paste", (event) => {
+  addEventListener("paste", (event) => {
+    // What comes with text as well, as from a word processor, is meant as text.
     if (!event.clipboardData.files.length || event.clipboardData.getData("text/plain")) return;
     event.preventDefault();
     attach([...event.clipboardData.files]);

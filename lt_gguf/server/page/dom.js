@@ -20,6 +20,8 @@ export const number = (value) => whole.format(value);
 
 export const tokens = (n) => `${number(n)} ${n === 1 ? "token" : "tokens"}`;
 
+export const speed = (perSecond) => `${perSecond < 100 ? perSecond.toFixed(1) : number(perSecond)} tokens/s`;
+
 export function bytes(n) {
   if (n < 1024 * 1024) return `${(n / 1024).toFixed(n < 10 * 1024 ? 1 : 0)} KiB`;
   if (n < 1024 ** 3) return `${(n / 1024 ** 2).toFixed(n < 100 * 1024 ** 2 ? 1 : 0)} MiB`;

@@ -28,19 +28,21 @@ export const fullBytes = (info, n) => n * info.token_bytes.reduce((sum, bytes) =
 const describe = ({ streams, held }, i, n) =>
   `layer ${i}: ${streams ? "streaming" : "full"}, holds ` + (held === n ? tokens(n) : `${number(held)} of ${tokens(n)}`);
 
-function summary({ streaming, auto, n_layer }) {
+function summary({ streaming, auto, n_layer }, reading) {
   if (!streaming) {
     return auto ? "All layers are full until the first long prompt chooses which of them stream." : "All layers hold the full cache.";
   }
-  return `${streaming.layers.length} of ${n_layer} layers stream: they keep the first ${number(streaming.sink)} and the last ${number(streaming.window)} tokens.`;
+  if (reading && streaming.prefill === "full") return "A streaming layer may hold all of the prompt while it is read; then it gives back what it doesn't keep.";
+  return `${streaming.layers.length} of ${n_layer} layers stream: they keep the first ${number(streaming.sink)} and the last ${number(streaming.window)} tokens.`
+    + (auto ? " They were chosen for the first long prompt." : "");
 }
 
 let cells = [];
-let shown = null;  // {info, held, n}
+let shown = null;  // {info, held, n, reading}
 let pointed = null;
 
 function readout() {
-  $("layer-readout").textContent = pointed === null ? summary(shown.info) : describe(shown.held[pointed], pointed, shown.n);
+  $("layer-readout").textContent = pointed === null ? summary(shown.info, shown.reading) : describe(shown.held[pointed], pointed, shown.n);
 }
 
 function point(i) {
@@ -68,9 +70,9 @@ function walk(event, i) {
   cells[to].focus();
 }
 
-export function renderStrip(info, held, n) {
+export function renderStrip(info, held, n, reading) {
   if (cells.length !== info.n_layer) build(info.n_layer);
-  shown = { info, held, n };
+  shown = { info, held, n, reading };
   held.forEach((layer, i) => {
     cells[i].classList.toggle("streams", layer.streams);
     cells[i].setAttribute("aria-label", describe(layer, i, n));

@@ -60,7 +60,9 @@ function setUpSides() {
   function show(id, isShown) {
     $(id).classList.toggle("open", isShown);
     $(`${id}-toggle`).setAttribute("aria-expanded", String(isShown));
-    scrim.hidden = !sides.some(([side, isWide]) => !isWide.matches && $(side).classList.contains("open"));
+    const covered = sides.some(([side, isWide]) => !isWide.matches && $(side).classList.contains("open"));
+    scrim.hidden = !covered;
+    for (const under of document.querySelectorAll("main, .bar")) under.inert = covered;  // the Tab key stays in what lies over them
   }
 
   function closeOverlays() {
@@ -81,8 +83,9 @@ function setUpSides() {
       const isShown = !$(id).classList.contains("open");
       if (isShown && !isWide.matches) closeOverlays();
       show(id, isShown);
-      if (isShown && !isWide.matches) $(id).querySelector("button")?.focus();
+      if (isShown && !isWide.matches) $(id).querySelector("button").focus();
     });
+    $(id).querySelector(".close").addEventListener("click", closeOverlays);
   }
   scrim.addEventListener("click", closeOverlays);
   document.addEventListener("session-chosen", () => {

@@ -2,7 +2,7 @@
 
 import { chart } from "./chart.js";
 import { figuresOf } from "./chat.js";
-import { $, bytes, duration, el, number } from "./dom.js";
+import { $, bytes, duration, el, number, speed, tokens } from "./dom.js";
 import { cacheBytes, fullBytes, heldByLayer, renderStrip } from "./layers.js";
 import { tokensUsed } from "./prompt.js";
 import { state } from "./state.js";
@@ -25,7 +25,7 @@ export function renderPanel() {
   const reading = running?.first === null ? running.progress : null;
 
   const held = heldByLayer(info, n, reading);
-  renderStrip(info, held, n);
+  renderStrip(info, held, n, reading);
   renderCache(info, n, held);
   const answers = session.messages.flatMap((message) => (message.figures ? [message.figures.used] : [])).filter((used) => used <= info.n_ctx);
   $("chart").replaceChildren(chart(info, Math.min(n, info.n_ctx), answers));
@@ -35,10 +35,13 @@ export function renderPanel() {
 
 function renderCache(info, n, held) {
   const list = el("dl", { id: "cache-figures", class: "bars" });
-  const [now, full] = [cacheBytes(info, held), fullBytes(info, n)];
+  // Before anything is said: what the whole context will take.
+  $("cache-at").textContent = n ? `with ${tokens(n)}` : `with the context full, ${tokens(info.n_ctx)}`;
+  const [now, full] = n ? [cacheBytes(info, held), fullBytes(info, n)]
+    : [cacheBytes(info, heldByLayer(info, info.n_ctx)), fullBytes(info, info.n_ctx)];
   if (info.streaming) figure(list, "this model", bytes(now), fill("hybrid", full ? now / full : 0));
   figure(list, "full attention", bytes(full), fill("full", full ? 1 : 0));
-  if (info.streaming && n) {
+  if (info.streaming) {
     const saved = Math.round((1 - now / full) * 100);
     figure(list, "saved", saved > 0 ? `${saved}%` : "nothing yet");
   }
@@ -52,13 +55,12 @@ function renderAnswer(figures) {
     list.append(el("dt", { class: "muted" }, "None yet."));
     return;
   }
-  const speed = (value) => (value ? `${value < 100 ? value.toFixed(1) : number(value)} tokens/s` : "–");
   const values = {
     read: ["tokens read", number(figures.read)],
     cached: ["reused, not read again", number(figures.cached)],
     generated: ["tokens generated", number(figures.generated)],
-    reading: ["reading", speed(figures.readPerSecond)],
-    generating: ["generating", speed(figures.generatedPerSecond)],
+    reading: ["reading", figures.readPerSecond ? speed(figures.readPerSecond) : "–"],
+    generating: ["generating", figures.generatedPerSecond ? speed(figures.generatedPerSecond) : "–"],
     first: ["first token after", figures.firstMs === null ? "–" : duration(figures.firstMs / 1000)],
   };
   // The names are for whoever reads the figures from the page, as the check in a browser does.

@@ -16,7 +16,8 @@ const fresh = () => ({ id: newId(), title: UNNAMED, named: false, updated: Date.
 const newId = () => `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 10)}`;
 
 export async function saveSession(session) {
-  if (!session.messages.length && !session.draft.text && !session.draft.documents.length) return;
+  const isEmpty = !session.messages.length && !session.draft.text && !session.draft.documents.length;
+  if (isEmpty && !kept.has(session.id)) return;
   const question = session.messages.find((message) => message.role === "user");
   if (question && !session.named) session.title = titleOf(question);
   session.updated = Date.now();
@@ -111,14 +112,16 @@ async function remove(row) {
 function timeOf(updated) {
   const date = new Date(updated);
   const isToday = date.toDateString() === new Date().toDateString();
-  return isToday ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })
+  return isToday ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23" })
     : date.toLocaleDateString([], { day: "numeric", month: "short", year: date.getFullYear() === new Date().getFullYear() ? undefined : "numeric" });
 }
 
 let shown = "";
+let kept = new Set();  // ids of what the browser has
 
 async function renderList() {
   const rows = await store.list();
+  kept = new Set(rows.map(({ id }) => id));
   const current = state.session?.id;
   // Rebuilt only where something changed: a list that is rebuilt while an answer grows takes the focus away.
   const now = JSON.stringify([current, rows.map(({ id, title, updated }) => [id, title, timeOf(updated)])]);
