@@ -14,6 +14,15 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
+export function icon(path) {
+  const image = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  image.setAttribute("viewBox", "0 0 16 16");
+  image.setAttribute("aria-hidden", "true");
+  image.append(document.createElementNS("http://www.w3.org/2000/svg", "path"));
+  image.firstChild.setAttribute("d", path);
+  return image;
+}
+
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 export const number = (value) => whole.format(value);

@@ -36,7 +36,7 @@ export function renderPanel() {
 function renderCache(info, n, held) {
   const list = el("dl", { id: "cache-figures", class: "bars" });
   // Before anything is said: what the whole context will take.
-  $("cache-at").textContent = n ? `with ${tokens(n)}` : `with the context full, ${tokens(info.n_ctx)}`;
+  $("cache-at").textContent = n ? `with ${tokens(n)}` : "when the context is full";
   const [now, full] = n ? [cacheBytes(info, held), fullBytes(info, n)]
     : [cacheBytes(info, heldByLayer(info, info.n_ctx)), fullBytes(info, info.n_ctx)];
   if (info.streaming) figure(list, "this model", bytes(now), fill("hybrid", full ? now / full : 0));

@@ -2,13 +2,16 @@
 
 import { setPendingDocuments, pendingDocuments } from "./documents.js";
 import { autosize, renderConversation, scrollToEnd } from "./conversation.js";
-import { $, ask, el, notice } from "./dom.js";
+import { $, ask, el, icon, notice } from "./dom.js";
 import { renderPanel } from "./panel.js";
 import { state } from "./state.js";
 import * as store from "./store.js";
 
 const CURRENT = "lt-gguf.session";
 const UNNAMED = "New conversation";
+
+const PENCIL = "M3 13l.7-3L10.5 3.2l2.3 2.3L6 12.3z";
+const CROSS = "M4 4l8 8M12 4l-8 8";
 
 const fresh = () => ({ id: newId(), title: UNNAMED, named: false, updated: Date.now(), messages: [], draft: { text: "", documents: [] } });
 
@@ -132,8 +135,8 @@ async function renderList() {
     el("button", { type: "button", class: "open", id: `open-${row.id}`, "aria-current": row.id === current ? "true" : false, onclick: () => openSession(row.id) },
       el("span", { class: "title" }, row.title), el("time", { class: "muted", datetime: new Date(row.updated).toISOString() }, timeOf(row.updated))),
     el("span", { class: "row-actions" },
-      el("button", { type: "button", class: "quiet", "aria-label": `Rename ${row.title}`, onclick: () => rename(row) }, "Rename"),
-      el("button", { type: "button", class: "quiet", "aria-label": `Delete ${row.title}`, onclick: () => remove(row) }, "Delete")))));
+      el("button", { type: "button", class: "quiet", title: "Rename", "aria-label": `Rename ${row.title}`, onclick: () => rename(row) }, icon(PENCIL)),
+      el("button", { type: "button", class: "quiet", title: "Delete", "aria-label": `Delete ${row.title}`, onclick: () => remove(row) }, icon(CROSS))))));
   if (focused) $(focused)?.focus();
 }
 
