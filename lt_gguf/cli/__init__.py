@@ -10,7 +10,7 @@ import typer
 from lt_gguf.cli.common import new_app, run_process
 from lt_gguf.cli.version import Version
 
-COMMANDS = ("convert", "train", "inspect", "analyze", "flag", "eval", "run", "chat", "cache")
+COMMANDS = ("convert", "train", "inspect", "analyze", "flag", "eval", "run", "chat", "serve", "cache", "doctor")
 
 
 def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
@@ -19,7 +19,7 @@ def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
 
     @app.callback()  # note: else typer makes a lone subcommand the whole command
     def lt_gguf(version: Version = False) -> None:
-        """Hybrid GGUF models: convert, train, inspect, analyze, flag, evaluate and run them."""
+        """Hybrid GGUF models: convert, train, inspect, analyze, flag, evaluate, run and serve them."""
 
     for name in commands:
         app.command(name)(getattr(import_module(f"lt_gguf.cli.{name}"), name))

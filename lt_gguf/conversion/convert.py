@@ -26,7 +26,6 @@ from lt_gguf.checkpoint.folder import CARD, check_weights, license_of, read_conf
 from lt_gguf.conversion import quantization
 from lt_gguf.conversion.options import Options
 from lt_gguf.conversion.running import flag_converted, open_converted
-from lt_gguf.conversion.supervised import hidden_folder
 from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
 from lt_gguf.gguf.file import GGUFModel, check_can_stream
 from lt_gguf.memory.budget import smallest_number
@@ -36,6 +35,7 @@ from lt_gguf.report import plots
 from lt_gguf.report.folder import check_destination, write_report
 from lt_gguf.report.model_card import kv_rows, model_card
 from lt_gguf.report.report import Report
+from lt_gguf.runtime.supervised import hidden_folder
 from lt_gguf.selection import Model, Request, Selection
 from lt_gguf.selection.base import LONGEST_COMPARED
 from lt_gguf.selection.evidence import Candidates

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from lt_gguf.conversion import supervised
+from lt_gguf.runtime import supervised
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import tool_path

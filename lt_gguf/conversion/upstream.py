@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lt_gguf.conversion import supervised
 from lt_gguf.gguf.file import GGUFModel, read_model
+from lt_gguf.runtime import supervised
 from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Typed

@@ -30,8 +30,8 @@ from typing import IO, Any
 
 from lt_gguf.conversion import checkpoint_code
 from lt_gguf.conversion.nan_check import NanCheck
-from lt_gguf.conversion.supervised import end_with_parent
 from lt_gguf.gguf.header import LONGEST_ARRAY_READ
+from lt_gguf.runtime.supervised import end_with_parent
 
 METADATA_FILE = "metadata.gguf"  # a GGUF file of the model's metadata, without vocabulary and tensors
 _LEVEL = {True: logging.INFO, False: logging.ERROR}

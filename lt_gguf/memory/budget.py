@@ -103,9 +103,10 @@ def largest_context(
     type_v: str | None = None,
     flash_attn: bool,
     n_ubatch: int = DEFAULT_N_UBATCH,
+    n_sequences: int = 1,
     whole: bool = True,
 ) -> tuple[int, int]:
-    """The largest context of one sequence, a multiple of 1024 tokens or `n_ctx_most`, that fits into `n_bytes` at its peak; at least
+    """The largest context of each sequence, a multiple of 1024 tokens or `n_ctx_most`, that fits into `n_bytes` at its peak; at least
     1024, so that a message may be tried.
 
     Args:
@@ -113,6 +114,7 @@ def largest_context(
         n_ctx_most: what the model was trained for, in tokens.
         n_embd: elements of a hidden state.
         n_head: attention heads of the layer that has most.
+        n_sequences: each has a cache of its own, and one of them at a time reads a long prompt.
         whole: prompts come as a whole; else in batches, for which all streaming layers hold all of a prompt.
 
     Returns:
@@ -120,15 +122,16 @@ def largest_context(
         that fills it takes, if it fits.
     """
 
+    types: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "n_ubatch": n_ubatch, "flash_attn": flash_attn}
+
     def left(n_ctx: int) -> int:
         """Bytes that are left for prompts."""
-        kv = kv_memory(shape, spec, n_ctx, type_k=type_k, type_v=type_v, n_ubatch=n_ubatch, flash_attn=flash_attn)
+        kv = kv_memory(shape, spec, n_ctx * n_sequences, n_seq_max=n_sequences, **types)
         # what attends to what, in f32 and as it is used; without flash attention each head's weights
         mask = n_ctx * n_ubatch * (4 + (2 if flash_attn else 4 * n_head))
         return n_bytes - kv.total - mask
 
     def need(n_ctx: int) -> int:
-        types: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "n_ubatch": n_ubatch, "flash_attn": flash_attn}
         prompt = prompt_memory(shape, spec, n_ctx, n_embd=n_embd, **types)
         return min(prompt.whole + n_ctx * _BATCH_TOKEN, prompt.batches) if whole else prompt.batches
 

@@ -4,5 +4,6 @@
 (with `snapshots` of streaming layers and `prompts` that say what to read again), `turns` how threads share it, `lazy_ratios`
 measures a prompt. `reading_ahead` reads the beginning of a prompt before its rest is known, `kept_states` keeps that on disk
 (`state_store` is the folder, `state_file` a file in it, `disk_cache` the same for llama-cpp-python's API). `cpu` says how many cores
-there are for it, `crash` what is said when native code dies, and `self_check` which kinds of weights work on this machine.
+there are for it, `context_size` how large a context can be, `crash` what is said when native code dies, `supervised` starts
+programs that end with this one, and `self_check` says which kinds of weights work on this machine.
 """

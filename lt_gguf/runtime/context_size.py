@@ -51,9 +51,10 @@ def largest_size(
     type_v: int | None = None,
     flash_attn: bool = False,
     n_ubatch: int = DEFAULT_N_UBATCH,
+    n_sequences: int = 1,
     whole: bool = True,
 ) -> ContextSize:
-    """The largest context of a model file.
+    """The largest context of a model file, that of each sequence where there are several.
 
     Args:
         streaming: as `Llama` takes it, but for `"auto"`.
@@ -77,12 +78,14 @@ def largest_size(
     shape = KVShape(layers, max(described.n_head_kv, default=0), described.head_size_k, described.head_size_v)
     types: dict[str, Any] = {"type_k": _type_name(type_k), "type_v": _type_name(type_v), "n_ubatch": n_ubatch}
     model: dict[str, Any] = {"n_embd": described.n_embd, "n_head": max(described.n_head, default=0)}
-    spec = _known_spec(described, streaming)
-    n_ctx, prompt_limit = largest_context(shape, spec, left, most, **model, **types, flash_attn=flash_attn, whole=whole)
+    spec = known_spec(described, streaming)
+    n_ctx, prompt_limit = largest_context(
+        shape, spec, left, most, **model, **types, flash_attn=flash_attn, n_sequences=n_sequences, whole=whole
+    )
     return ContextSize(n_ctx, prompt_limit if spec is not None and spec.prefill == "full" else 0)
 
 
-def _known_spec(described: GGUFModel, streaming: StreamingSpec | AutoSpec | str | None) -> StreamingSpec | None:
+def known_spec(described: GGUFModel, streaming: StreamingSpec | AutoSpec | str | None) -> StreamingSpec | None:
     """Which layers stream, `None` if none does, or those that do aren't known before the prompt, which all of them then hold."""
     streaming = os.environ.get("LT_STREAMING") or None if streaming is None else streaming
     if streaming is None or isinstance(streaming, StreamingSpec):

@@ -36,6 +36,7 @@ ORDER = (
     "training",  # a checkpoint learns to stream
     "documents",  # a file that a person wants to ask about
     "chat",  # the conversation about it
+    "server",  # the same in a browser, and for other programs
     "cli",
 )
 

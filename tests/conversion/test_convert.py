@@ -17,12 +17,13 @@ import pytest
 from support.compare_gguf import assert_same_but_for_the_streaming_keys
 from support.tiny_checkpoint import N_LAYER, write_checkpoint
 
-from lt_gguf.conversion import convert, supervised
+from lt_gguf.conversion import convert
 from lt_gguf.conversion import worker as conversion_worker
 from lt_gguf.conversion.nan_check import NanCheck
 from lt_gguf.conversion.upstream import ConversionError, UpstreamConverter
 from lt_gguf.gguf.file import read_model
 from lt_gguf.report.tables import NOT_MEASURED
+from lt_gguf.runtime import supervised
 from lt_gguf.runtime.library import upstream_dir
 from lt_gguf.spec import Provenance, StreamingSpec
 

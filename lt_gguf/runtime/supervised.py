@@ -30,13 +30,18 @@ def python(module: str) -> list[str]:
     return [sys.executable, "-c", _BOOTSTRAP.format(module), json.dumps(sys.path)]
 
 
+def ending_with_stdin(command: Sequence[str]) -> list[str]:
+    """The command that runs a program and ends it when its own stdin is closed, by whatever ends the process that holds it open."""
+    return [*_SCRIPT, "run", *command]
+
+
 def start(command: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
     """Starts a program that ends when this process does, or when its `stdin` is closed.
 
     Its stdout and stderr are the pipe `stdout`.
     """
     return subprocess.Popen(
-        [*_SCRIPT, "run", *command],
+        ending_with_stdin(command),
         cwd=cwd,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,0 +1,155 @@
+"""`lt-gguf serve`: a page in the browser to talk about documents, and an address for programs that talk as to OpenAI's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lt_gguf.cli import model
+from lt_gguf.gguf.file import GGUFModel, read_model
+from lt_gguf.spec import AutoSpec, StreamingSpec, runtime_text
+from lt_gguf.spec.fields import is_auto
+
+if TYPE_CHECKING:
+    from lt_gguf.server.llama_server import ServerSettings
+
+API_KEY_VARIABLE = "LT_GGUF_API_KEY"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_SWITCHING = 512  # MiB for conversations that have no slot at the moment
+
+
+@model.takes_options(model.ChatOptions)
+def serve(
+    file: model.ModelOrDefault = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION]...", help="Further options, for llama-server itself.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this computer's own needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help=f"What requests must bring; better in {API_KEY_VARIABLE}, which others can't see."),
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", "-np", help="Conversations at a time; each has a context of its own (--ctx is of one).")
+    ] = 1,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages from there may ask, too, as in http://localhost:3000; *: all."),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    *,
+    options: model.ChatOptions,
+) -> None:
+    """Serve a GGUF model: a page to talk with it about documents, and OpenAI's API for programs."""
+    from lt_gguf.server.gateway import GatewaySettings
+    from lt_gguf.server.serving import bind
+    from lt_gguf.server.serving import serve as serve_until_stopped
+
+    key = api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE) or None
+    if parallel < 1:
+        raise ValueError(f"--parallel = {parallel}: must be at least 1")
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port = {port}: must be from 0 to {(1 << 16) - 1}")
+    if host not in _LOCAL and not key:
+        raise ValueError(f"--host = {host}: others can reach it there, so it needs --api-key, or {API_KEY_VARIABLE}")
+    listening = bind(host, port)
+    with listening:
+        file = model.find(file)
+        settings, info = prepare(file, parallel, more or [], options)
+        gateway = GatewaySettings(info, key, allow_origin or (), is_local=host in _LOCAL)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        def when_ready() -> None:
+            say(f"{info['model']}: context of {info['n_ctx']} tokens{f' for each of {parallel}' if parallel > 1 else ''}")
+            print(address, flush=True)
+            say(f"the page is there; for programs: {address}/v1 (Ctrl-C ends it)")
+            if open_page:
+                typer.launch(address)
+
+        say(f"loading {os.path.basename(file)}")
+        asyncio.run(serve_until_stopped(settings, gateway, listening, say, say if options.verbose else None, when_ready))
+
+
+def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions) -> tuple[ServerSettings, dict[str, Any]]:
+    """What llama-server runs with, and what the page is told. Raises ValueError: an option is out of range."""
+    from lt_gguf.runtime.context_size import ContextSize, known_spec, largest_size
+    from lt_gguf.server.llama_server import ServerSettings
+    from lt_gguf.spec.cache_types import cache_type
+
+    described = read_model(file)
+    streaming = model.streaming_of(file, options.streaming)
+    if isinstance(streaming, str):
+        check_spec(streaming, described)
+    text = None if streaming is None else runtime_text(streaming)
+    type_ = cache_type(options.cache_type).ggml_type
+    most = described.n_ctx_train
+    if options.ctx is not None and options.ctx < 0:
+        raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
+    if options.ctx is None:
+        kind: dict[str, Any] = {"type_k": type_, "type_v": type_, "flash_attn": options.flash_attn}
+        size = largest_size(file, streaming, **kind, n_sequences=n_slots)
+    else:
+        size = ContextSize(min(options.ctx or most, most or options.ctx), 0)
+    limit = size.prompt_limit if options.prompt_limit is None else model.size_of("--prompt-limit", options.prompt_limit)
+    settings = ServerSettings(
+        file,
+        size.n_ctx * n_slots,
+        n_slots,
+        streaming=text,
+        prompt_limit=limit,
+        cache_type=options.cache_type,
+        n_threads=options.n_threads,
+        n_gpu_layers=options.n_gpu_layers,
+        n_batch=options.batch_size,
+        flash_attn=options.flash_attn,
+        more=["--alias", described.path.stem, "--cache-ram", str(_SWITCHING), *more],
+    )
+    spec = known_spec(described, streaming)
+    return settings, describe(described, spec, text, size.n_ctx, n_slots, options.cache_type)
+
+
+def check_spec(text: str, described: GGUFModel) -> None:
+    """Raises ValueError if `--streaming` isn't a spec for this model."""
+    try:
+        if is_auto(text):
+            AutoSpec.parse(text, described.spec)
+        else:
+            StreamingSpec.parse(text, described.n_layer, described.spec)
+    except ValueError as error:
+        raise ValueError(f"--streaming: {error}") from None
+
+
+def describe(
+    described: GGUFModel, spec: StreamingSpec | None, text: str | None, n_ctx: int, n_slots: int, cache_type: str
+) -> dict[str, Any]:
+    """What `GET /lt/info` says."""
+    from lt_gguf.spec.cache_types import streaming_cache_type
+
+    shape = described.kv_shape if described.why_not_streaming is None else None
+    streams = None if spec is None or not spec.layers else spec
+    within = streaming_cache_type(cache_type, streams.type if streams else None)
+    n_cached = len(shape.n_head_kv) if shape else 0
+    return {
+        "model": described.name,
+        "file": described.path.name,
+        "architecture": described.architecture,
+        "n_layer": n_cached or described.n_layer_main,
+        "n_ctx": n_ctx,
+        "n_slots": n_slots,
+        "streaming": None
+        if streams is None
+        else {"layers": list(streams.layers), "sink": streams.sink, "window": streams.window, "prefill": streams.prefill},
+        "auto": text if text is not None and is_auto(text) else None,
+        "token_bytes": [shape.token_bytes(il, cache_type) for il in range(n_cached)] if shape else None,
+        "streaming_token_bytes": [shape.token_bytes(il, within) for il in range(n_cached)] if shape else None,
+        "version": metadata.version("lt-gguf"),
+    }

@@ -1,0 +1,195 @@
+"""`LlamaServer`: the patched llama-server as a child, which ends with this process and is started again if it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from asyncio import subprocess
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import aiohttp
+
+from lt_gguf.runtime import supervised
+from lt_gguf.runtime.crash import describe_death
+from lt_gguf.runtime.library import tool_path
+
+# A child that dies so often within so many seconds isn't started again.
+MOST_DEATHS, WITHIN = 3, 120.0
+
+_N_LINES = 40  # of its log, to say why it died
+_ERROR = re.compile(r"\berror\b|failed|fatal|assert|unable|invalid", re.IGNORECASE)
+_STAMP = re.compile(r"^(\d+\.\d+\.\d+\.\d+ )?[IWEDF] ")  # time and level of a line of its log
+
+
+class ServerDiedError(RuntimeError):
+    """llama-server has ended by itself; one line with its reason."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What llama-server runs with.
+
+    Args:
+        model: the GGUF file.
+        n_ctx: context of all slots together, in tokens.
+        n_slots: conversations at a time.
+        streaming: the spec's text, as LT_STREAMING takes it; `None`: what the file says.
+        prompt_limit: most bytes that a long prompt may take besides the cache; 0: no limit.
+        cache_type: of the KV cache.
+        n_threads: CPU threads.
+        n_gpu_layers: layers on the GPU; -1: all.
+        n_batch: tokens of a prompt that are read at once.
+        flash_attn: whether flash attention is used.
+        more: further options of llama-server's own.
+    """
+
+    model: str
+    n_ctx: int
+    n_slots: int = 1
+    streaming: str | None = None
+    prompt_limit: int = 0
+    cache_type: str = "f16"
+    n_threads: int = 1
+    n_gpu_layers: int = -1
+    n_batch: int = 512
+    flash_attn: bool = True
+    more: Sequence[str] = ()
+
+    def command(self, address: Path) -> list[str]:
+        """llama-server's command line. Raises LibraryError: it isn't there."""
+        gpu_layers = "all" if self.n_gpu_layers < 0 else str(self.n_gpu_layers)
+        return [
+            str(tool_path("llama-server")),
+            *("--model", self.model, "--host", str(address), "--no-ui", "--offline", "--metrics", "--slots"),
+            *("--ctx-size", str(self.n_ctx), "--parallel", str(self.n_slots), "--fit", "off"),
+            *("--cache-type-k", self.cache_type, "--cache-type-v", self.cache_type),
+            *("--threads", str(self.n_threads), "--n-gpu-layers", gpu_layers, "--batch-size", str(self.n_batch)),
+            *("--flash-attn", "on" if self.flash_attn else "off"),
+            *self.more,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        if self.streaming is not None:
+            environment["LT_STREAMING"] = self.streaming
+        if self.prompt_limit:
+            environment["LT_PROMPT_LIMIT"] = str(max(1, self.prompt_limit >> 20))
+        return environment
+
+
+@dataclass
+class LlamaServer:
+    """The child, reached through a socket in a folder that is this user's alone.
+
+    Args:
+        settings: what it runs with.
+        say: gets a line when it dies and when it is there again.
+        log: gets each line of its log; `None`: nobody.
+
+    Attributes:
+        is_ready: it has loaded the model, and answers.
+        was_ready: it had, before it ended.
+    """
+
+    settings: ServerSettings
+    say: Callable[[str], None] = print
+    log: Callable[[str], None] | None = None
+    is_ready: bool = field(default=False, init=False)
+    was_ready: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._folder = TemporaryDirectory(prefix="lt-gguf-")
+        self.address = Path(self._folder.name) / "llama.sock"
+        self._lines: deque[str] = deque(maxlen=_N_LINES)
+        self._process: subprocess.Process | None = None
+        self.session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> LlamaServer:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+        connector = aiohttp.UnixConnector(str(self.address), limit=0)
+        self.session = aiohttp.ClientSession("http://llama-server", connector=connector, timeout=timeout, auto_decompress=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._end()
+        if self.session is not None:
+            await self.session.close()
+        self._folder.cleanup()
+
+    async def start(self) -> None:
+        """Starts it and waits until it answers. Raises ServerDiedError: it ends before that."""
+        self.address.unlink(missing_ok=True)
+        self._lines.clear()
+        self.was_ready = False
+        self._process = await subprocess.create_subprocess_exec(
+            *supervised.ending_with_stdin(self.settings.command(self.address)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self.settings.environment(),
+            # note: Ctrl-C in a terminal reaches this process alone, which then ends it
+            start_new_session=True,
+            limit=1 << 20,
+        )
+        reading = asyncio.create_task(self._read_log(self._process))
+        while not await self._answers():
+            if self._process.returncode is not None:
+                await reading
+                raise ServerDiedError(self._reason())
+            await asyncio.sleep(0.1)
+        self.is_ready = self.was_ready = True
+
+    async def watch(self) -> None:
+        """Waits for its death, says why it died, and starts it again. Raises ServerDiedError: it dies again and again."""
+        deaths: deque[float] = deque(maxlen=MOST_DEATHS)
+        while True:
+            assert self._process is not None
+            await self._process.wait()
+            self.is_ready = False
+            deaths.append(time.monotonic())
+            why = self._reason()
+            if len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < WITHIN:
+                raise ServerDiedError(f"{why}; that was the {MOST_DEATHS}rd time within {WITHIN:.0f} s")
+            self.say(f"{why}; it is started again")
+            await self.start()
+            self.say("llama-server answers again")
+
+    async def _answers(self) -> bool:
+        assert self.session is not None
+        try:
+            async with self.session.get("/health") as response:
+                return response.status == 200
+        except (aiohttp.ClientError, OSError):
+            return False
+
+    async def _read_log(self, process: subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._lines.append(text)
+                if self.log is not None:
+                    self.log(text)
+        await process.wait()
+
+    def _reason(self) -> str:
+        """Why it ended, as far as its log and its exit status say."""
+        assert self._process is not None
+        status = self._process.returncode or 0
+        number = supervised.signal_of(status)
+        doing = "answering" if self.was_ready else "loading the model"
+        how = describe_death("llama-server", doing, number) if number else f"llama-server ended with status {status} while {doing}"
+        complaint = next((line for line in self._lines if _ERROR.search(line)), None)
+        return how if complaint is None else f"{how}: {_STAMP.sub('', complaint)}"
+
+    async def _end(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            await self._process.wait()

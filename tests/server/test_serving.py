@@ -1,0 +1,145 @@
+"""`lt-gguf serve` as it is typed: llama-server behind it, documents, ends of all kinds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from support.serve import serving, start
+from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
+
+QUICK = ["--threads", "1", "--ctx", "1024"]
+STREAMS = ["--streaming", "layers=0-3;sink=2;window=60;prefill=full"]
+WORDS = "the quick brown fox jumps over the lazy dog and runs away "
+
+
+def refusal(*options: object, **settings) -> str:
+    """The one line of a command that can't serve."""
+    _, said = (process := start(*options, **settings)).communicate(timeout=60)
+    assert process.returncode == 1, said
+    *_, last = said.strip().splitlines()
+    assert last.startswith("error: ") and "Traceback" not in said
+    return last
+
+
+def gone(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.TimeoutExpired):
+        process.wait(timeout=10)
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_a_conversation_about_a_document(hybrid_file):
+    with serving(hybrid_file, *QUICK, *STREAMS) as served:
+        info = json.loads(served.ask("/lt/info"))
+        assert (info["n_layer"], info["n_ctx"], info["n_slots"], info["file"]) == (4, 1024, 1, "tiny.gguf")
+        assert info["streaming"] == {"layers": [0, 1, 2, 3], "sink": 2, "window": 60, "prefill": "full"}
+        assert info["token_bytes"] == info["streaming_token_bytes"] == [2 * 2 * 16 * 2] * 4
+        document = json.loads(served.ask("/lt/document", (WORDS * 15).encode(), {"X-Filename": "fox.md"}))
+        assert document["name"] == "fox.md" and document["n_tokens"] > 300
+        text = f"Document fox.md:\n\n{document['text']}\n\nEnd of the document fox.md.\n\n"
+        messages = [{"role": "user", "content": f"{text}the dog"}]
+        n_tokens = json.loads(served.ask("/lt/tokens", {"messages": messages}))["n_tokens"]
+        said = {"messages": messages, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        said |= {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True, "cache_prompt": True}
+        events = [
+            json.loads(line[6:]) for line in served.ask("/v1/chat/completions", said).splitlines() if line.startswith(b"data: {")
+        ]
+        progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+        assert progress[-1]["processed"] == progress[-1]["total"] == n_tokens and len(progress) > 3
+        assert events[-1]["timings"]["prompt_n"] == n_tokens
+        streamed = "".join(choice["delta"].get("content") or "" for event in events for choice in event.get("choices", []))
+        # the same once more: nothing of it is read, and the answer is the same
+        again = served.chat(messages[0]["content"])
+        assert again["choices"][0]["message"]["content"] == streamed and again["timings"]["prompt_n"] <= 1
+        assert again["model"] == "tiny"  # no path of this computer
+        status, _ = served.end()
+        assert status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_its_child_ends_with_it(hybrid_file, how):
+    with serving(hybrid_file, *QUICK) as served:
+        child = served.child()
+        status, said = served.end(how)
+        assert status == (-9 if how == signal.SIGKILL else 0) and "Traceback" not in said
+        assert gone(child)
+
+
+@pytest.mark.slow
+def test_a_child_that_dies_is_started_again(hybrid_file):
+    with serving(hybrid_file, *QUICK) as served:
+        before = served.chat("the dog")["choices"][0]["message"]["content"]
+        for _ in range(2):
+            served.child().kill()
+            seen = set()
+            for _ in range(200):
+                try:
+                    assert served.chat("the dog")["choices"][0]["message"]["content"] == before
+                    break
+                except urllib.error.HTTPError as error:
+                    seen.add(error.code)
+                    time.sleep(0.05)
+            assert seen <= {503}
+        # a third time within two minutes is too often
+        served.child().kill()
+        _, said = served.process.communicate(timeout=30)
+        assert served.process.returncode == 1
+        assert (
+            said.count("llama-server was killed by SIGKILL while answering, perhaps for want of memory; it is started again") == 2
+        )
+        assert re.search(r"\nerror: llama-server was killed by SIGKILL while answering.*3rd time", said)
+
+
+@pytest.mark.slow
+def test_what_it_cannot_serve(hybrid_file, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}: Address already in use: name another --port" in refusal(hybrid_file, "--port", port)
+    assert "needs --api-key, or LT_GGUF_API_KEY" in refusal(hybrid_file, "--host", "0.0.0.0")
+    assert "--parallel = 0: must be at least 1" in refusal(hybrid_file, "--parallel", "0")
+    assert "--port = 65536: must be from 0 to 65535" in refusal(hybrid_file, "--port", "65536")
+    assert "--host = no.such.host.invalid" in refusal(hybrid_file, "--host", "no.such.host.invalid", "--api-key", "k")
+    assert "--no-such-option" in refusal(hybrid_file, *QUICK, "--", "--no-such-option")
+    assert 'error: --streaming: layers = "9": must be' in refusal(hybrid_file, *QUICK, "--streaming", "layers=9")
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(hybrid_file.read_bytes()[:-5000])
+    assert "while loading the model" in refusal(damaged, *QUICK)
+    assert "none.gguf" in refusal(tmp_path / "none.gguf")
+
+
+@pytest.mark.slow
+def test_the_key_and_several_at_a_time(hybrid_file):
+    with serving(hybrid_file, *QUICK, "--parallel", "2", environment={"LT_GGUF_API_KEY": "right"}) as served:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            served.ask("/v1/models")
+        assert refused.value.code == 401
+        key = {"Authorization": "Bearer right"}
+        info = json.loads(served.ask("/lt/info", headers=key))
+        assert (info["n_slots"], info["n_ctx"]) == (2, 1024)
+        assert [slot["n_ctx"] for slot in json.loads(served.ask("/slots", headers=key))] == [1024, 1024]
+
+
+@pytest.mark.slow
+def test_the_context_is_as_large_as_can_be(hybrid_file):
+    with serving(hybrid_file, "--threads", "1") as served:
+        assert json.loads(served.ask("/lt/info"))["n_ctx"] == 2048  # what it was trained for
+
+
+def test_its_folder_is_this_users_alone():
+    from lt_gguf.server.llama_server import LlamaServer, ServerSettings
+
+    server = LlamaServer(ServerSettings("a.gguf", 512))
+    assert Path(server.address).parent.stat().st_mode & 0o077 == 0
