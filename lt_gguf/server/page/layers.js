@@ -32,7 +32,7 @@ function summary({ streaming, auto, n_layer }, reading) {
   if (!streaming) {
     return auto ? "All layers are full until the first long prompt chooses which of them stream." : "All layers hold the full cache.";
   }
-  if (reading && streaming.prefill === "full") return "A streaming layer may hold all of the prompt while it is read; then it gives back what it doesn't keep.";
+  if (reading && streaming.prefill === "full") return "While a prompt is read, a streaming layer may hold all of it.";
   return `${streaming.layers.length} of ${n_layer} layers stream: they keep the first ${number(streaming.sink)} and the last ${number(streaming.window)} tokens.`
     + (auto ? " They were chosen for the first long prompt." : "");
 }

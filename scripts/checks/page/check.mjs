@@ -1,4 +1,4 @@
-// The page of `lt-gguf serve` in a browser, end to end: node check.mjs URL FOLDER
+// The page of `lt-gguf serve` in a browser, end to end: npm install, then node check.mjs URL FOLDER
 // FOLDER gets screenshots. Exit code 1 and one line on stderr if something is wrong.
 
 import { mkdirSync } from "node:fs";
