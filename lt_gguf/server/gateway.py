@@ -50,7 +50,7 @@ class GatewaySettings:
         info: what `GET /lt/info` answers.
         api_key: what a request must bring, as `Authorization: Bearer KEY`; `None`: nothing.
         origins: of web pages that may ask beside the server's own, as in http://localhost:3000; "*": all.
-        is_local: it listens on this computer alone, so a request that came by another name is none of its own.
+        is_local: it listens on this computer alone, so without a key a request that came by another name is none of its own.
     """
 
     info: Mapping[str, Any]
@@ -109,7 +109,8 @@ class _Gateway:
         return response
 
     def _refused(self, request: web.Request, origin: str | None, is_public: bool) -> web.Response | None:
-        if self.settings.is_local and urlsplit(f"//{request.host}").hostname not in _LOCAL_NAMES:
+        is_open = self.settings.is_local and self.settings.api_key is None
+        if is_open and urlsplit(f"//{request.host}").hostname not in _LOCAL_NAMES:
             # note: the name of another site may be made to mean this computer, and its pages would then be of this origin
             return error(403, f"{request.host}: isn't this server, which is reached as localhost")
         if origin is not None and not self._may_ask(request, origin):
