@@ -15,11 +15,12 @@ from lt_gguf.runtime.library import LibraryError, use_our_libraries
 
 if TYPE_CHECKING:
     from lt_gguf.analysis.choose import choose_streaming
+    from lt_gguf.chat.opening import open_documents
     from lt_gguf.runtime.disk_cache import LlamaDiskCache
     from lt_gguf.runtime.llama import Llama
     from lt_gguf.spec import AutoSpec, StreamingSpec
 
-__all__ = ["AutoSpec", "LibraryError", "Llama", "LlamaDiskCache", "StreamingSpec", "choose_streaming"]
+__all__ = ["AutoSpec", "LibraryError", "Llama", "LlamaDiskCache", "StreamingSpec", "choose_streaming", "open_documents"]
 
 # Imported when first asked for: describing a file must not load the native library.
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "LlamaDiskCache": "lt_gguf.runtime.disk_cache",
     "StreamingSpec": "lt_gguf.spec",
     "choose_streaming": "lt_gguf.analysis.choose",
+    "open_documents": "lt_gguf.chat.opening",
 }
 
 use_our_libraries()

@@ -31,6 +31,10 @@ _WORTH_KEEPING = 256
 _NEARLY_FULL = 0.15
 
 
+def _show_nothing(_: str) -> None:
+    pass
+
+
 class DoesNotFitError(ValueError):
     """A question or a document is longer than what is left of the context."""
 
@@ -180,7 +184,7 @@ class Conversation:
 
     # ------------------------------------------------------------------------------- questions and answers
 
-    def ask(self, question: str, show: Callable[[str], None], progress: Reading | None = None) -> Answer:
+    def ask(self, question: str, show: Callable[[str], None] = _show_nothing, progress: Reading | None = None) -> Answer:
         """Answers a question about the pending documents and what was said before; Ctrl-C ends the answer.
 
         Args:
@@ -193,13 +197,13 @@ class Conversation:
         """
         return self._answer(self.turns, Turn(question, documents=tuple(self.pending)), show, progress)
 
-    def retry(self, show: Callable[[str], None], progress: Reading | None = None) -> Answer | None:
+    def retry(self, show: Callable[[str], None] = _show_nothing, progress: Reading | None = None) -> Answer | None:
         """Answers the last question once more; `None` if there is none. Raises as `ask` does."""
         if not self.turns:
             return None
         return self._answer(self.turns[:-1], replace(self.turns[-1], answer=None), show, progress)
 
-    def edit(self, question: str, show: Callable[[str], None], progress: Reading | None = None) -> Answer | None:
+    def edit(self, question: str, show: Callable[[str], None] = _show_nothing, progress: Reading | None = None) -> Answer | None:
         """Asks `question` in place of the last one, about the same documents; `None` if there is none. Raises as `ask` does."""
         if not self.turns:
             return None
