@@ -20,6 +20,7 @@ function figure(list, name, value, detail = null) {
 export function renderPanel() {
   const { info, session, running } = state;
   if (!info || !session) return;
+  $("panel").classList.add("ready");
   const figures = running ? figuresOf(running) : session.messages.findLast((message) => message.figures)?.figures ?? null;
   const n = running && figures ? figures.used : tokensUsed(session.messages);
   const reading = running?.first === null ? running.progress : null;

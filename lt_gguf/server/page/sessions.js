@@ -66,11 +66,14 @@ function show(session) {
   scrollToEnd();
 }
 
-/** Leaves the conversation as it is: an answer that is being made is stopped. */
-async function leave() {
-  if (drafting) await keepDraft();
+/**
+ * Leaves the conversation as it is: an answer that is being made is stopped. Gives a promise of that, or nothing where
+ * nothing is to be waited for, so that what is dropped right after is for the next conversation.
+ */
+function leave() {
+  if (drafting) keepDraft();
   state.running?.controller.abort();
-  await state.running?.done;
+  return state.running?.done;
 }
 
 async function openSession(id) {
@@ -84,7 +87,8 @@ async function openSession(id) {
 
 async function newSession() {
   if (state.session.messages.length || state.session.draft.documents.length) {
-    await leave();
+    const ending = leave();
+    if (ending) await ending;
     show(fresh());
     await renderList();
   }

@@ -3,6 +3,7 @@
 
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { answered, ask, count, drop, expect, Failed, failure, figure, openPage, stream, text } from "./browser.mjs";
 
 const [url, folder] = process.argv.slice(2);
@@ -47,6 +48,52 @@ async function setMaxTokens(n) {
   await page.click("#settings-open");
   await page.$eval("#max-tokens", (field, n) => { field.value = n; }, n);
   await page.click("#settings button[type=submit]");
+}
+
+/** A name, the export, and that what is typed and not sent survives a reload. */
+async function exportAndKeep() {
+  await page.click("#session-list .current [title=Rename]");
+  await page.waitForSelector("#ask[open]");
+  await page.keyboard.type("Routes to the sea");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => document.querySelector("#session-list .current .title").textContent === "Routes to the sea");
+  const exported = await page.evaluate(async () => {
+    const real = URL.createObjectURL;
+    let blob = null;
+    URL.createObjectURL = (given) => real(blob = given);
+    document.querySelector("#session-export").click();
+    URL.createObjectURL = real;
+    return blob.text();
+  });
+  expect(exported.startsWith("# Routes to the sea\n\n## Question\n\nAre you there?\n\n## Answer\n\n"), "the export is something else");
+  await page.type("#question", "typed, not sent");
+  await new Promise((resolve) => setTimeout(resolve, 1000));
+  await page.reload();
+  await page.waitForSelector(".answer");
+  expect(await page.$eval("#question", (field) => field.value) === "typed, not sent", "what was typed is lost on a reload");
+  expect(await text(page, "#session-list .current .title") === "Routes to the sea", "the name is lost on a reload");
+  await page.$eval("#question", (field) => field.select());
+  await page.keyboard.press("Backspace");
+  done("renamed, exported, and what was typed survives a reload");
+}
+
+/** The button, and files that are pasted; × takes them away. */
+async function otherWaysToAttach() {
+  const [chooser] = await Promise.all([page.waitForFileChooser(), page.click("#attach")]);
+  await chooser.accept([fileURLToPath(new URL("package.json", import.meta.url))]);
+  await page.waitForFunction(() => /package.json/.test(document.querySelector("#chips").textContent) || !document.querySelector("#notice").hidden);
+  expect(await count(page, "#notice:not([hidden])") === 0, `the file isn't taken: ${await text(page, "#notice")}`);
+  await page.evaluate(() => {
+    const data = new DataTransfer();
+    data.items.add(new File(["A pasted text."], "pasted.md"));
+    document.querySelector("#question").dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+  });
+  await page.waitForFunction(() => document.querySelectorAll("#chips .chip:not([aria-busy])").length === 2);
+  for (let left = 1; left >= 0; left -= 1) {
+    await page.click("#chips .chip button");
+    expect(await count(page, "#chips .chip") === left, "a document isn't taken away");
+  }
+  done("documents by the button and from the clipboard");
 }
 
 async function check() {
@@ -152,6 +199,9 @@ async function check() {
   expect(await page.$eval(`${last} .reasoning`, (details) => !details.hidden && !details.open), "the reasoning isn't folded");
   await shot("markdown");
   done("an answer's Markdown is shown, its HTML isn't run");
+
+  await exportAndKeep();
+  await otherWaysToAttach();
 
   await page.setViewport({ width: 360, height: 740 });
   expect(await page.evaluate(() => document.documentElement.scrollWidth <= 360), "the page is wider than 360 pixels");
