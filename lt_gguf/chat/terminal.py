@@ -110,7 +110,7 @@ class TerminalScreen:
             return None
 
     def say(self, text: str) -> None:
-        self.notes.print(text, style="dim", markup=False, soft_wrap=True)
+        self.notes.print(text, style="dim", markup=False)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         table = Table.grid(padding=(0, 2))
