@@ -62,7 +62,9 @@ def serve(
     with listening:
         file = model.find(file)
         settings, info = prepare(file, parallel, more or [], options)
-        gateway = GatewaySettings(info, key, allow_origin or (), is_local=host in _LOCAL)
+        streams = info["streaming"]
+        keeps = parallel == 1 and streams is not None and streams["prefill"] == "full"
+        gateway = GatewaySettings(info, key, allow_origin or (), is_local=host in _LOCAL, keeps_beginnings=keeps)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
         def say(line: str) -> None:

@@ -21,6 +21,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from lt_gguf.documents import DocumentError, read_bytes
+from lt_gguf.server.beginnings import Beginnings, beginning_of
 from lt_gguf.server.llama_server import LlamaServer
 
 PAGE = Path(__file__).parent / "page"
@@ -39,6 +40,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -50,6 +52,7 @@ class GatewaySettings:
         info: what `GET /lt/info` answers.
         api_key: what a request must bring, as `Authorization: Bearer KEY`; `None`: nothing.
         origins: of web pages that may ask beside the server's own, as in http://localhost:3000; "*": all.
+        keeps_beginnings: there is one slot, and streaming layers that drop what they read of a prompt: `Beginnings` are of use.
         is_local: it listens on this computer alone, so without a key a request that came by another name is none of its own.
     """
 
@@ -57,6 +60,7 @@ class GatewaySettings:
     api_key: str | None = None
     origins: Sequence[str] = ()
     is_local: bool = True
+    keeps_beginnings: bool = False
 
 
 def make_app(server: LlamaServer, settings: GatewaySettings) -> web.Application:
@@ -80,6 +84,7 @@ class _Gateway:
     def __init__(self, server: LlamaServer, settings: GatewaySettings) -> None:
         self.server = server
         self.settings = settings
+        self.beginnings = Beginnings(server) if settings.keeps_beginnings else None
         self._files = {f"/{path.relative_to(PAGE).as_posix()}": path for path in PAGE.rglob("*") if path.is_file()}
         if "/index.html" in self._files:
             self._files["/"] = self._files["/index.html"]
@@ -178,20 +183,38 @@ class _Gateway:
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
         """llama-server's answer, piece by piece as it comes. Where the client leaves, llama-server learns of it and stops."""
-        assert self.server.session is not None
         if not self.server.is_ready:
             return self._away()
-        headers = _headers(request.headers)
-        response: web.StreamResponse | None = None
         body = await request.read() if request.can_read_body else None
+        found = None if self.beginnings is None or not request.path.endswith("/chat/completions") else beginning_of(body or b"")
+        if self.beginnings is None or found is None:
+            return await self._relay(request, body)
+        said, n_chars = found
+        async with self.beginnings.slot:
+            response = None
+            async for event in self.beginnings.read(said, n_chars):
+                if said.get("stream"):
+                    response = response or await self._begin(request, web.StreamResponse(headers=_STREAM_HEADERS))
+                    await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            return await self._relay(request, json.dumps(said | {"id_slot": 0}).encode(), response)
+
+    async def _relay(
+        self, request: web.Request, body: bytes | None, response: web.StreamResponse | None = None
+    ) -> web.StreamResponse:
+        """Passes one request on. `response`: a stream that has begun, and goes on with the answer."""
+        assert self.server.session is not None
+        path, headers = request.rel_url.raw_path_qs, _headers(request.headers)
         try:
             async with self.server.session.request(
-                request.method, request.rel_url.raw_path_qs, headers=headers, data=body, allow_redirects=False
+                request.method, path, headers=headers, data=body, allow_redirects=False
             ) as answer:
-                response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_headers(answer.headers))
-                if (origin := request.headers.get("Origin")) is not None:
-                    _allow(response.headers, origin)
-                await response.prepare(request)
+                if response is not None and answer.status != 200:
+                    await response.write(b"data: " + (await answer.read()) + b"\n\n")
+                    await response.write_eof()
+                    return response
+                if response is None:
+                    made = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_headers(answer.headers))
+                    response = await self._begin(request, made)
                 async for piece in answer.content.iter_any():
                     await response.write(piece)
                 await response.write_eof()
@@ -203,6 +226,12 @@ class _Gateway:
             if request.transport is not None:
                 request.transport.close()
             return response
+
+    async def _begin(self, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+        if (origin := request.headers.get("Origin")) is not None:
+            _allow(response.headers, origin)
+        await response.prepare(request)
+        return response
 
     def _away(self) -> web.Response:
         return error(

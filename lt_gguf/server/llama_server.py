@@ -9,12 +9,15 @@ import time
 from asyncio import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import aiohttp
 
+from lt_gguf.gguf.unfinished import unfinished_folder
+from lt_gguf.models.package import user_cache
 from lt_gguf.runtime import supervised
 from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import tool_path
@@ -61,12 +64,17 @@ class ServerSettings:
     flash_attn: bool = True
     more: Sequence[str] = ()
 
-    def command(self, address: Path) -> list[str]:
-        """llama-server's command line. Raises LibraryError: it isn't there."""
+    def command(self, address: Path, states: Path) -> list[str]:
+        """llama-server's command line: it listens on the socket `address` and saves its slots in the folder `states`.
+
+        Raises:
+            LibraryError: it isn't there.
+        """
         gpu_layers = "all" if self.n_gpu_layers < 0 else str(self.n_gpu_layers)
         return [
             str(tool_path("llama-server")),
             *("--model", self.model, "--host", str(address), "--no-ui", "--offline", "--metrics", "--slots"),
+            *("--slot-save-path", str(states)),
             *("--ctx-size", str(self.n_ctx), "--parallel", str(self.n_slots), "--fit", "off"),
             *("--cache-type-k", self.cache_type, "--cache-type-v", self.cache_type),
             *("--threads", str(self.n_threads), "--n-gpu-layers", gpu_layers, "--batch-size", str(self.n_batch)),
@@ -93,6 +101,7 @@ class LlamaServer:
         log: gets each line of its log; `None`: nobody.
 
     Attributes:
+        states: folder of what it saves of its slots; gone with this object.
         is_ready: it has loaded the model, and answers.
         was_ready: it had, before it ended.
     """
@@ -106,13 +115,20 @@ class LlamaServer:
     def __post_init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="lt-gguf-")
         self.address = Path(self._folder.name) / "llama.sock"
+        self._stack = ExitStack()
+        self.states = Path()
         self._lines: deque[str] = deque(maxlen=_N_LINES)
         self._process: subprocess.Process | None = None
         self.session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> LlamaServer:
+        # note: not beside the socket, as temporary folders often lie in memory
+        cache = user_cache()
+        cache.mkdir(parents=True, exist_ok=True)
+        self.states = self._stack.enter_context(unfinished_folder(cache, ".serve-"))
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-        connector = aiohttp.UnixConnector(str(self.address), limit=0)
+        # note: llama-server closes connections after streams, and a request on one that is about to be closed would be lost
+        connector = aiohttp.UnixConnector(str(self.address), limit=0, force_close=True)
         self.session = aiohttp.ClientSession("http://llama-server", connector=connector, timeout=timeout, auto_decompress=False)
         return self
 
@@ -120,6 +136,7 @@ class LlamaServer:
         await self._end()
         if self.session is not None:
             await self.session.close()
+        self._stack.close()
         self._folder.cleanup()
 
     async def start(self) -> None:
@@ -128,7 +145,7 @@ class LlamaServer:
         self._lines.clear()
         self.was_ready = False
         self._process = await subprocess.create_subprocess_exec(
-            *supervised.ending_with_stdin(self.settings.command(self.address)),
+            *supervised.ending_with_stdin(self.settings.command(self.address, self.states)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -106,6 +106,48 @@ def test_a_prompt_that_fits_in_no_other_way_waits_for_the_others(model, expected
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slots", ["1", "2"])
+def test_the_beginning_of_a_prompt_is_read_before_its_rest(model, expected, tmp_path, monkeypatch, slots):
+    """With `n_predict` 0 it stays open, so the answer is that of a prompt that was read at once; saved, it serves for others, too."""
+    begun, other = 1950, random_tokens(50, seed=9).tolist()
+    states = tmp_path / "states"
+    states.mkdir()
+    with running(model, tmp_path / "log", "--slot-save-path", str(states), "--parallel", slots) as address:
+
+        def slot(action: str) -> None:
+            body = json.dumps({"filename": "begun"}).encode()
+            with urllib.request.urlopen(f"{address}/slots/0?action={action}", body, timeout=60) as response:
+                assert json.load(response)["id_slot"] == 0
+
+        at_first = {"id_slot": 0}
+        alone = complete(address, LONG[:begun] + other, 12)[0]
+        with urllib.request.urlopen(request(address, LONG[:begun], 0, **at_first), timeout=120) as response:
+            answer = json.load(response)
+        assert answer["tokens"] == [] and answer["content"] == "" and answer["timings"]["predicted_n"] == 0
+        slot("save")
+        for rest, said in ((LONG[begun:], expected), (other, alone), (LONG[begun:], expected)):
+            slot("restore")
+            with urllib.request.urlopen(request(address, LONG[:begun] + rest, 12, **at_first), timeout=120) as response:
+                answer = json.load(response)
+            assert answer["tokens"] == said and answer["timings"]["cache_n"] == begun
+        # more of the beginning may come, too, or another prompt instead
+        slot("restore")
+        for prompt, n in ((LONG[:1980], 0), (LONG, 12)):
+            with urllib.request.urlopen(request(address, prompt, n, **at_first), timeout=120) as response:
+                answer = json.load(response)
+        assert answer["tokens"] == expected and answer["timings"]["cache_n"] == 1980
+        slot("restore")
+        with urllib.request.urlopen(request(address, other, 12, **at_first), timeout=120) as response:
+            assert json.load(response)["tokens"] == complete(address, other, 12)[0]
+    # what fits only as a whole has no beginning
+    monkeypatch.setenv("LT_PROMPT_LIMIT", LIMIT)
+    with running(model, tmp_path / "little") as address:
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            complete(address, LONG[:begun], 0)
+        assert complete(address, LONG, 12)[0] == expected
+
+
+@pytest.mark.slow
 def test_progress_is_told_while_it_is_read(model, tmp_path):
     with running(model, tmp_path / "log") as address:
         told = [event["prompt_progress"]["processed"] for event in events(address, SLOW, 2) if "prompt_progress" in event]

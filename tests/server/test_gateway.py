@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -14,6 +18,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from support.document_files import pdf
 
 from lt_gguf.server import gateway as module
+from lt_gguf.server.beginnings import Beginnings
 from lt_gguf.server.gateway import GatewaySettings, make_app
 
 INFO = {"model": "a model", "n_ctx": 512}
@@ -33,7 +38,7 @@ class StandIn:
         self.app.router.add_route("*", "/{path:.*}", self.echo)
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        return web.json_response({"tokens": [1] * len((await request.json())["content"].split())})
+        return web.json_response({"tokens": [zlib.crc32(word.encode()) for word in (await request.json())["content"].split()]})
 
     async def count(self, request: web.Request) -> web.Response:
         messages = (await request.json())["messages"]
@@ -73,19 +78,50 @@ class StandIn:
         )
 
 
-def talk(check: Callable[[TestClient, StandIn], Awaitable[None]], is_ready: bool = True, **settings) -> None:
+class StandInWithSlot(StandIn):
+    """Has one slot, whose states are named after what it holds."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.asked, self.refuses = folder, [], False
+
+    async def echo(self, request: web.Request) -> web.StreamResponse:
+        said = await request.json()
+        self.asked.append(request.path_qs)
+        if request.path == "/apply-template":
+            return web.json_response({"prompt": f"<bos>{said['messages'][-1]['content']}<end>"})
+        if request.path == "/completion":
+            if self.refuses:
+                return web.json_response({"error": {"message": "too long"}}, status=400)
+            n = len(said["prompt"])
+            events = [{"prompt_progress": {"total": n, "processed": n, "cache": 0, "time_ms": 1}}]
+            events += [{"stop": True, "timings": {"prompt_n": n, "cache_n": 0, "prompt_ms": 2.5, "predicted_n": 0}}]
+            return web.Response(
+                text="".join(f"data: {json.dumps(event)}\n\n" for event in events), content_type="text/event-stream"
+            )
+        if request.path.startswith("/slots/"):
+            path = self.folder / said["filename"]
+            if request.query["action"] == "save":
+                path.write_bytes(b"x" * 1000)
+            elif not path.exists():
+                return web.json_response({"error": {"message": "none"}}, status=400)
+            return web.json_response({"n_written": 1000})
+        return web.Response(text=f"data: {json.dumps({'said': said})}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+
+
+def talk(check: Callable[[TestClient, Any], Awaitable[None]], is_ready: bool = True, stand_in: Any = None, **settings) -> None:
     """Runs `check` with a client of a gateway that has these settings."""
 
     async def run() -> None:
-        stand_in = StandIn()
+        played = stand_in or StandIn()
         async with (
-            TestServer(stand_in.app, handler_cancellation=True) as behind,
+            TestServer(played.app, handler_cancellation=True) as behind,
             aiohttp.ClientSession(behind.make_url("/"), auto_decompress=False) as session,
         ):
-            server = SimpleNamespace(session=session, is_ready=is_ready)
+            server = SimpleNamespace(session=session, is_ready=is_ready, states=getattr(played, "folder", None))
             app = make_app(server, GatewaySettings(INFO, **settings))
             async with TestClient(TestServer(app, handler_cancellation=True)) as client:
-                await check(client, stand_in)
+                await check(client, played)
 
     asyncio.run(run())
 
@@ -234,6 +270,54 @@ def test_tokens_of_messages():
         assert answer.status == 400 and await message(answer) == "no messages"
 
     talk(check)
+
+
+def test_what_a_prompt_begins_with_is_read_once(tmp_path):
+    document = "word " * 300
+
+    async def check(client: TestClient, server: StandInWithSlot) -> None:
+        async def ask(text: str, **settings: object) -> list[dict]:
+            said = {"messages": [{"role": "user", "content": text}], "stream": True} | settings
+            server.asked.clear()
+            answer = await client.post("/v1/chat/completions", json=said)
+            assert answer.status == 200
+            return [json.loads(line[6:]) for line in (await answer.text()).splitlines() if line.startswith("data: {")]
+
+        first = await ask(document + "one?", lt_read_first=len(document))
+        assert [*first[0]] == ["prompt_progress", "choices"] and first[1] == {
+            "lt_begun": {"prompt_n": 300, "cache_n": 0, "prompt_ms": 2.5}
+        }
+        assert first[2]["said"]["messages"][0]["content"] == document + "one?" and first[2]["said"]["id_slot"] == 0
+        assert "lt_read_first" not in first[2]["said"]
+        second = await ask(document + "two?", lt_read_first=len(document))
+        assert second[0] == {"lt_begun": {"prompt_n": 0, "cache_n": 300, "prompt_ms": 0}} and len(second) == 2
+        assert "/slots/0?action=restore" in server.asked and "/completion" not in server.asked
+        # without a stream the answer is all that comes
+        assert [*(await ask(document + "two?", lt_read_first=len(document), stream=False))[0]] == ["said"]
+        # a state that has gone, or can't be taken, is read anew
+        for path in tmp_path.iterdir():
+            path.unlink()
+        assert (await ask(document + "two?", lt_read_first=len(document)))[1]["lt_begun"]["prompt_n"] == 300
+        # what makes no sense, is too short or is refused: the prompt comes as it is
+        for settings in ({"lt_read_first": 0}, {"lt_read_first": 10**6}, {"lt_read_first": "x"}, {"lt_read_first": 100}, {}):
+            assert [*(await ask(document + "one?", **settings))[0]] == ["said"]
+        server.refuses = True
+        assert [*(await ask("other " + document, lt_read_first=len(document)))[0]] == ["said"]
+
+    talk(check, stand_in=StandInWithSlot(tmp_path), keeps_beginnings=True)
+
+
+def test_the_oldest_beginnings_go(tmp_path):
+    async def check(client: TestClient, server: StandInWithSlot) -> None:
+        for i in range(5):
+            content = f"{i} " * 300
+            said = {"messages": [{"role": "user", "content": content}], "lt_read_first": len(content)}
+            assert (await client.post("/v1/chat/completions", json=said)).status == 200
+            assert len(list(tmp_path.iterdir())) == min(i + 1, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Beginnings", partial(Beginnings, limit=3500))
+        talk(check, stand_in=StandInWithSlot(tmp_path), keeps_beginnings=True)
 
 
 def test_the_page(monkeypatch, tmp_path):

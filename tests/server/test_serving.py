@@ -67,6 +67,47 @@ def test_a_conversation_about_a_document(hybrid_file):
 
 
 @pytest.mark.slow
+def test_another_question_in_place_of_one_reads_no_document(hybrid_file, tmp_path):
+    document = f"Document fox.md:\n\n{WORDS * 15}\n\nEnd of the document fox.md.\n\n"
+
+    def ask(question: str, **settings: object) -> tuple[str, int]:
+        """The answer, and how many tokens were read for it."""
+        said = {
+            "messages": [{"role": "user", "content": document + question}],
+            "max_tokens": 12,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        lines = served.ask("/v1/chat/completions", said | {"stream": True, "return_progress": True} | settings).splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        read = [event[key]["prompt_n"] for event in events for key in ("lt_begun", "timings") if key in event]
+        progress = [event["prompt_progress"]["total"] for event in events if "prompt_progress" in event]
+        assert progress and all(read) == (len(read) == 1 or read[0] > 0)
+        deltas = [choice["delta"] for event in events for choice in event.get("choices", [])]
+        return "".join(delta.get("content") or "" for delta in deltas), sum(read)
+
+    environment = {"LT_GGUF_CACHE": str(tmp_path)}
+    with serving(hybrid_file, *QUICK, *STREAMS, environment=environment) as served:
+        first = {"lt_read_first": len(document)}
+        questions = ["the dog", "a quick brown fox", "the dog", "and runs away"]
+        alone = [ask(question, cache_prompt=False) for question in questions]
+        again = [ask(question, **first) for question in questions]
+        assert [text for text, _ in again] == [text for text, _ in alone]
+        assert abs(again[0][1] - alone[0][1]) < 4 and alone[0][1] > 300 and all(n < 60 for _, n in again[1:])
+        # it is still there when llama-server had to be started again, and gone with the server
+        served.child().kill()
+        for _ in range(200):
+            with contextlib.suppress(urllib.error.HTTPError):
+                assert ask(questions[1], **first) == again[1]
+                break
+            time.sleep(0.05)
+        [states] = tmp_path.glob(".serve-*")
+        assert states.stat().st_mode & 0o077 == 0 and len(list(states.iterdir())) == 1
+        served.end()
+        assert not states.exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_its_child_ends_with_it(hybrid_file, how):
     with serving(hybrid_file, *QUICK) as served:

@@ -5,7 +5,7 @@ import { autosize, renderConversation, scrollToEnd, updateAnswer, updateProgress
 import { pendingDocuments, setPendingDocuments, showFit, stillReading } from "./documents.js";
 import { $, announce, notice } from "./dom.js";
 import { renderPanel } from "./panel.js";
-import { promptOf } from "./prompt.js";
+import { beginningOf, promptOf } from "./prompt.js";
 import { saveSession } from "./sessions.js";
 import { requestSettings, systemPrompt } from "./settings.js";
 import { state } from "./state.js";
@@ -52,6 +52,7 @@ export function stop() {
 async function answer() {
   const { session } = state;
   const prompt = promptOf(session.messages, systemPrompt());
+  const first = beginningOf(session.messages, prompt);  // the server keeps it, so that another question doesn't read it again
   const message = { role: "assistant", content: "", reasoning: "" };
   session.messages.push(message);
   const run = { controller: new AbortController(), begun: performance.now(), first: null, progress: null, progressAt: 0, generated: 0, timings: null };
@@ -65,7 +66,7 @@ async function answer() {
     const saving = setInterval(() => saveSession(session), SAVE_EVERY);
     try {
       await saveSession(session);
-      for await (const chunk of complete(prompt, requestSettings(), run.controller.signal)) take(chunk, message, run);
+      for await (const chunk of complete(prompt, first ? { ...requestSettings(), lt_read_first: first } : requestSettings(), run.controller.signal)) take(chunk, message, run);
     } catch (error) {
       if (error.name === "AbortError") message.note = "Stopped.";
       else if (error instanceof ServerError) message.error = error.message;
@@ -132,6 +133,7 @@ function take(chunk, message, run) {
     showPanel(run);
   }
   if (choice?.finish_reason === "length") message.note = "The answer ends at its bound, or at the end of the context.";
+  if (chunk.lt_begun) run.beginning = chunk.lt_begun;
   if (chunk.timings) run.timings = chunk.timings;
 }
 
@@ -156,11 +158,15 @@ function showPanel(run) {
 }
 
 /** What an answer cost: the server's timings; of an answer that was stopped, what was seen of it. Null where nothing was read. */
-export function figuresOf({ begun, first, progress, generated, timings }) {
+export function figuresOf({ begun, first, progress, generated, timings, beginning }) {
   const firstMs = first === null ? null : first - begun;
   if (timings) {
+    // What the server read of the documents before, it then found there.
+    const ahead = beginning?.prompt_n ?? 0;
+    const read = timings.prompt_n + ahead;
+    const readMs = timings.prompt_ms + (ahead ? beginning.prompt_ms : 0);
     return {
-      cached: timings.cache_n, read: timings.prompt_n, readPerSecond: timings.prompt_per_second, generated: timings.predicted_n,
+      cached: timings.cache_n - ahead, read, readPerSecond: readMs ? read / readMs * 1000 : null, generated: timings.predicted_n,
       generatedPerSecond: timings.predicted_per_second, firstMs, used: timings.cache_n + timings.prompt_n + timings.predicted_n,
     };
   }

@@ -18,6 +18,13 @@ export function promptOf(messages, system) {
   return prompt;
 }
 
+/** How many characters of the last message stay as they are when its question is edited: its documents, and what is joined to them. */
+export function beginningOf(messages, prompt) {
+  const { content, documents = [] } = messages.at(-1);
+  const count = (text) => [...text].length;  // characters as the server counts them
+  return documents.length ? count(prompt.at(-1).content) - count(content) : 0;
+}
+
 /** Tokens in the context after the last answer that the server counted. */
 export function tokensUsed(messages) {
   return messages.findLast((message) => message.figures)?.figures.used ?? 0;
