@@ -139,6 +139,17 @@ def test_the_beginning_of_a_prompt_is_read_before_its_rest(model, expected, tmp_
         slot("restore")
         with urllib.request.urlopen(request(address, other, 12, **at_first), timeout=120) as response:
             assert json.load(response)["tokens"] == complete(address, other, 12)[0]
+        # what has been answered as a whole prompt is read once more as the beginning of another
+        for prompt, n, said in (
+            (LONG[:begun], 12, None),
+            (LONG[:begun], 0, []),
+            (LONG, 12, expected),
+            (LONG, 0, []),
+            (LONG, 12, expected),
+        ):
+            with urllib.request.urlopen(request(address, prompt, n, **at_first), timeout=120) as response:
+                answer = json.load(response)
+            assert said is None or answer["tokens"] == said
     # what fits only as a whole has no beginning
     monkeypatch.setenv("LT_PROMPT_LIMIT", LIMIT)
     with running(model, tmp_path / "little") as address:
