@@ -165,9 +165,9 @@ def draw() -> str:
     drawing.box(["report", "evaluation", "analysis"], "What the hybrid loses, and why these layers")
     drawing.arrow()
     drawing.box(
-        ["documents", "chat", "cli"],
+        ["documents", "chat", "llm_plugin", "server", "cli"],
         "The commands",
-        ["convert, train, inspect, analyze, flag, eval,", "run, chat about documents, cache"],
+        ["convert, train, inspect, analyze, flag, eval,", "run, chat about documents, serve, cache, doctor"],
     )
     return drawing.svg()
 

@@ -17,9 +17,6 @@ from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
 from lt_gguf.chat import figures
 from lt_gguf.chat.screen import PlainScreen
 from lt_gguf.cli import chat
-from lt_gguf.cli import model as model_options
-from lt_gguf.gguf.file import read_model
-from lt_gguf.memory.kv import kv_memory
 from lt_gguf.runtime import available_memory, context_size
 
 QUICK = ["--threads", "1", "--batch-size", "64"]
@@ -228,15 +225,6 @@ def test_available_memory(tmp_path):
     write("sys/fs/cgroup/memory/c/memory.limit_in_bytes", "3000000")
     write("sys/fs/cgroup/memory/c/memory.usage_in_bytes", "3500000")
     assert available_memory.available_memory(tmp_path) == 0
-
-
-def test_what_a_model_takes_by_itself_counts(hybrid_file, monkeypatch):
-    model = read_model(hybrid_file)
-    needed = kv_memory(model.kv_shape, None, model.n_ctx_train).total + model.n_bytes + (768 << 20)
-    options = model_options.ChatOptions()
-    for n_bytes, n_ctx in ((needed * 2, 2048), (needed - 1000, 1024)):
-        monkeypatch.setattr(available_memory, "available_memory", lambda: n_bytes)
-        assert model_options.largest_that_fits(model, "off", options) == n_ctx
 
 
 def test_the_help_of_both_commands(lt_gguf_command):

@@ -98,7 +98,7 @@ def test_what_cannot_be_measured(llama, text, tmp_path):
 
 @pytest.mark.slow
 def test_a_budget_picks_the_smallest_number(llama, tmp_path):
-    n_ctx, options = 4096, {"sink": 2, "window": 30, "select": "interleave-odd", "outtype": "f32"}
+    n_ctx, options = 4096, {"sink": 2, "window": 30, "select": "interleave-odd", "outtype": "f32", "prefill": "stream"}
     full = N_LAYER * 2 * 2 * 16 * 2 * n_ctx
     converted = convert(llama, tmp_path / "a.gguf", kv_budget=str(full * 3 // 4), ctx=n_ctx, **options)
     assert len(converted.spec.layers) == 2  # with one it would be more than 3/4, a streaming layer isn't free
