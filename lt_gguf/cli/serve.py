@@ -62,9 +62,7 @@ def serve(
     with listening:
         file = model.find(file)
         settings, info = prepare(file, parallel, more or [], options)
-        streams = info["streaming"]
-        keeps = parallel == 1 and streams is not None and streams["prefill"] == "full"
-        gateway = GatewaySettings(info, key, allow_origin or (), is_local=host in _LOCAL, keeps_beginnings=keeps)
+        gateway = GatewaySettings(info, key, allow_origin or (), is_local=host in _LOCAL, keeps_beginnings=settings.saves_slot)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
         def say(line: str) -> None:
@@ -102,6 +100,9 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
     else:
         size = ContextSize(min(options.ctx or most, most or options.ctx), 0)
     limit = size.prompt_limit if options.prompt_limit is None else model.size_of("--prompt-limit", options.prompt_limit)
+    spec = known_spec(described, streaming)
+    # note: of others, nothing is dropped at a prompt's end that can't be kept in a checkpoint
+    saves_slot = n_slots == 1 and spec is not None and bool(spec.layers) and spec.prefill == "full"
     settings = ServerSettings(
         file,
         size.n_ctx * n_slots,
@@ -113,9 +114,9 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
         n_gpu_layers=options.n_gpu_layers,
         n_batch=options.batch_size,
         flash_attn=options.flash_attn,
+        saves_slot=saves_slot and not any(word.startswith("--slot-save-path") for word in more),
         more=["--alias", described.path.stem, "--cache-ram", str(_SWITCHING), *more],
     )
-    spec = known_spec(described, streaming)
     return settings, describe(described, spec, text, size.n_ctx, n_slots, options.cache_type)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohttp
 from aiohttp import web
@@ -115,7 +115,7 @@ class _Gateway:
 
     def _refused(self, request: web.Request, origin: str | None, is_public: bool) -> web.Response | None:
         is_open = self.settings.is_local and self.settings.api_key is None
-        if is_open and urlsplit(f"//{request.host}").hostname not in _LOCAL_NAMES:
+        if is_open and _split(f"//{request.host}").hostname not in _LOCAL_NAMES:
             # note: the name of another site may be made to mean this computer, and its pages would then be of this origin
             return error(403, f"{request.host}: isn't this server, which is reached as localhost")
         if origin is not None and not self._may_ask(request, origin):
@@ -124,12 +124,12 @@ class _Gateway:
             return None
         kind, _, key = request.headers.get("Authorization", "").partition(" ")
         key = request.headers.get("X-Api-Key", "") if kind.lower() != "bearer" else key.strip()
-        if hmac.compare_digest(key.encode(), self.settings.api_key.encode()):
+        if hmac.compare_digest(key.encode(errors="surrogateescape"), self.settings.api_key.encode(errors="surrogateescape")):
             return None
         return error(401, "the API key is missing or wrong: Authorization: Bearer KEY", "authentication_error")
 
     def _may_ask(self, request: web.Request, origin: str) -> bool:
-        return urlsplit(origin).netloc == request.host or "*" in self.settings.origins or origin in self.settings.origins
+        return _split(origin).netloc == request.host or "*" in self.settings.origins or origin in self.settings.origins
 
     # ------------------------------------------------------------------------------------ our own answers
 
@@ -185,6 +185,14 @@ class _Gateway:
         """llama-server's answer, piece by piece as it comes. Where the client leaves, llama-server learns of it and stops."""
         if not self.server.is_ready:
             return self._away()
+        if (
+            self.beginnings is not None
+            and request.path.startswith("/slots/")
+            and request.query.get("action") in ("save", "restore")
+        ):
+            return error(
+                403, "the slot is saved and restored by this server itself (-- --slot-save-path DIR leaves that to others)"
+            )
         body = await request.read() if request.can_read_body else None
         found = None if self.beginnings is None or not request.path.endswith("/chat/completions") else beginning_of(body or b"")
         if self.beginnings is None or found is None:
@@ -237,6 +245,14 @@ class _Gateway:
         return error(
             503, "the model isn't there at the moment: it is being loaded again, try it in a few seconds", "unavailable_error"
         )
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address, all empty if it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _headers(headers: Mapping[str, str]) -> CIMultiDict[str]:

@@ -49,6 +49,7 @@ class ServerSettings:
         n_gpu_layers: layers on the GPU; -1: all.
         n_batch: tokens of a prompt that are read at once.
         flash_attn: whether flash attention is used.
+        saves_slot: it may save what its slot holds, in a folder of ours.
         more: further options of llama-server's own.
     """
 
@@ -62,6 +63,7 @@ class ServerSettings:
     n_gpu_layers: int = -1
     n_batch: int = 512
     flash_attn: bool = True
+    saves_slot: bool = False
     more: Sequence[str] = ()
 
     def command(self, address: Path, states: Path) -> list[str]:
@@ -74,7 +76,7 @@ class ServerSettings:
         return [
             str(tool_path("llama-server")),
             *("--model", self.model, "--host", str(address), "--no-ui", "--offline", "--metrics", "--slots"),
-            *("--slot-save-path", str(states)),
+            *(("--slot-save-path", str(states)) if self.saves_slot else ()),
             *("--ctx-size", str(self.n_ctx), "--parallel", str(self.n_slots), "--fit", "off"),
             *("--cache-type-k", self.cache_type, "--cache-type-v", self.cache_type),
             *("--threads", str(self.n_threads), "--n-gpu-layers", gpu_layers, "--batch-size", str(self.n_batch)),

@@ -209,6 +209,27 @@ def test_pages_of_other_sites():
     talk(check)
 
 
+def test_what_is_no_address_and_no_text():
+    async def check(client: TestClient, _: StandIn) -> None:
+        for headers, status in (
+            ({"Origin": "http://["}, 403),
+            ({"Host": "[::"}, 403),
+            ({"Host": "[::1]:80"}, 200),
+            ({"Host": ""}, 403),
+        ):
+            assert (await client.get("/lt/info", headers=headers)).status == status, headers
+
+    talk(check)
+
+    async def check_key(client: TestClient, _: StandIn) -> None:
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(b"GET /lt/info HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        assert b" 401 " in await reader.readline()
+        writer.close()
+
+    talk(check_key, api_key="right")
+
+
 @pytest.mark.parametrize("origins", [["http://elsewhere:3000"], ["*"]])
 def test_pages_that_may_ask(origins):
     async def check(client: TestClient, _: StandIn) -> None:
@@ -301,6 +322,9 @@ def test_what_a_prompt_begins_with_is_read_once(tmp_path):
         # what makes no sense, is too short or is refused: the prompt comes as it is
         for settings in ({"lt_read_first": 0}, {"lt_read_first": 10**6}, {"lt_read_first": "x"}, {"lt_read_first": 100}, {}):
             assert [*(await ask(document + "one?", **settings))[0]] == ["said"]
+        for action in ("save", "restore"):  # which is the server's own affair
+            answer = await client.post(f"/slots/0?action={action}", json={"filename": "mine"})
+            assert answer.status == 403 and "--slot-save-path" in await message(answer)
         server.refuses = True
         assert [*(await ask("other " + document, lt_read_first=len(document)))[0]] == ["said"]
 
