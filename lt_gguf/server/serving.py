@@ -12,7 +12,7 @@ from aiohttp import web
 from lt_gguf.server.gateway import GatewaySettings, make_app
 from lt_gguf.server.llama_server import LlamaServer, ServerSettings
 
-_GRACE = 5.0  # seconds that answers in the middle have at the end
+_GRACE = 1.0  # seconds that answers in the middle have at the end; aiohttp takes them twice
 
 
 def bind(host: str, port: int) -> socket.socket:
