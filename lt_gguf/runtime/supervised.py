@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -80,7 +81,7 @@ def end_with_parent(stdin: IO[str], done: threading.Event) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
 
     def watch() -> None:
         sys.stdin.read()
@@ -90,6 +91,13 @@ def _run(command: Sequence[str]) -> None:
     status = program.wait()
     # note: not sys.exit(), which would wait for stdin: the thread is reading it
     os._exit(status if status >= 0 else _KILLED - status)
+
+
+def _die_with_parent() -> None:
+    """For a program that is about to run: SIGKILL when this process, its parent, has gone, even if that had no time to do it."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _sweep(folder: str) -> None:

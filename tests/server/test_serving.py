@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -115,6 +116,33 @@ def test_its_child_ends_with_it(hybrid_file, how):
         status, said = served.end(how)
         assert status == (-9 if how == signal.SIGKILL else 0) and "Traceback" not in said
         assert gone(child)
+
+
+@pytest.mark.slow
+def test_an_answer_in_the_middle_does_not_hold_its_end_up(hybrid_file):
+    said = {"messages": [{"role": "user", "content": "the dog"}], "stream": True, "max_tokens": 900, "ignore_eos": True}
+    with serving(hybrid_file, *QUICK) as served:
+        asking = urllib.request.Request(f"{served.address}/v1/chat/completions", json.dumps(said).encode())
+        with urllib.request.urlopen(asking, timeout=60) as answer:
+            assert answer.readline().startswith(b"data: ")
+            child = served.child()
+            status, text = served.end()
+            assert status == 0 and "Traceback" not in text and gone(child)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_what_stands_between_is_killed(hybrid_file):
+    with serving(hybrid_file, *QUICK) as served:
+        child = served.child()
+        child.parent().kill()
+        assert gone(child)
+        for _ in range(200):
+            with contextlib.suppress(urllib.error.HTTPError):
+                served.chat("the dog")
+                break
+            time.sleep(0.05)
+        assert served.end()[1].count("it is started again") == 1
 
 
 @pytest.mark.slow
