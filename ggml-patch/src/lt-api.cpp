@@ -91,15 +91,12 @@ bool lt_context_hide(llama_context * ctx, const char * text, char * err, size_t 
 }
 
 size_t lt_kv_bytes(const llama_context * ctx, lt_kv_part part) {
-    const llama_memory_i * mem = lt_get_part(ctx, part);
-    if (!mem && part == LT_KV_FULL) {
-        mem = lt_get_memory(ctx);
-    }
+    const auto * kv = lt_get_cache(ctx);
 
     std::map<ggml_backend_buffer_type_t, size_t> mb;
-    if (const auto * kv = lt_get_cache(ctx); kv && part == LT_KV_PROMPT) {
-        mb = kv->prompt_breakdown();
-    } else if (mem) {
+    if (kv) {
+        mb = part == LT_KV_PROMPT ? kv->prompt_breakdown() : kv->breakdown(*lt_get_part(ctx, part));
+    } else if (const auto * mem = lt_get_memory(ctx); mem && part == LT_KV_FULL) {
         mb = mem->memory_breakdown();
     }
 

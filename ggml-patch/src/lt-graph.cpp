@@ -25,6 +25,7 @@ lt_graph_input_attn_kv::lt_graph_input_attn_kv(
     llm_graph_input_attn_kv(*inp_full),
     inp_streaming(std::move(inp_streaming)),
     kv(&mctx->get_cache()),
+    mctx_lt(mctx),
     spec(mctx->get_cache().get_spec()),
     generation(mctx->get_cache().get_generation()),
     in_prompt_part(mctx->is_in_prompt_part()) {
@@ -62,7 +63,7 @@ void lt_graph_input_attn_kv::set_input(const llama_ubatch * ubatch) {
         std::vector<int64_t> data(keep_idxs->ne[0]);
 
         // note: the tokens of this ubatch are the last ones of the sequence
-        const uint64_t n_past = kv->n_tokens(0);
+        const uint64_t n_past = mctx_lt->get_n_past();
 
         for (size_t j = 0; j < data.size(); ++j) {
             const size_t i_last = data.size() - 1 - j;
@@ -81,7 +82,7 @@ void lt_graph_input_attn_kv::lt_keep_q(ggml_context * ctx, ggml_cgraph * gf, ggm
 }
 
 bool lt_graph_input_attn_kv::can_reuse(const llm_graph_params & params) {
-    const auto * mctx_lt = static_cast<const lt_kv_cache_context *>(params.mctx);
+    mctx_lt = static_cast<const lt_kv_cache_context *>(params.mctx);
 
     // the graph has the tensors of the part that it was built with
     if (mctx_lt->get_cache().get_generation() != generation || mctx_lt->is_in_prompt_part() != in_prompt_part) {

@@ -35,6 +35,8 @@ private:
 
     const lt_kv_cache * kv;
 
+    const lt_kv_cache_context * mctx_lt;
+
     ggml_tensor * keep_idxs = nullptr; // I64 [n_keep], the rows of the queries that the lazy ratio is measured with, can be null
 
     // note: a copy, because the graph can outlive the memory context that it was built with

@@ -1,7 +1,8 @@
 // layers that are chosen for the first prompt of a conversation, see lt-kv-cache.h
 //
-// until then the full part has all layers. at the end of the first prompt that is longer than what a streaming layer holds, the laziest
-// layers move to the streaming part, one after the other. when all tokens are removed, everything begins anew
+// until then the full part has all layers, and few cells as long as these suffice. at the end of the first prompt that is longer than
+// what a streaming layer holds, the laziest layers move to the streaming part, one after the other; while it is read, if it is read
+// layer by layer, see lt-kv-cache-queue.cpp. when all tokens are removed, everything begins anew
 
 #include "lt-kv-cache.h"
 
@@ -15,8 +16,8 @@
 #include <algorithm>
 #include <cmath>
 
-// floor(fraction*n) of n layers, those with the highest ratio. of two with the same, the one with the lower number stays full
-static std::vector<bool> lt_laziest(const std::vector<float> & ratios, double fraction) {
+// the n laziest layers, those with the highest ratio. of two with the same, the one with the lower number stays full
+static std::vector<bool> lt_laziest(const std::vector<float> & ratios, size_t n) {
     std::vector<int32_t> order;
     for (size_t il = 0; il < ratios.size(); ++il) {
         if (!std::isnan(ratios[il])) {
@@ -24,19 +25,24 @@ static std::vector<bool> lt_laziest(const std::vector<float> & ratios, double fr
         }
     }
 
-    // note: 0.7f*10 must be 7
-    const size_t n = std::min<size_t>(fraction*order.size() + 1e-4, order.size());
-
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-        return ratios[a] != ratios[b] ? ratios[a] > ratios[b] : a > b;
-    });
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return lt_is_lazier(ratios, a, b); });
 
     std::vector<bool> res(ratios.size(), false);
-    for (size_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < std::min(n, order.size()); ++i) {
         res[order[i]] = true;
     }
 
     return res;
+}
+
+size_t lt_kv_cache::n_laziest() const {
+    size_t n = 0;
+    for (size_t il = 0; il < has_cache.size(); ++il) {
+        n += lazy_ratio && lazy_ratio->is_measured(il);
+    }
+
+    // note: 0.7f*10 must be 7
+    return std::min<size_t>(spec.auto_fraction*n + 1e-4, n);
 }
 
 bool lt_kv_cache::keeps_all() const {
@@ -59,7 +65,7 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
     spec.layers    = layers;
     this->all_kept = all_kept;
 
-    kv_full      = create(hparams, size_full,      false, unified);
+    kv_full      = create(hparams, all_kept ? size_kept : size_full, false, unified);
     kv_streaming = create(hparams, size_streaming, true,  unified);
 
     has_cuts = false;
@@ -141,62 +147,85 @@ bool lt_kv_cache::has_memory() {
     return !is_hollow;
 }
 
-void lt_kv_cache::choose_layers() {
-    lazy_ratios = lazy_ratio->compute(lctx, *kv_full, n_tokens(0), spec.n_sink, spec.n_window, spec.lazy);
+lt_kv_ops::cell_pairs lt_kv_cache::pairs_kept() const {
+    const auto & cells = kv_full->get_cells(0);
 
-    const auto layers = lt_laziest(lazy_ratios, spec.auto_fraction);
+    lt_kv_ops::cell_pairs res;
+    for (const auto & [p, i] : cells.seq_pos_get(0)) {
+        if (p < (llama_pos) mask.n_sink || p >= cells.seq_pos_max(0) + 1 - (llama_pos) mask.n_back) {
+            res.push_back({ i, (uint32_t) res.size() });
+        }
+    }
+
+    return res;
+}
+
+std::unique_ptr<llama_kv_cache> lt_kv_cache::create_kept(const llama_hparams & hparams, const lt_kv_ops::cell_pairs & pairs, const layer_filter_cb & filter) const {
+    // note: the tokens of an image can all have the same position
+    const uint32_t n_cells = std::max<uint32_t>(size_streaming, GGML_PAD(pairs.size() + n_ubatch, LT_PART_PAD));
+
+    auto res = create(hparams, n_cells, true, unified, filter, true);
+
+    lt_kv_ops::use_rotation_of(*kv_full, *res);
+
+    auto & dst = lt_kv_ops::cells(*res, 0);
+
+    for (const auto & [i, i_dst] : pairs) {
+        lt_kv_ops::copy_cell(kv_full->get_cells(0), i, dst, i_dst);
+        dst.seq_add(i_dst, 0);
+    }
+
+    lt_kv_ops::set_head(*res, 0, pairs.size());
+
+    return res;
+}
+
+void lt_kv_cache::choose_layers() {
+    lazy_ratios = lazy_ratio->compute(lctx, *kv_full, n_tokens(0), spec);
+
+    const auto layers = lt_laziest(lazy_ratios, n_laziest());
     if (std::find(layers.begin(), layers.end(), true) == layers.end()) {
         return;
     }
 
-    const auto & src = lt_kv_ops::cells(*kv_full, 0);
+    const auto pairs = pairs_kept();
 
-    lt_kv_ops::cell_pairs pairs;
-    for (const auto & [p, i] : src.seq_pos_get(0)) {
-        if (p < (llama_pos) mask.n_sink || p >= src.seq_pos_max(0) + 1 - (llama_pos) mask.n_back) {
-            pairs.push_back({ i, (uint32_t) pairs.size() });
-        }
-    }
-
-    // note: the tokens of an image can all have the same position
-    const uint32_t n_cells = std::max<uint32_t>(size_streaming, GGML_PAD(pairs.size() + n_ubatch, LT_PART_PAD));
-
-    std::unique_ptr<llama_kv_cache> kv_new;
-
-    spec.layers = layers;
-    try {
-        kv_new = create(model.hparams, n_cells, true, unified);
-    } catch (...) {
-        spec.layers.assign(layers.size(), false);
-        throw;
-    }
-
-    lt_kv_ops::use_rotation_of(*kv_full, *kv_new);
-
-    auto & dst = lt_kv_ops::cells(*kv_new, 0);
-
-    for (const auto & [i, i_dst] : pairs) {
-        lt_kv_ops::copy_cell(src, i, dst, i_dst);
-        dst.seq_add(i_dst, 0);
-    }
+    auto kv_new = create_kept(model.hparams, pairs, [&](int32_t il) { return layers[il]; });
 
     lt_kv_ops::copy_data(*kv_full, 0, *kv_new, 0, pairs);
-    lt_kv_ops::set_head(*kv_new, 0, pairs.size());
 
-    for (size_t il = 0; il < layers.size(); ++il) {
-        if (layers[il]) {
-            lt_kv_ops::drop_layer(*kv_full, il);
+    if (kv_full->get_size() < size_full) {
+        auto kv_rest = create(model.hparams, size_full, false, unified, [&](int32_t il) { return has_cache[il] && !layers[il]; }, true);
+
+        lt_kv_ops::use_rotation_of(*kv_full, *kv_rest);
+        lt_kv_ops::copy_all       (*kv_full, *kv_rest);
+
+        kv_full = std::move(kv_rest);
+    } else {
+        for (size_t il = 0; il < layers.size(); ++il) {
+            if (layers[il]) {
+                lt_kv_ops::drop_layer(*kv_full, il);
+            }
         }
     }
 
+    spec.layers = layers;
+
+    take_choice(std::move(kv_new));
+}
+
+void lt_kv_cache::take_choice(std::unique_ptr<llama_kv_cache> kv_new) {
     kv_streaming = std::move(kv_new);
 
     lazy_ratio.reset();
+    kv_reserve.reset();
 
     all_kept   = false;
     has_cuts   = false;
     chosen_end = seq_pos_max(0) + 1;
     generation++;
+
+    runs.clear();
 
     lctx->lt_set_need_reserve();
 
@@ -204,7 +233,10 @@ void lt_kv_cache::choose_layers() {
 }
 
 void lt_kv_cache::choose_anew() {
-    if (!spec.is_auto() || all_kept || !pos_full(0).empty()) {
+    // note: before they are chosen, what a long conversation took
+    const bool is_new = all_kept && kv_full->get_size() == size_kept;
+
+    if (!spec.is_auto() || is_new || get_layers() || !pos_full(0).empty()) {
         return;
     }
 

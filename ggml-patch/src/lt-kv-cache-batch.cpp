@@ -188,6 +188,7 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
     };
 
     if (!prepare(*kv_full, ubatches, res.sinfos_full)) {
+        pending.grow_full = kv_full->get_size() < size_full;
         return nullptr;
     }
 
@@ -328,7 +329,7 @@ bool lt_kv_cache::is_far(llama_seq_id seq_id) const {
 }
 
 bool lt_kv_cache::has_pending() const {
-    return pending.n_cells > 0 || pending.n_streaming > 0 || !pending.finish.empty() || pending.choose;
+    return pending.n_cells > 0 || pending.n_streaming > 0 || pending.grow_full || !pending.finish.empty() || pending.choose;
 }
 
 bool lt_kv_cache::apply_pending() {
@@ -347,6 +348,10 @@ bool lt_kv_cache::apply_pending() {
 
         if (todo.n_streaming > 0) {
             grow_streaming_part(todo.n_streaming);
+        }
+
+        if (todo.grow_full) {
+            grow_full_part();
         }
 
         finish(todo.finish);

@@ -3,14 +3,18 @@
 #include "lt-kv-ops.h"
 #include "lt-layers.h"
 
+#include "llama-impl.h"
+
 #include <algorithm>
 #include <cassert>
+#include <stdexcept>
 
 lt_kv_cache_context::lt_kv_cache_context(llama_memory_status status) : status(status) {}
 
 lt_kv_cache_context::lt_kv_cache_context(lt_kv_cache * kv) :
     kv(kv),
-    ctx_full     (kv->get_full     ()->init_full()),
+    kv_full(kv->get_reserve_full()),
+    ctx_full     (kv->get_reserve_full()->init_full()),
     ctx_streaming(kv->get_streaming()->init_full()),
     status(llama_memory_status_combine(ctx_full->get_status(), ctx_streaming->get_status())) {
     if (auto * kv_reserve = kv->get_reserve()) {
@@ -24,6 +28,7 @@ lt_kv_cache_context::lt_kv_cache_context(
         llama_context * lctx,
         bool optimize) :
     kv(kv),
+    kv_full(kv->get_full()),
     is_update(true),
     ctx_full     (kv->get_full     ()->init_update(lctx, optimize)),
     ctx_streaming(kv->get_streaming()->init_update(lctx, optimize)),
@@ -39,6 +44,7 @@ lt_kv_cache_context::lt_kv_cache_context(
         lt_batch batch,
         lt_ubatches ubatches_in) :
     kv(kv),
+    kv_full(kv->get_full()),
     batch(std::move(batch)),
     ubatches(std::move(ubatches_in)),
     layers(kv->get_layers()),
@@ -72,7 +78,9 @@ void lt_kv_cache_context::init_layers() {
         cur.i_token = i_token;
 
         cur.full  .reset(new llama_kv_cache_context(kv->get_full  (), { ubatches.sinfos_full  [i] }, { ubatch }));
-        cur.prompt.reset(new llama_kv_cache_context(kv->get_prompt(), { ubatches.sinfos_prompt[i] }, { ubatch }));
+        if (!kv->keeps_all()) {
+            cur.prompt.reset(new llama_kv_cache_context(kv->get_prompt(), { ubatches.sinfos_prompt[i] }, { ubatch }));
+        }
 
         i_token += ubatch.n_tokens;
 
@@ -101,8 +109,17 @@ bool lt_kv_cache_context::next() {
             return true;
         }
 
-        if (kv->next_run()) {
-            i_next = 0;
+        try {
+            if (kv->next_run()) {
+                i_next = 0;
+                return true;
+            }
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+
+            // the batch ends with the next ubatch, and none of it stays
+            i_next     = 0;
+            is_stopped = true;
             return true;
         }
 
@@ -151,7 +168,9 @@ bool lt_kv_cache_context::apply() {
     kv->begin_ubatch(batch, ubatches.all[i_next]);
 
     if (layers) {
-        return parts[i_next].full->apply() & parts[i_next].prompt->apply();
+        const auto & cur = parts[i_next];
+
+        return cur.full->apply() & (!cur.prompt || cur.prompt->apply());
     }
 
     bool res = ctx_full->apply();
@@ -221,6 +240,10 @@ int64_t lt_kv_cache_context::get_i_token() const {
     return parts[i_next].i_token;
 }
 
+uint64_t lt_kv_cache_context::get_n_past() const {
+    return layers ? layers->n_past + parts[i_next].i_token + ubatches.all[i_next].n_tokens : kv->n_tokens(0);
+}
+
 void lt_kv_cache_context::note_cuts(const llm_graph_params & params) const {
     kv->note_cuts(params, *this);
 }
@@ -229,7 +252,7 @@ void lt_kv_cache_context::for_each_kv(const std::function<void(int32_t, const gg
     // note: what a graph is reserved for has a prompt part of its own
     const auto * kv_streaming = !is_in_prompt_part() ? kv->get_streaming() : kv->get_prompt() ? kv->get_prompt() : kv->get_reserve();
 
-    for (const auto * part : { (const llama_kv_cache *) kv->get_full(), kv_streaming }) {
+    for (const auto * part : { kv_full, (const llama_kv_cache *) kv_streaming }) {
         lt_kv_ops::for_each_layer(*part, [&](int32_t il, const ggml_tensor * k, const ggml_tensor * v) {
             f(il, k);
             f(il, v);

@@ -59,6 +59,9 @@ public:
     // the index of the current ubatch's first token in the batch
     int64_t get_i_token() const;
 
+    // the tokens of sequence 0 up to the end of the current ubatch
+    uint64_t get_n_past() const;
+
     void note_cuts(const llm_graph_params & params) const;
 
     // call f(il, t) for the keys and the values of each layer
@@ -73,7 +76,7 @@ private:
         int64_t i_token;
 
         std::unique_ptr<llama_kv_cache_context> full;
-        std::unique_ptr<llama_kv_cache_context> prompt;
+        std::unique_ptr<llama_kv_cache_context> prompt; // null if no layer streams yet
     };
 
     void init_layers();
@@ -83,6 +86,9 @@ private:
     void report_progress();
 
     lt_kv_cache * kv = nullptr;
+
+    // the full part that this was made for
+    const llama_kv_cache * kv_full = nullptr;
 
     bool is_update = false;
 

@@ -1,4 +1,6 @@
 // parts that grow: what they hold is copied to the same cells of larger ones, see lt-kv-cache.h
+//
+// note: the full part is as large as the context, but where the layers are still to be chosen
 
 #include "lt-kv-cache.h"
 
@@ -87,4 +89,23 @@ void lt_kv_cache::grow_streaming_part(uint32_t n_cells) {
     if (lctx) {
         lctx->lt_set_need_reserve();
     }
+}
+
+void lt_kv_cache::grow_full_part() {
+    if (kv_full->get_size() >= size_full) {
+        return;
+    }
+
+    std::unique_ptr<llama_kv_cache> kv_new;
+
+    try {
+        kv_new = create(model.hparams, size_full, false, unified);
+    } catch (const std::exception & err) {
+        throw std::runtime_error(format("no memory for a context of %u tokens in all layers (%s). A KV cache of a smaller type needs less", size_full, err.what()));
+    }
+
+    lt_kv_ops::copy_all(*kv_full, *kv_new);
+
+    kv_full = std::move(kv_new);
+    generation++;
 }

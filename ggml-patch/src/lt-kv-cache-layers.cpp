@@ -31,9 +31,21 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_layers::memory_breakdown() const
         res[ggml_backend_buffer_get_type(buf_act.get())] += ggml_backend_buffer_get_size(buf_act.get());
     }
 
-    if (kv_kept) {
-        for (const auto & [buft, size] : kv_kept->memory_breakdown()) {
-            res[buft] += size;
+    std::vector<const llama_kv_cache *> parts = { kv_kept.get() };
+
+    if (queue) {
+        parts.insert(parts.end(), { queue->kv_full.get(), queue->kv_streaming.get() });
+
+        for (const auto & buf : queue->spare) {
+            res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+        }
+    }
+
+    for (const auto * kv : parts) {
+        if (kv) {
+            for (const auto & [buft, size] : lt_kv_ops::breakdown(*kv)) {
+                res[buft] += size;
+            }
         }
     }
 
@@ -82,16 +94,21 @@ static std::vector<lt_run> lt_make_runs(const std::vector<lt_cut> & cuts, const 
 
 void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_context & mctx) {
     // note: with a single token, what has a row for each token looks like what has one for all
-    if (has_cuts || spec.prefill != LT_PREFILL_FULL || all_kept || params.ubatch.n_tokens < 2) {
+    if (has_cuts || spec.prefill != LT_PREFILL_FULL || spec.hides || params.ubatch.n_tokens < 2) {
         return;
     }
 
     has_cuts = true;
 
-    std::vector<bool> is_streaming(has_cache.size(), false);
-    lt_kv_ops::for_each_layer(*kv_streaming, [&](int32_t il, const ggml_tensor *, const ggml_tensor *) { is_streaming[il] = true; });
+    // or may come to be
+    const auto & kv = all_kept ? *kv_full : *kv_streaming;
 
-    has_equal_layers = lt_kv_ops::has_equal_layers(*kv_streaming);
+    std::vector<bool> is_streaming(has_cache.size(), false);
+    lt_kv_ops::for_each_layer(kv, [&](int32_t il, const ggml_tensor *, const ggml_tensor *) {
+        is_streaming[il] = !all_kept || (lazy_ratio && lazy_ratio->is_measured(il));
+    });
+
+    has_equal_layers = lt_kv_ops::has_equal_layers(kv);
 
     runs = lt_make_runs(lt_find_cuts(params, mctx), is_streaming);
 
@@ -117,13 +134,25 @@ bool lt_kv_cache::is_for_layers(llama_seq_id seq_id, uint32_t n_tokens) const {
 
     const auto & cparams = lctx->get_cparams();
 
+    if (n_tokens <= n_ubatch) {
+        return false;
+    }
+
     const bool keeps_hidden = cparams.embeddings || cparams.embeddings_nextn ||
         std::find(cparams.embeddings_layer_inp.begin(), cparams.embeddings_layer_inp.end(), true) != cparams.embeddings_layer_inp.end();
+
+    if (keeps_hidden) {
+        return false;
+    }
+
+    if (all_kept) {
+        return is_for_queue(seq_id, n_tokens);
+    }
 
     // note: the hidden states of a token can take more than what a few layers hold of it
     const bool is_less = layers_bytes(seq_id, n_tokens) < prompt_bytes(n_layer_cells(seq_id, n_tokens));
 
-    return !keeps_hidden && is_less && n_tokens > n_ubatch && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
+    return is_less && (uint64_t) n_tokens > (uint64_t) mask.n_sink + mask.n_back;
 }
 
 bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
@@ -131,7 +160,8 @@ bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) cons
 }
 
 bool lt_kv_cache::fits_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
-    return is_for_layers(seq_id, n_tokens) && (prompt_limit == 0 || layers_bytes(seq_id, n_tokens) <= prompt_limit);
+    // note: a limit is for what streaming layers take besides what they hold
+    return is_for_layers(seq_id, n_tokens) && (prompt_limit == 0 || all_kept || layers_bytes(seq_id, n_tokens) <= prompt_limit);
 }
 
 bool lt_kv_cache::is_by_layer(llama_seq_id seq_id) const {
@@ -162,11 +192,13 @@ size_t lt_kv_cache::layers_bytes(llama_seq_id seq_id, uint32_t n_tokens) const {
 void lt_kv_cache::make_layers(llama_seq_id seq_id, uint32_t n_tokens) {
     layered.reset();
 
-    const size_t n_bytes = layers_bytes(seq_id, n_tokens);
+    const size_t n_bytes = all_kept ? queue_bytes(n_tokens) : layers_bytes(seq_id, n_tokens);
 
-    const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
+    if (!all_kept) {
+        const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
 
-    check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); }, n_spare);
+        check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); }, n_spare);
+    }
 
     auto res = std::make_unique<lt_layers>();
 
@@ -175,14 +207,18 @@ void lt_kv_cache::make_layers(llama_seq_id seq_id, uint32_t n_tokens) {
     res->runs     = runs;
 
     try {
-        res->kv   = create(hparams_no_alloc, n_layer_cells(seq_id, n_tokens), true, true);
-        res->bufs = lt_kv_ops::share_memory(*res->kv);
+        if (all_kept) {
+            make_queue(*res);
+        } else {
+            res->kv   = create(hparams_no_alloc, n_layer_cells(seq_id, n_tokens), true, true);
+            res->bufs = lt_kv_ops::share_memory(*res->kv);
+
+            if (!has_room_for_kept(seq_id)) {
+                res->kv_kept = create(model.hparams, n_kept_cells(), true, true);
+            }
+        }
 
         make_hidden(*res);
-
-        if (!has_room_for_kept(seq_id)) {
-            res->kv_kept = create(model.hparams, n_kept_cells(), true, true);
-        }
     } catch (const std::exception & err) {
         throw std::runtime_error(format("no memory to read a prompt of %u tokens, %.1f MiB (%s). A KV cache of a smaller type or prefill=stream needs less",
                     n_tokens, n_bytes/1024.0/1024.0, err.what()));
@@ -242,7 +278,7 @@ bool lt_kv_cache::start_layers(const lt_batch & batch, uint32_t n_outputs) {
     const bool is_whole = batch.size() == 1 && cur.is_prompt && cur.is_last && (uint32_t) (cur.end - cur.begin) == cur.n_tokens;
 
     const auto has_spare = [&] {
-        return lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(cur.id), 0, UINT32_MAX, cur.n_tokens).size() >= cur.n_tokens;
+        return !all_kept && lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(cur.id), 0, UINT32_MAX, cur.n_tokens).size() >= cur.n_tokens;
     };
 
     // note: where all tokens have outputs, upstream doesn't ask which ones have
@@ -253,7 +289,7 @@ bool lt_kv_cache::start_layers(const lt_batch & batch, uint32_t n_outputs) {
 
     try {
         const bool is_made = layered && layered->seq_id == cur.id && layered->n_tokens == cur.n_tokens &&
-            layered->kv->get_size() >= n_layer_cells(cur.id, cur.n_tokens) && (layered->kv_kept || has_room_for_kept(cur.id));
+            (layered->queue || (layered->kv->get_size() >= n_layer_cells(cur.id, cur.n_tokens) && (layered->kv_kept || has_room_for_kept(cur.id))));
 
         if (!is_made) {
             make_layers(cur.id, cur.n_tokens);
@@ -265,11 +301,20 @@ bool lt_kv_cache::start_layers(const lt_batch & batch, uint32_t n_outputs) {
 
     layered->is_running = true;
     layered->begin      = cur.begin;
+    layered->n_past     = pos_full(cur.id).size();
 
     lctx->synchronize();
 
-    kv_prompt = std::move(layered->kv);
     generation++;
+
+    if (layered->queue) {
+        start_queue();
+        begin_run();
+
+        return true;
+    }
+
+    kv_prompt = std::move(layered->kv);
 
     const auto & src = kv_streaming->get_cells(cur.id);
           auto & dst = lt_kv_ops::cells(*kv_prompt, 0);
@@ -295,7 +340,9 @@ bool lt_kv_cache::start_layers(const lt_batch & batch, uint32_t n_outputs) {
 void lt_kv_cache::begin_run() {
     const auto & run = layered->run();
 
-    if (run.il_streaming >= 0) {
+    if (layered->queue) {
+        begin_queue_run();
+    } else if (run.il_streaming >= 0) {
         // note: layers can have keys and values of other sizes, and what is in no cell must still be numbers
         for (const auto & buf : layered->bufs) {
             if (!has_equal_layers) {
@@ -328,6 +375,11 @@ void lt_kv_cache::begin_run() {
 
 void lt_kv_cache::plan_kept() {
     const llama_seq_id s = layered->seq_id;
+
+    if (layered->queue) {
+        layered->pairs_out = pairs_kept();
+        return;
+    }
 
     const auto & cells = kv_prompt->get_cells(s);
     const auto & held  = kv_streaming->get_cells(s);
@@ -364,7 +416,9 @@ bool lt_kv_cache::next_run() {
 
     const llama_seq_id s = layered->seq_id;
 
-    if (const int32_t il = layered->run().il_streaming; il >= 0) {
+    if (layered->queue) {
+        end_queue_run();
+    } else if (const int32_t il = layered->run().il_streaming; il >= 0) {
         auto & dst = layered->kv_kept ? *layered->kv_kept : *kv_streaming;
 
         lt_kv_ops::copy_data(*kv_prompt, 0, dst, layered->kv_kept ? 0 : kv_streaming->get_stream(s), layered->pairs_out, il);
@@ -377,7 +431,7 @@ bool lt_kv_cache::next_run() {
         return true;
     }
 
-    finish_layers();
+    layered->queue ? finish_queue() : finish_layers();
 
     return false;
 }
@@ -423,7 +477,12 @@ void lt_kv_cache::stop_layers() {
     const llama_seq_id s     = layered->seq_id;
     const llama_pos    begin = layered->begin;
 
-    kv_full->seq_rm(s, begin, -1);
+    if (layered->queue) {
+        kv_full = std::move(layered->queue->kv_full);
+        generation++;
+    } else {
+        kv_full->seq_rm(s, begin, -1);
+    }
 
     leave_prompt_part(s);
     layered.reset();

@@ -74,8 +74,8 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
     const uint32_t n_held = pos_streaming(seq_id).size();
     const uint32_t n_past = pos_full(seq_id).size();
 
-    if (n_tokens > kv_full->get_size() || n_past > kv_full->get_size() - n_tokens) {
-        throw std::runtime_error(format("a prompt of %u tokens after %u others does not fit the context of %u tokens", n_tokens, n_past, kv_full->get_size()));
+    if (n_tokens > size_full || n_past > size_full - n_tokens) {
+        throw std::runtime_error(format("a prompt of %u tokens after %u others does not fit the context of %u tokens", n_tokens, n_past, size_full));
     }
 
     const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
@@ -105,9 +105,18 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
         layered.reset();
     }
 
-    if (!is_spare && !all_kept && n_used == 0 && can_read_by_layer(seq_id, n_tokens)) {
+    // note: where all layers are still full, it is the full part that has no room
+    const bool has_room = all_kept ? n_past + n_tokens <= kv_full->get_size() : is_spare;
+
+    if (!has_room && n_used == 0 && can_read_by_layer(seq_id, n_tokens)) {
         make_layers(seq_id, n_tokens);
-    } else if (!is_spare && !all_kept) {
+    } else if (!has_room && all_kept) {
+        if (lctx) {
+            lctx->synchronize();
+        }
+
+        grow_full_part();
+    } else if (!has_room) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
 
         check_limit(n_cells, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);
@@ -192,6 +201,20 @@ llama_kv_cache * lt_kv_cache::get_reserve() {
         LLAMA_LOG_INFO("%s: the compute buffers are made for a prompt of %u cells, for which no memory is taken now:\n", __func__, size_full);
 
         kv_reserve = create(hparams_no_alloc, GGML_PAD(size_full, LT_PART_PAD), true, true);
+    }
+
+    return kv_reserve.get();
+}
+
+llama_kv_cache * lt_kv_cache::get_reserve_full() {
+    if (kv_full->get_size() >= size_full) {
+        return kv_full.get();
+    }
+
+    if (!kv_reserve) {
+        LLAMA_LOG_INFO("%s: the compute buffers are made for %u cells in all layers, for which no memory is taken now:\n", __func__, size_full);
+
+        kv_reserve = create(hparams_no_alloc, size_full, false, unified);
     }
 
     return kv_reserve.get();

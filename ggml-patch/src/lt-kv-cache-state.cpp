@@ -193,6 +193,11 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     // a copy that is made later would overwrite what is read now
     update();
 
+    // note: how many cells the state has nobody knows before it is read
+    if (!partial && all_kept) {
+        grow_full_part();
+    }
+
     const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
 
@@ -226,8 +231,8 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
         io.read(&n_streaming, sizeof(n_streaming));
 
         // note: there are as many tokens in the full part of the state. a damaged number must not become an allocation
-        if (n_streaming > kv_full->get_size()) {
-            throw std::runtime_error(format("the state holds %u tokens, more than the context of %u tokens", n_streaming, kv_full->get_size()));
+        if (n_streaming > size_full) {
+            throw std::runtime_error(format("the state holds %u tokens, more than the context of %u tokens", n_streaming, size_full));
         }
 
         // the tokens of an image, for example
@@ -292,8 +297,8 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
 
 void lt_kv_cache::reserve_prompt_part(uint32_t n_cells) {
     const uint64_t n_all = (uint64_t) n_cells + (kv_prompt ? kv_prompt->get_cells(0).get_used() : 0);
-    if (n_all > (uint64_t) kv_full->get_size()*kv_full->get_n_stream()) {
-        throw std::runtime_error(format("the state holds %u tokens of a prompt, more than the context of %u tokens", n_cells, kv_full->get_size()));
+    if (n_all > (uint64_t) size_full*kv_full->get_n_stream()) {
+        throw std::runtime_error(format("the state holds %u tokens of a prompt, more than the context of %u tokens", n_cells, size_full));
     }
 
     check_limit(n_all, n_cells);

@@ -44,6 +44,14 @@ static uint32_t lt_size_streaming(const lt_spec & spec, const llama_cparams & cp
     return GGML_PAD((uint32_t) std::min<uint64_t>(cparams.n_ctx_seq, n_max), 256);
 }
 
+// where the layers are chosen for the prompt, shorter ones than it takes for that, and their answers, are not to take a cache of the
+// context's size in all layers
+static uint32_t lt_size_kept(const lt_spec & spec, const llama_model & model, const llama_cparams & cparams) {
+    const bool is_small = spec.is_auto() && !model.hparams.no_alloc;
+
+    return is_small ? std::min(cparams.n_ctx_seq, lt_size_streaming(spec, cparams)) : cparams.n_ctx_seq;
+}
+
 // of K or of V in the streaming layers, where the other layers have the given type
 static ggml_type lt_type_streaming(const lt_spec & spec, ggml_type type_full) {
     // note: what these contexts keep of a layer is, or was, in the full part
@@ -96,6 +104,7 @@ lt_kv_cache::lt_kv_cache(
     n_ubatch(cparams.n_ubatch),
     size_full(cparams.n_ctx_seq),
     size_streaming(lt_size_streaming(spec, cparams)),
+    size_kept(lt_size_kept(spec, model, cparams)),
     hparams_no_alloc(model.hparams),
     mask(lt_make_mask(spec, model.hparams, cparams.kv_unified ? cparams.n_seq_max : 1, &phases)),
     prompt_limit(lt_env_prompt_limit()),
@@ -126,9 +135,19 @@ std::unique_ptr<llama_kv_cache> lt_kv_cache::create(const llama_hparams & hparam
         return has_cache[il] && (!spec.hides && spec.is_streaming(il)) == streaming;
     };
 
+    return create(hparams, size, streaming, unified, filter, !streaming && all_kept && spec.is_auto());
+}
+
+std::unique_ptr<llama_kv_cache> lt_kv_cache::create(
+          const llama_hparams & hparams,
+                     uint32_t   size,
+                         bool   streaming,
+                         bool   unified,
+        const layer_filter_cb & filter,
+                         bool   layer_buffers) const {
     lt_kv_params params;
     params.mask          = streaming ? mask : lt_mask();
-    params.layer_buffers = !streaming && all_kept && spec.is_auto();
+    params.layer_buffers = layer_buffers;
 
     // note: llama_kv_cache adds positions to it
     const uint32_t n_swa = streaming ? std::min<uint32_t>(spec.n_window, INT32_MAX/2) : 0;
@@ -197,7 +216,7 @@ llama_pos lt_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() const {
     auto mb = prompt_breakdown();
     for (const auto * kv : { kv_full.get(), kv_streaming.get() }) {
-        for (const auto & buft_size : kv->memory_breakdown()) {
+        for (const auto & buft_size : breakdown(*kv)) {
             mb[buft_size.first] += buft_size.second;
         }
     }
@@ -224,6 +243,10 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::prompt_breakdown() con
         buft_size.second *= share;
     }
     return mb;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::breakdown(const llama_kv_cache & kv) const {
+    return model.hparams.no_alloc ? kv.memory_breakdown() : lt_kv_ops::breakdown(kv);
 }
 
 llama_memory_context_ptr lt_kv_cache::init_full() {

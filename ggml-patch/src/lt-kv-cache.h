@@ -148,8 +148,12 @@ public:
 
     uint64_t n_tokens(llama_seq_id seq_id) const;
 
-    // a prompt part as large as can be, without memory: what the graphs are reserved for. null if there is never one
+    // what the graphs are reserved for, without memory: a prompt part as large as can be, null if there is never one, and the full part
     llama_kv_cache * get_reserve();
+    llama_kv_cache * get_reserve_full();
+
+    // the bytes that a part has, or would have where it is asked what would be needed (no_alloc, --fit)
+    std::map<ggml_backend_buffer_type_t, size_t> breakdown(const llama_kv_cache & kv) const;
 
     // the announced prompt of the sequence is to be read layer by layer
     bool is_by_layer(llama_seq_id seq_id) const;
@@ -167,7 +171,7 @@ public:
     // a graph has been built: find out where it can be cut between layers
     void note_cuts(const llm_graph_params & params, const lt_kv_cache_context & mctx);
 
-    // all ubatches have passed the current run of layers. false: it was the last one
+    // all ubatches have passed the current run of layers. false: it was the last one. throws std::runtime_error if there is no memory
     bool next_run();
 
     // the prompt has come to a halt: as if it had not begun
@@ -194,6 +198,7 @@ private:
 
     const uint32_t size_full;      // [cells]
     const uint32_t size_streaming; // [cells]
+    const uint32_t size_kept;      // [cells] the full part has so many at first, where the layers are chosen for the prompt
 
     // those of the model, for a cache that is given no memory
     llama_hparams hparams_no_alloc;
@@ -256,15 +261,22 @@ private:
         uint32_t n_cells     = 0;         // the prompt part is to have so many cells
         uint32_t n_needed    = 0;         // or at least so many
         uint32_t n_streaming = 0;         // and the streaming part so many
+        bool grow_full = false;           // the full part as many as the context
         std::vector<llama_seq_id> move;   // into the prompt part
         std::vector<llama_seq_id> finish; // their prompts have been read
         bool choose = false;              // choose the layers
     } pending;
 
+    // cells of two parts
+    using cell_pairs = std::vector<std::pair<uint32_t, uint32_t>>;
+
     // (stream, cell of the part that is copied from) -> cell of the part that it was copied to
     using cell_map = std::map<std::pair<uint32_t, uint32_t>, uint32_t>;
 
     std::unique_ptr<llama_kv_cache> create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified) const;
+
+    // of the layers that pass the filter. layer_buffers: each has one of its own
+    std::unique_ptr<llama_kv_cache> create(const llama_hparams & hparams, uint32_t size, bool streaming, bool unified, const layer_filter_cb & filter, bool layer_buffers) const;
 
     // no prompt of the sequence is announced any more
     void undeclare(llama_seq_id seq_id);
@@ -432,6 +444,25 @@ private:
     void finish_layers();
 
     //
+    // the same for a prompt that chooses the layers, see lt-kv-cache-queue.cpp
+    //
+
+    bool   is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const;
+    size_t queue_bytes (uint32_t n_tokens) const;
+    size_t full_bytes  (uint32_t il) const;
+
+    void make_queue(lt_layers & layers) const;
+
+    void start_queue();
+    void begin_queue_run();
+    void end_queue_run();
+
+    // have nothing but sinks and window of a layer
+    void cut_queue(int32_t il);
+
+    void finish_queue();
+
+    //
     // parts that grow, see lt-kv-cache-grow.cpp
     //
 
@@ -445,6 +476,7 @@ private:
     // n_cells, or n_needed if there is no memory for so many. these throw std::runtime_error if there is no memory at all
     void grow_prompt_part   (uint32_t n_cells, uint32_t n_needed);
     void grow_streaming_part(uint32_t n_cells);
+    void grow_full_part     ();
 
     //
     // the end of prompts, see lt-kv-cache-prompt-end.cpp
@@ -472,7 +504,19 @@ private:
     // false, with a line in the log, if the parts are hollow and there is still no memory for them
     bool has_memory();
 
+    // of the layers that are measured, so many come to stream
+    size_t n_laziest() const;
+
+    // (cell of the full part, cell of a new streaming part): what a streaming layer keeps
+    cell_pairs pairs_kept() const;
+
+    // a streaming part for them
+    std::unique_ptr<llama_kv_cache> create_kept(const llama_hparams & hparams, const cell_pairs & pairs, const layer_filter_cb & filter) const;
+
     void choose_layers();
+
+    // the layers have been chosen, and the full part has them no more
+    void take_choice(std::unique_ptr<llama_kv_cache> kv_new);
 
     // if everything has been removed: all layers are full again, and the next prompt chooses
     void choose_anew();

@@ -287,13 +287,53 @@ static size_t lt_offs_v(ggml_backend_buffer_type_t buft, const ggml_tensor * k) 
     return GGML_PAD(ggml_backend_buft_get_alloc_size(buft, k), ggml_backend_buft_get_alignment(buft));
 }
 
+static size_t lt_size(ggml_backend_buffer_type_t buft, const ggml_tensor * k, const ggml_tensor * v) {
+    return lt_offs_v(buft, k) + (v ? ggml_backend_buft_get_alloc_size(buft, v) : 0);
+}
+
+// throws std::runtime_error
+static ggml_backend_buffer_ptr lt_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_ptr res { ggml_backend_buft_alloc_buffer(buft, size) };
+    if (!res) {
+        throw std::runtime_error(format("%.1f MiB could not be allocated", size/1024.0/1024.0));
+    }
+
+    // what is in no cell must still be numbers
+    ggml_backend_buffer_clear(res.get(), 0);
+
+    return res;
+}
+
+// keys and values in a buffer, and what looks at them
+template <typename Layer>
+static void lt_put_layer(const Layer & layer, ggml_backend_buffer_t buf) {
+    const auto put = [&](ggml_tensor * t, size_t offs) {
+        t->buffer = nullptr;
+        ggml_backend_tensor_alloc(buf, t, (uint8_t *) ggml_backend_buffer_get_base(buf) + offs);
+    };
+
+    put(layer.k, 0);
+    if (layer.v) {
+        put(layer.v, lt_offs_v(ggml_backend_buffer_get_type(buf), layer.k));
+    }
+
+    for (const auto * views : { &layer.k_stream, &layer.v_stream }) {
+        for (ggml_tensor * view : *views) {
+            if (view) {
+                view->buffer = nullptr;
+                ggml_backend_view_init(view);
+            }
+        }
+    }
+}
+
 std::map<ggml_backend_buffer_type_t, size_t> lt_kv_ops::shared_breakdown(const llama_kv_cache & kv) {
     std::map<ggml_backend_buffer_type_t, size_t> res;
 
     for_each_layer(kv, [&](int32_t, const ggml_tensor * k, const ggml_tensor * v) {
         auto * buft = ggml_backend_buffer_get_type(k->buffer);
 
-        res[buft] = std::max(res[buft], lt_offs_v(buft, k) + (v ? ggml_backend_buft_get_alloc_size(buft, v) : 0));
+        res[buft] = std::max(res[buft], lt_size(buft, k, v));
     });
 
     return res;
@@ -304,54 +344,88 @@ std::vector<ggml_backend_buffer_ptr> lt_kv_ops::share_memory(llama_kv_cache & kv
     std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_t> bufs;
 
     for (const auto & [buft, size] : shared_breakdown(kv)) {
-        res.emplace_back(ggml_backend_buft_alloc_buffer(buft, size));
-        if (!res.back()) {
-            throw std::runtime_error(format("%.1f MiB could not be allocated", size/1024.0/1024.0));
-        }
+        res.push_back(lt_alloc(buft, size));
 
         bufs[buft] = res.back().get();
-
-        // what is in no cell must still be numbers
-        ggml_backend_buffer_clear(res.back().get(), 0);
     }
 
-    const auto put = [](ggml_backend_buffer_t buf, ggml_tensor * t, size_t offs) {
-        t->buffer = nullptr;
-        ggml_backend_tensor_alloc(buf, t, (uint8_t *) ggml_backend_buffer_get_base(buf) + offs);
-    };
-
-    const auto put_views = [](const std::vector<ggml_tensor *> & views) {
-        for (ggml_tensor * view : views) {
-            if (view) {
-                view->buffer = nullptr;
-                ggml_backend_view_init(view);
-            }
-        }
-    };
-
     for (const auto & layer : kv.layers) {
-        auto * buft = ggml_backend_buffer_get_type(layer.k->buffer);
-
-        put(bufs[buft], layer.k, 0);
-        if (layer.v) {
-            put(bufs[buft], layer.v, lt_offs_v(buft, layer.k));
-        }
-
-        put_views(layer.k_stream);
-        put_views(layer.v_stream);
+        lt_put_layer(layer, bufs[ggml_backend_buffer_get_type(layer.k->buffer)]);
     }
 
     return res;
 }
 
-void lt_kv_ops::drop_layer(llama_kv_cache & kv, int32_t il) {
-    const auto it = std::find_if(kv.layers.begin(), kv.layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
-    GGML_ASSERT(it != kv.layers.end());
+template <typename Layers>
+static auto lt_find_layer(Layers & layers, int32_t il) {
+    const auto it = std::find_if(layers.begin(), layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
+    GGML_ASSERT(it != layers.end());
+
+    return it;
+}
+
+template <typename Bufs>
+static auto lt_find_buffer(Bufs & ctxs_bufs, const ggml_tensor * k) {
+    const auto it = std::find_if(ctxs_bufs.begin(), ctxs_bufs.end(), [&](const auto & ctx_buf) { return ctx_buf.second.get() == k->buffer; });
+    GGML_ASSERT(it != ctxs_bufs.end());
+
+    return it;
+}
+
+void lt_kv_ops::take_memory(llama_kv_cache & kv, int32_t il, std::vector<ggml_backend_buffer_ptr> & spare) {
+    const auto it = lt_find_layer(kv.layers, il);
 
     const ggml_tensor * k = it->k;
 
-    const auto it_buf = std::find_if(kv.ctxs_bufs.begin(), kv.ctxs_bufs.end(), [&](const auto & ctx_buf) { return ctx_buf.second.get() == k->buffer; });
-    GGML_ASSERT(it_buf != kv.ctxs_bufs.end());
+    auto & buf = lt_find_buffer(kv.ctxs_bufs, k)->second;
+
+    auto * buft = ggml_backend_buffer_get_type(buf.get());
+
+    const size_t size = lt_size(buft, k, it->v);
+
+    const auto it_spare = std::find_if(spare.begin(), spare.end(), [&](const auto & cur) {
+        return ggml_backend_buffer_get_type(cur.get()) == buft && ggml_backend_buffer_get_size(cur.get()) >= size;
+    });
+
+    ggml_backend_buffer_ptr taken;
+
+    if (it_spare != spare.end()) {
+        taken = std::move(*it_spare);
+        spare.erase(it_spare);
+    } else {
+        taken = lt_alloc(buft, size);
+    }
+
+    lt_put_layer(*it, taken.get());
+
+    buf = std::move(taken);
+}
+
+ggml_backend_buffer_ptr lt_kv_ops::give_memory(llama_kv_cache & kv, int32_t il) {
+    const auto it = lt_find_layer(kv.layers, il);
+
+    auto & ctx_buf = *lt_find_buffer(kv.ctxs_bufs, it->k);
+
+    ggml_backend_buffer_ptr res { ggml_backend_buft_alloc_buffer(ggml_backend_buffer_get_type(ctx_buf.second.get()), 0) };
+
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx_buf.first.get()); t; t = ggml_get_next_tensor(ctx_buf.first.get(), t)) {
+        t->buffer = res.get();
+        t->data   = nullptr;
+    }
+
+    std::swap(res, ctx_buf.second);
+
+    return res;
+}
+
+bool lt_kv_ops::has_memory(const llama_kv_cache & kv, int32_t il) {
+    return lt_find_layer(kv.layers, il)->k->data;
+}
+
+void lt_kv_ops::drop_layer(llama_kv_cache & kv, int32_t il) {
+    const auto it = lt_find_layer(kv.layers, il);
+
+    const auto it_buf = lt_find_buffer(kv.ctxs_bufs, it->k);
 
     kv.layers   .erase(it);
     kv.ctxs_bufs.erase(it_buf);
@@ -360,4 +434,12 @@ void lt_kv_ops::drop_layer(llama_kv_cache & kv, int32_t il) {
     for (size_t i = 0; i < kv.layers.size(); ++i) {
         kv.map_layer_ids[kv.layers[i].il] = i;
     }
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> lt_kv_ops::breakdown(const llama_kv_cache & kv) {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+    for (const auto & [_, buf] : kv.ctxs_bufs) {
+        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    }
+    return res;
 }

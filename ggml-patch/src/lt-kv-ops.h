@@ -68,6 +68,21 @@ struct lt_kv_ops {
     // what that would take
     static std::map<ggml_backend_buffer_type_t, size_t> shared_breakdown(const llama_kv_cache & kv);
 
-    // give back a layer of a cache that has a buffer for each
+    //
+    // caches that have a buffer for each layer
+    //
+
+    // give memory to a layer of a cache that was made without: one of the spare buffers if one fits, whose cells have values, else a
+    // new one. throws std::runtime_error if there is none
+    static void take_memory(llama_kv_cache & kv, int32_t il, std::vector<ggml_backend_buffer_ptr> & spare);
+
+    // the other way round
+    static ggml_backend_buffer_ptr give_memory(llama_kv_cache & kv, int32_t il);
+
+    static bool has_memory(const llama_kv_cache & kv, int32_t il);
+
     static void drop_layer(llama_kv_cache & kv, int32_t il);
+
+    // what all layers have, whether the cache was made with memory or without
+    static std::map<ggml_backend_buffer_type_t, size_t> breakdown(const llama_kv_cache & kv);
 };

@@ -146,41 +146,70 @@ ggml_tensor * lt_lazy_ratio::build_mass(ggml_context * ctx, ggml_tensor * k, ggm
     return ggml_mul_mat(ctx, ind, kq);
 }
 
-std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, uint32_t n_sink, uint32_t n_recent, lt_lazy lazy) const {
-    const auto & hparams = model.hparams;
-    const auto & cells   = kv.get_cells(0);
+bool lt_lazy_ratio::is_measured(int il) const {
+    return layers[il].q;
+}
 
-    const bool alibi = hparams.f_max_alibi_bias > 0.0f;
+lt_lazy_ratio::view lt_lazy_ratio::make_view(const llama_kv_cache & kv, uint64_t n_past, const lt_spec & spec) const {
+    const auto & cells = kv.get_cells(0);
 
-    const int64_t   n_kv = std::min(cells.size(), GGML_PAD(std::max(cells.used_max_p1(), 1u), 256));
-    const llama_pos n    = cells.seq_pos_max(0) + 1;
+    const bool alibi = model.hparams.f_max_alibi_bias > 0.0f;
 
-    // the queries that are still those of this prompt: it may have been rolled back while it was read
-    std::vector<bool> valid(n_last);
+    const llama_pos n = cells.seq_pos_max(0) + 1;
+
+    view res;
+
+    res.n_kv = std::min(cells.size(), GGML_PAD(std::max(cells.used_max_p1(), 1u), 256));
+
+    res.valid.resize(n_last);
     for (uint32_t r = 0; r < n_last; ++r) {
-        valid[r] = rows[r].pos >= 0 && rows[r].i < n_past && rows[r].i + n_last >= n_past;
+        res.valid[r] = rows[r].pos >= 0 && rows[r].i < n_past && rows[r].i + n_last >= n_past;
     }
 
-    std::vector<float> data_mask(n_kv*n_last, -INFINITY);
-    std::vector<float> data_ind (n_kv, 0.0f);
+    res.mask.resize(res.n_kv*n_last, -INFINITY);
+    res.ind .resize(res.n_kv, 0.0f);
 
-    for (int64_t j = 0; j < n_kv; ++j) {
+    for (int64_t j = 0; j < res.n_kv; ++j) {
         if (cells.is_empty(j)) {
             continue;
         }
 
         const llama_pos p = cells.pos_get(j);
 
-        data_ind[j] = p < (llama_pos) n_sink || (int64_t) p >= (int64_t) n - n_recent ? 1.0f : 0.0f;
+        res.ind[j] = p < (llama_pos) spec.n_sink || (int64_t) p >= (int64_t) n - spec.n_window ? 1.0f : 0.0f;
 
         for (uint32_t r = 0; r < n_last; ++r) {
-            if (!valid[r] || p <= rows[r].pos) {
-                data_mask[r*n_kv + j] = alibi ? -std::abs((float) (p - rows[r].pos)) : 0.0f;
+            if (!res.valid[r] || p <= rows[r].pos) {
+                res.mask[r*res.n_kv + j] = alibi ? -std::abs((float) (p - rows[r].pos)) : 0.0f;
             }
         }
     }
 
+    return res;
+}
+
+std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, const lt_spec & spec) const {
+    const view seen = make_view(kv, n_past, spec);
+
     std::vector<float> res(layers.size(), std::numeric_limits<float>::quiet_NaN());
+
+    for (size_t il = 0; il < layers.size(); ++il) {
+        if (is_measured(il)) {
+            res[il] = compute(lctx, kv, seen, spec.lazy, il);
+        }
+    }
+
+    return res;
+}
+
+float lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, const lt_spec & spec, int il) const {
+    return compute(lctx, kv, make_view(kv, n_past, spec), spec.lazy, il);
+}
+
+float lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_cache & kv, const view & seen, lt_lazy lazy, int il) const {
+    const auto & hparams = model.hparams;
+
+    const int64_t n_kv = seen.n_kv;
 
     llama_kv_cache::slot_info sinfo = {
         /*.s0   =*/ 0,
@@ -191,76 +220,68 @@ std::vector<float> lt_lazy_ratio::compute(llama_context * lctx, const llama_kv_c
 
     auto * sched = lctx->get_sched();
 
-    for (size_t il = 0; il < layers.size(); ++il) {
-        if (!layers[il].q) {
-            continue;
+    auto chunks = split(il, n_kv);
+    if (hparams.f_max_alibi_bias > 0.0f) {
+        chunks = { { 0, hparams.n_head_kv(il), 0, n_last } };
+    }
+
+    double sum = 0.0;
+    float  min = 1.0f;
+
+    for (size_t i0 = 0; i0 < chunks.size(); i0 += LT_CHUNKS_MAX) {
+        const size_t n_nodes = 32*LT_CHUNKS_MAX;
+
+        ggml_init_params params = {
+            /*.mem_size   =*/ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        };
+
+        ggml_context_ptr ctx { ggml_init(params) };
+        ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), n_nodes, false);
+
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_kv, n_last);
+        ggml_tensor * ind  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_kv, 1);
+        ggml_set_input(mask);
+        ggml_set_input(ind);
+
+        ggml_tensor * k = kv.get_k(ctx.get(), il, n_kv, sinfo);
+
+        std::vector<ggml_tensor *> mass;
+        for (size_t i = i0; i < std::min(i0 + LT_CHUNKS_MAX, chunks.size()); ++i) {
+            mass.push_back(build_mass(ctx.get(), k, mask, ind, chunks[i], il));
+            ggml_set_output(mass.back());
+            ggml_build_forward_expand(gf, mass.back());
         }
 
-        auto chunks = split(il, n_kv);
-        if (alibi) {
-            chunks = { { 0, hparams.n_head_kv(il), 0, n_last } };
+        ggml_backend_sched_reset(sched);
+        if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+            throw std::runtime_error("failed to allocate the graph of the lazy ratio");
         }
 
-        double sum = 0.0;
-        float  min = 1.0f;
+        ggml_backend_tensor_set(mask, seen.mask.data(), 0, ggml_nbytes(mask));
+        ggml_backend_tensor_set(ind,  seen.ind .data(), 0, ggml_nbytes(ind));
 
-        for (size_t i0 = 0; i0 < chunks.size(); i0 += LT_CHUNKS_MAX) {
-            const size_t n_nodes = 32*LT_CHUNKS_MAX;
+        if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("failed to compute the lazy ratio");
+        }
 
-            ggml_init_params params = {
-                /*.mem_size   =*/ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
-                /*.mem_buffer =*/ nullptr,
-                /*.no_alloc   =*/ true,
-            };
+        ggml_backend_sched_synchronize(sched);
 
-            ggml_context_ptr ctx { ggml_init(params) };
-            ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), n_nodes, false);
+        for (size_t i = 0; i < mass.size(); ++i) {
+            const chunk & part = chunks[i0 + i];
 
-            ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_kv, n_last);
-            ggml_tensor * ind  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_kv, 1);
-            ggml_set_input(mask);
-            ggml_set_input(ind);
+            std::vector<float> data(ggml_nelements(mass[i]));
+            ggml_backend_tensor_get(mass[i], data.data(), 0, ggml_nbytes(mass[i]));
 
-            ggml_tensor * k = kv.get_k(ctx.get(), il, n_kv, sinfo);
-
-            std::vector<ggml_tensor *> mass;
-            for (size_t i = i0; i < std::min(i0 + LT_CHUNKS_MAX, chunks.size()); ++i) {
-                mass.push_back(build_mass(ctx.get(), k, mask, ind, chunks[i], il));
-                ggml_set_output(mass.back());
-                ggml_build_forward_expand(gf, mass.back());
-            }
-
-            ggml_backend_sched_reset(sched);
-            if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-                throw std::runtime_error("failed to allocate the graph of the lazy ratio");
-            }
-
-            ggml_backend_tensor_set(mask, data_mask.data(), 0, ggml_nbytes(mask));
-            ggml_backend_tensor_set(ind,  data_ind .data(), 0, ggml_nbytes(ind));
-
-            if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
-                throw std::runtime_error("failed to compute the lazy ratio");
-            }
-
-            ggml_backend_sched_synchronize(sched);
-
-            for (size_t i = 0; i < mass.size(); ++i) {
-                const chunk & part = chunks[i0 + i];
-
-                std::vector<float> data(ggml_nelements(mass[i]));
-                ggml_backend_tensor_get(mass[i], data.data(), 0, ggml_nbytes(mass[i]));
-
-                for (size_t j = 0; j < data.size(); ++j) {
-                    if (valid[part.row + j % part.n_row]) {
-                        sum += data[j];
-                        min  = std::min(min, data[j]);
-                    }
+            for (size_t j = 0; j < data.size(); ++j) {
+                if (seen.valid[part.row + j % part.n_row]) {
+                    sum += data[j];
+                    min  = std::min(min, data[j]);
                 }
             }
         }
-
-        res[il] = lazy == LT_LAZY_MIN ? min : sum/(std::count(valid.begin(), valid.end(), true)*(double) hparams.n_head(il));
     }
 
-    return res;
+    return lazy == LT_LAZY_MIN ? min : sum/(std::count(seen.valid.begin(), seen.valid.end(), true)*(double) hparams.n_head(il));
 }

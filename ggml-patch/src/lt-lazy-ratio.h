@@ -12,6 +12,11 @@
 struct llama_model;
 class  llama_kv_cache;
 
+// whether layer a is the one of the two to stream: its ratio is higher or, where they have the same, its number
+inline bool lt_is_lazier(const std::vector<float> & ratios, int32_t a, int32_t b) {
+    return ratios[a] != ratios[b] ? ratios[a] > ratios[b] : a > b;
+}
+
 // lazy ratio of each layer over the last queries of a prompt (LightTransfer, arXiv 2410.13846, section 3): of the attention mass that
 // a head's query has on the first n_sink and the last n_recent positions of the prompt, the mean over these queries and all heads, or
 // the smallest
@@ -32,10 +37,15 @@ public:
     // q: [n_embd_head, n_head, n_tokens], idxs: I64 [n_keep]
     void build_keep(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * idxs, float kq_scale, int il);
 
+    bool is_measured(int il) const;
+
     // n_past: the tokens of the prompt, all of which kv holds for sequence 0
     // returns [n_layer], NaN where a layer isn't measured
     // throws std::runtime_error if there is no memory
-    std::vector<float> compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, uint32_t n_sink, uint32_t n_recent, lt_lazy lazy) const;
+    std::vector<float> compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, const lt_spec & spec) const;
+
+    // that of one layer, which is measured
+    float compute(llama_context * lctx, const llama_kv_cache & kv, uint64_t n_past, const lt_spec & spec, int il) const;
 
 private:
     const llama_model & model;
@@ -66,6 +76,19 @@ private:
     };
 
     std::vector<chunk> split(int il, int64_t n_kv) const;
+
+    // what the kept queries see
+    struct view {
+        int64_t n_kv;
+
+        std::vector<bool>  valid; // [n_last] they are still those of this prompt: it may have been rolled back while it was read
+        std::vector<float> mask;  // [n_kv, n_last]
+        std::vector<float> ind;   // [n_kv] 1 for sinks and recent positions
+    };
+
+    view make_view(const llama_kv_cache & kv, uint64_t n_past, const lt_spec & spec) const;
+
+    float compute(llama_context * lctx, const llama_kv_cache & kv, const view & seen, lt_lazy lazy, int il) const;
 
     // the scores of a chunk after softmax, and of them the mass on ind. [1, n_row, n_head]
     ggml_tensor * build_mass(ggml_context * ctx, ggml_tensor * k, ggml_tensor * mask, ggml_tensor * ind, const chunk & part, int il) const;

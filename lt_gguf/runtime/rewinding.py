@@ -78,7 +78,7 @@ class RewindingLlama(_Llama):
         self._reads_in_full = self._spec.prefill == "full" and (bool(self._spec.layers) or self.auto is not None)
         # A prompt that comes in one batch is read layer by layer. Made when the first one comes.
         self._whole: WholePrompt | None = None
-        if self._reads_in_full and self.auto is None and not self._logits_all and not self.context_params.embeddings:
+        if self._reads_in_full and not self._logits_all and not self.context_params.embeddings:
             self._reads_by_layer = True
 
     @property

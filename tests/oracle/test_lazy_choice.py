@@ -219,8 +219,14 @@ def test_the_memory_of_the_chosen_layers_is_given_back(subject, fraction):
     layer_bytes = 4 * 2 * COMMON["num_key_value_heads"] * COMMON["hidden_size"] // COMMON["num_attention_heads"]
     n_streaming = int(fraction * 4)
     with context_of(model, auto(fraction), n_ctx=2048) as context:
-        assert (context.kv_bytes(FULL), context.kv_bytes(PROMPT)) == (4 * 2048 * layer_bytes, 0)
-        context.read_prompt(random_tokens(1500))
+        few = 4 * 256 * layer_bytes  # before there is much, no layer has cells for all of the context
+        assert (context.kv_bytes(FULL), context.kv_bytes(PROMPT)) == (few, 0)
+        transcript = Transcript(model, None, context)
+        transcript.read(200, end=False)
+        assert context.kv_bytes(FULL) == few
+        transcript.read(1200, n_batch=512, end=False)
+        assert context.kv_bytes(FULL) == 4 * 2048 * layer_bytes
+        transcript.read(100)
         assert context.kv_bytes(FULL) == (4 - n_streaming) * 2048 * layer_bytes
         assert context.kv_bytes(STREAMING) == n_streaming * 256 * layer_bytes
         assert context.kv_bytes(PROMPT) == 0
