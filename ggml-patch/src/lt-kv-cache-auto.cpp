@@ -1,6 +1,6 @@
 // layers that are chosen for the first prompt of a conversation, see lt-kv-cache.h
 //
-// until then the full part has all layers, and few cells as long as these suffice. at the end of the first prompt that is longer than
+// until then the full part has all layers, and few cells, more when there are more tokens. at the end of the first prompt that is longer than
 // what a streaming layer holds, the laziest layers move to the streaming part, one after the other; while it is read, if it is read
 // layer by layer, see lt-kv-cache-queue.cpp. when all tokens are removed, everything begins anew
 

@@ -188,7 +188,7 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
     };
 
     if (!prepare(*kv_full, ubatches, res.sinfos_full)) {
-        pending.grow_full = kv_full->get_size() < size_full;
+        request_full(batch);
         return nullptr;
     }
 
@@ -329,7 +329,7 @@ bool lt_kv_cache::is_far(llama_seq_id seq_id) const {
 }
 
 bool lt_kv_cache::has_pending() const {
-    return pending.n_cells > 0 || pending.n_streaming > 0 || pending.grow_full || !pending.finish.empty() || pending.choose;
+    return pending.n_cells > 0 || pending.n_streaming > 0 || pending.n_full > 0 || !pending.finish.empty() || pending.choose;
 }
 
 bool lt_kv_cache::apply_pending() {
@@ -350,8 +350,8 @@ bool lt_kv_cache::apply_pending() {
             grow_streaming_part(todo.n_streaming);
         }
 
-        if (todo.grow_full) {
-            grow_full_part();
+        if (todo.n_full > 0) {
+            grow_full_part(todo.n_full);
         }
 
         finish(todo.finish);

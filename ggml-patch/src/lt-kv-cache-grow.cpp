@@ -91,17 +91,33 @@ void lt_kv_cache::grow_streaming_part(uint32_t n_cells) {
     }
 }
 
-void lt_kv_cache::grow_full_part() {
-    if (kv_full->get_size() >= size_full) {
+void lt_kv_cache::request_full(const lt_batch & batch) {
+    uint32_t n_cells = kv_full->get_cells(0).get_used();
+    for (const auto & cur : batch) {
+        n_cells += std::max(cur.n_tokens, n_declared[cur.id]);
+    }
+
+    if (kv_full->get_size() < size_full) {
+        pending.n_full = n_cells;
+    }
+}
+
+void lt_kv_cache::grow_full_part(uint32_t n_cells) {
+    const uint32_t n_cur = kv_full->get_size();
+
+    if (n_cells <= n_cur || n_cur == size_full) {
         return;
     }
+
+    // note: by half, so that an answer whose length is not known is not copied over and over
+    n_cells = std::min(size_full, GGML_PAD(std::max(n_cells, n_cur + n_cur/2), LT_PART_PAD));
 
     std::unique_ptr<llama_kv_cache> kv_new;
 
     try {
-        kv_new = create(model.hparams, size_full, false, unified);
+        kv_new = create(model.hparams, n_cells, false, unified);
     } catch (const std::exception & err) {
-        throw std::runtime_error(format("no memory for a context of %u tokens in all layers (%s). A KV cache of a smaller type needs less", size_full, err.what()));
+        throw std::runtime_error(format("no memory for %u tokens in all layers (%s). A KV cache of a smaller type needs less", n_cells, err.what()));
     }
 
     lt_kv_ops::copy_all(*kv_full, *kv_new);

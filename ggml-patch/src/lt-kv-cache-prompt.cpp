@@ -115,7 +115,7 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
             lctx->synchronize();
         }
 
-        grow_full_part();
+        grow_full_part(n_past + n_tokens);
     } else if (!has_room) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
 

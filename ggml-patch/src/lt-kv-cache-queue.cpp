@@ -20,8 +20,7 @@
 bool lt_kv_cache::is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const {
     const uint64_t n_all = pos_full(seq_id).size() + (uint64_t) n_tokens;
 
-    // note: once the full part has grown there is nothing to be saved
-    const bool has_no_room = n_all > kv_full->get_size() && n_all <= size_full && kv_full->get_size() < size_full;
+    const bool has_no_room = n_all > kv_full->get_size() && n_all <= size_full;
 
     if (seq_id != 0 || !lazy_ratio || n_laziest() < 2 || !has_no_room) {
         return false;

@@ -195,7 +195,7 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
 
     // note: how many cells the state has nobody knows before it is read
     if (!partial && all_kept) {
-        grow_full_part();
+        grow_full_part(size_full);
     }
 
     const llama_seq_id s0 = seq_id < 0 ? 0           : seq_id;

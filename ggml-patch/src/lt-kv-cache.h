@@ -261,7 +261,7 @@ private:
         uint32_t n_cells     = 0;         // the prompt part is to have so many cells
         uint32_t n_needed    = 0;         // or at least so many
         uint32_t n_streaming = 0;         // and the streaming part so many
-        bool grow_full = false;           // the full part as many as the context
+        uint32_t n_full      = 0;         // and the full part so many
         std::vector<llama_seq_id> move;   // into the prompt part
         std::vector<llama_seq_id> finish; // their prompts have been read
         bool choose = false;              // choose the layers
@@ -470,13 +470,16 @@ private:
     // cache there can be more sequences than the context was made for
     void request_streaming(const lt_batch & batch);
 
+    // ask for more cells in the full part, where the layers are still to be chosen
+    void request_full(const lt_batch & batch);
+
     // a copy with more cells. throws std::runtime_error if there is no memory for it
     std::unique_ptr<llama_kv_cache> grown(const llama_kv_cache * kv, uint32_t n_cells, bool unified) const;
 
     // n_cells, or n_needed if there is no memory for so many. these throw std::runtime_error if there is no memory at all
     void grow_prompt_part   (uint32_t n_cells, uint32_t n_needed);
     void grow_streaming_part(uint32_t n_cells);
-    void grow_full_part     ();
+    void grow_full_part     (uint32_t n_cells);
 
     //
     // the end of prompts, see lt-kv-cache-prompt-end.cpp

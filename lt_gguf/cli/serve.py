@@ -100,7 +100,7 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
     else:
         size = ContextSize(min(options.ctx or most, most or options.ctx), 0)
     limit = size.prompt_limit if options.prompt_limit is None else model.size_of("--prompt-limit", options.prompt_limit)
-    spec = known_spec(described, streaming)
+    spec = known_spec(described, streaming, whole=False)
     # note: of others, nothing is dropped at a prompt's end that can't be kept in a checkpoint
     saves_slot = n_slots == 1 and spec is not None and bool(spec.layers) and spec.prefill == "full"
     settings = ServerSettings(

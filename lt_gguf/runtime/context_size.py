@@ -78,21 +78,25 @@ def largest_size(
     shape = KVShape(layers, max(described.n_head_kv, default=0), described.head_size_k, described.head_size_v)
     types: dict[str, Any] = {"type_k": _type_name(type_k), "type_v": _type_name(type_v), "n_ubatch": n_ubatch}
     model: dict[str, Any] = {"n_embd": described.n_embd, "n_head": max(described.n_head, default=0)}
-    spec = known_spec(described, streaming)
+    spec = known_spec(described, streaming, whole)
     n_ctx, prompt_limit = largest_context(
         shape, spec, left, most, **model, **types, flash_attn=flash_attn, n_sequences=n_sequences, whole=whole
     )
     return ContextSize(n_ctx, prompt_limit if spec is not None and spec.prefill == "full" else 0)
 
 
-def known_spec(described: GGUFModel, streaming: StreamingSpec | AutoSpec | str | None) -> StreamingSpec | None:
-    """Which layers stream, `None` if none does, or those that do aren't known before the prompt, which all of them then hold."""
+def known_spec(described: GGUFModel, streaming: StreamingSpec | AutoSpec | str | None, whole: bool = True) -> StreamingSpec | None:
+    """Which layers stream, `None` if none does. Where they are chosen for the prompt, a spec that saves no more than theirs:
+    read as a `whole`, no more layers than stay full and one are there at a time, read in batches, all."""
     streaming = os.environ.get("LT_STREAMING") or None if streaming is None else streaming
     if streaming is None or isinstance(streaming, StreamingSpec):
         return described.spec if streaming is None else streaming
-    if isinstance(streaming, AutoSpec) or is_auto(streaming):
-        return None
     try:
+        if isinstance(streaming, AutoSpec) or is_auto(streaming):
+            auto = streaming if isinstance(streaming, AutoSpec) else AutoSpec.parse(streaming, described.spec)
+            by_saving = sorted(range(described.n_layer_main), key=lambda layer: described.n_head_kv[layer])
+            layers = tuple(sorted(by_saving[: auto.n_streaming(described.n_layer_main)])) if whole else ()
+            return StreamingSpec(layers, described.n_layer, auto.sink, auto.window, "full") if layers else None
         return StreamingSpec.parse(streaming, described.n_layer, described.spec)
     except ValueError:
         return None  # note: loading the model says what is wrong with it

@@ -51,6 +51,10 @@ class AutoSpec:
         if self.lazy not in LAZY:
             bad_value("lazy", f'"{self.lazy}"', '"mean" or "min"')
 
+    def n_streaming(self, n_layer: int) -> int:
+        """How many of `n_layer` layers come to stream."""
+        return int(self.fraction * n_layer + 1e-4)  # note: 0.7 * 10 must be 7
+
     @classmethod
     def parse(cls, text: str, base: StreamingSpec | None = None) -> AutoSpec:
         """Reads `auto:0.5` or `auto=0.5;sink=4;window=1020;w_last=16;lazy=min`; a sink or a window that is left out is that of

@@ -224,9 +224,11 @@ def test_the_memory_of_the_chosen_layers_is_given_back(subject, fraction):
         transcript = Transcript(model, None, context)
         transcript.read(200, end=False)
         assert context.kv_bytes(FULL) == few
-        transcript.read(1200, n_batch=512, end=False)
+        transcript.read(100, end=False)
+        assert context.kv_bytes(FULL) == 4 * 512 * layer_bytes
+        transcript.read(1700, n_batch=512, end=False)
         assert context.kv_bytes(FULL) == 4 * 2048 * layer_bytes
-        transcript.read(100)
+        transcript.read(40)
         assert context.kv_bytes(FULL) == (4 - n_streaming) * 2048 * layer_bytes
         assert context.kv_bytes(STREAMING) == n_streaming * 256 * layer_bytes
         assert context.kv_bytes(PROMPT) == 0

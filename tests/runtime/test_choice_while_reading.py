@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.families import COMMON, FAMILIES
 from support.lazy import laziest, lazy_ratios
 from support.native import FULL, PARTIAL, PROMPT, STREAMING, DecodeError, Model, api
@@ -252,9 +254,65 @@ def test_a_model_that_cannot_be_cut_takes_all_its_layers(hybrid_file, tmp_path):
             with model.context(n_ctx=N_CTX, n_batch=n_batch, n_ubatch=N_UBATCH) as context:
                 assert not api().fits_by_layer(context.handle, 0, 900)
                 context.prompt_begin(900)
-                assert context.kv_bytes(FULL) == model.n_layer * N_CTX * (2 * 2 * 16 * 4)
+                assert context.kv_bytes(FULL) == model.n_layer * 1024 * (2 * 2 * 16 * 4)
                 rows.append((context.read_prompt(tokens[:900]), context.decode_one_by_one(tokens[900:950], 900)))
     assert all(difference(*pair) <= EXACT for pair in zip(*rows))
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("read"), st.integers(1, 60) | st.integers(200, 900)),
+    st.tuples(st.just("decode"), st.integers(1, 40)),
+    st.tuples(st.just("go back"), st.integers(1, 80)),
+    st.tuples(st.just("abort"), st.integers(300, 900)),
+    st.tuples(st.just("clear"), st.just(0)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(steps=st.lists(STEPS, min_size=2, max_size=10), n_checks=st.integers(0, 600))
+def test_whatever_is_done_is_done_as_in_batches(model, steps, n_checks):
+    """Two contexts: one is given each prompt at once and stopped in some; what they hold and say is the same."""
+    with context_of(model) as whole, context_of(model) as other:
+        n = 0
+        for what, amount in steps:
+            new = random_tokens(min(amount, N_CTX - n), np.random.default_rng([n, amount]))
+            rows = []
+            if not len(new):
+                continue
+            if what in ("read", "abort"):
+                if what == "abort":
+                    whole.abort_after(n_checks)
+                    try:
+                        whole.read_prompt(new, n)
+                    except DecodeError:
+                        whole.abort_after(None)
+                        if whole.positions(FULL) != list(range(n)):  # read in batches, some of which are there
+                            assert whole.seq_rm(0, n, -1) or chosen(whole)
+                            return
+                        whole.read_prompt(new, n)
+                    whole.abort_after(None)
+                    rows.append(other.read_prompt(new, n, n_batch=N_UBATCH))
+                    rows.append(rows[0])
+                else:
+                    rows = [whole.read_prompt(new, n), other.read_prompt(new, n, n_batch=N_UBATCH)]
+                n += len(new)
+            elif what == "decode":
+                rows = [context.decode_one_by_one(new, n) for context in (whole, other)]
+                n += len(new)
+            elif what == "go back":
+                done = {context.seq_rm(0, max(0, n - amount), -1) for context in (whole, other)}
+                assert len(done) == 1
+                n = max(0, n - amount) if done == {True} else n
+            else:
+                whole.clear()
+                other.clear()
+                n = 0
+            assert whole.streaming() == other.streaming()
+            for part in (FULL, STREAMING):
+                assert whole.positions(part) == other.positions(part)
+            assert not rows or difference(*rows) <= EXACT
+            assert whole.kv_bytes(PROMPT) == other.kv_bytes(PROMPT) == 0
 
 
 def test_llama_reads_so(demo_gguf):

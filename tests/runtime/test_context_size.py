@@ -20,6 +20,7 @@ from lt_gguf.spec import AutoSpec, StreamingSpec
 
 N_LAYER = 8
 ALL = StreamingSpec(tuple(range(N_LAYER)), N_LAYER, 2, 40, "full")
+HALF = StreamingSpec((0, 1, 2, 3), N_LAYER, 2, 40, "full")
 ODD = StreamingSpec((1, 3, 5, 7), N_LAYER, 2, 40, "stream")
 TYPES = {"type_k": "f32", "type_v": "f32", "n_ubatch": 16, "flash_attn": False}
 
@@ -102,8 +103,9 @@ def test_a_model_that_cannot_be_read_layer_by_layer_gets_a_smaller_one(file, mon
     "streaming, spec",
     [
         ("off", None),
-        ("auto:0.5", None),  # which layers stream isn't known before the first prompt has been read by all of them
-        (AutoSpec(0.5), None),
+        ("auto:0.5", HALF),  # so many stay full, whichever they are
+        (AutoSpec(0.5), replace(HALF, sink=4, window=1020)),
+        ("auto:0.1", None),  # of eight layers none
         (None, ODD),  # the file's
         ("prefill=full", replace(ODD, prefill="full")),
         (ALL, ALL),
