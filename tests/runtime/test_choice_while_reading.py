@@ -263,15 +263,15 @@ STEPS = st.one_of(
     st.tuples(st.just("read"), st.integers(1, 60) | st.integers(200, 900)),
     st.tuples(st.just("decode"), st.integers(1, 40)),
     st.tuples(st.just("go back"), st.integers(1, 80)),
-    st.tuples(st.just("abort"), st.integers(300, 900)),
+    st.tuples(st.just("stop"), st.integers(300, 900)),
     st.tuples(st.just("clear"), st.just(0)),
 )
 
 
 @pytest.mark.slow
 @settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(steps=st.lists(STEPS, min_size=2, max_size=10), n_checks=st.integers(0, 600))
-def test_whatever_is_done_is_done_as_in_batches(model, steps, n_checks):
+@given(steps=st.lists(STEPS, min_size=2, max_size=10), until=st.floats(0, 0.99))
+def test_whatever_is_done_is_done_as_in_batches(model, steps, until):
     """Two contexts: one is given each prompt at once and stopped in some; what they hold and say is the same."""
     with context_of(model) as whole, context_of(model) as other:
         n = 0
@@ -280,23 +280,13 @@ def test_whatever_is_done_is_done_as_in_batches(model, steps, n_checks):
             rows = []
             if not len(new):
                 continue
-            if what in ("read", "abort"):
-                if what == "abort":
-                    whole.abort_after(n_checks)
-                    try:
-                        whole.read_prompt(new, n)
-                    except DecodeError:
-                        whole.abort_after(None)
-                        if whole.positions(FULL) != list(range(n)):  # read in batches, some of which are there
-                            assert whole.seq_rm(0, n, -1) or chosen(whole)
-                            return
-                        whole.read_prompt(new, n)
-                    whole.abort_after(None)
-                    rows.append(other.read_prompt(new, n, n_batch=N_UBATCH))
-                    rows.append(rows[0])
-                else:
-                    rows = [whole.read_prompt(new, n), other.read_prompt(new, n, n_batch=N_UBATCH)]
+            if what == "read":
+                rows = [whole.read_prompt(new, n), other.read_prompt(new, n, n_batch=N_UBATCH)]
                 n += len(new)
+            elif what == "stop":
+                if api().fits_by_layer(whole.handle, 0, len(new)) and not whole.in_prompt():
+                    with api().progress(whole.handle, lambda share: share < until), pytest.raises(DecodeError):
+                        whole.read_prompt(new, n)
             elif what == "decode":
                 rows = [context.decode_one_by_one(new, n) for context in (whole, other)]
                 n += len(new)
