@@ -478,8 +478,7 @@ void lt_kv_cache::stop_layers() {
     const llama_pos    begin = layered->begin;
 
     if (layered->queue) {
-        kv_full = std::move(layered->queue->kv_full);
-        generation++;
+        stop_queue();
     } else {
         kv_full->seq_rm(s, begin, -1);
     }

@@ -26,32 +26,34 @@ bool lt_kv_cache::is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const {
         return false;
     }
 
-    size_t n_all_bytes = 0;
+    size_t n_at_once = 0;
     for (uint32_t il = 0; il < has_cache.size(); ++il) {
-        n_all_bytes += lazy_ratio->is_measured(il) ? full_bytes(il) : 0;
+        n_at_once += lazy_ratio->is_measured(il) ? full_bytes(il, size_full) : 0;
     }
 
-    return queue_bytes(n_tokens) < n_all_bytes;
+    return queue_bytes(n_tokens) < n_at_once;
 }
 
-size_t lt_kv_cache::full_bytes(uint32_t il) const {
+size_t lt_kv_cache::full_bytes(uint32_t il, uint32_t n_cells) const {
     const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
 
-    return size_full*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v));
+    return n_cells*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v));
 }
 
 size_t lt_kv_cache::queue_bytes(uint32_t n_tokens) const {
     size_t n_measured = 0;
     size_t n_most     = 0;
+    size_t n_before   = 0; // what is there until the end
 
     for (uint32_t il = 0; il < has_cache.size(); ++il) {
         if (lazy_ratio->is_measured(il)) {
             n_measured++;
-            n_most = std::max(n_most, full_bytes(il));
+            n_most    = std::max(n_most, full_bytes(il, size_full));
+            n_before += full_bytes(il, kv_full->get_size());
         }
     }
 
-    return (n_measured - n_laziest() + 1)*n_most + (size_t) n_tokens*model.hparams.n_embd*sizeof(float);
+    return (n_measured - n_laziest() + 1)*n_most + n_before + (size_t) n_tokens*model.hparams.n_embd*sizeof(float);
 }
 
 void lt_kv_cache::make_queue(lt_layers & layers) const {
@@ -152,13 +154,35 @@ void lt_kv_cache::cut_queue(int32_t il) {
 
     if (!queue.kv_streaming) {
         queue.kv_streaming = create_kept(hparams_no_alloc, layered->pairs_out, [&](int32_t il) { return has_cache[il] && lazy_ratio->is_measured(il); });
+
+        queue.is_lent = layered->pairs_in.empty() && queue.kv_streaming->get_size() == queue.kv_full->get_size();
     }
 
-    std::vector<ggml_backend_buffer_ptr> none;
-    lt_kv_ops::take_memory(*queue.kv_streaming, il, none);
+    std::vector<ggml_backend_buffer_ptr> spare;
+    if (queue.is_lent) {
+        spare.push_back(lt_kv_ops::give_memory(*queue.kv_full, il));
+    }
+
+    lt_kv_ops::take_memory(*queue.kv_streaming, il, spare);
     lt_kv_ops::copy_data  (*kv_full, 0, *queue.kv_streaming, 0, layered->pairs_out, il);
 
     queue.spare.push_back(lt_kv_ops::give_memory(*kv_full, il));
+}
+
+void lt_kv_cache::stop_queue() {
+    auto & queue = *layered->queue;
+
+    for (uint32_t il = 0; il < has_cache.size() && queue.is_lent; ++il) {
+        if (has_cache[il] && lazy_ratio->is_measured(il) && !lt_kv_ops::has_memory(*queue.kv_full, il)) {
+            std::vector<ggml_backend_buffer_ptr> spare;
+            spare.push_back(lt_kv_ops::give_memory(*queue.kv_streaming, il));
+
+            lt_kv_ops::take_memory(*queue.kv_full, il, spare);
+        }
+    }
+
+    kv_full = std::move(queue.kv_full);
+    generation++;
 }
 
 void lt_kv_cache::finish_queue() {

@@ -449,7 +449,7 @@ private:
 
     bool   is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const;
     size_t queue_bytes (uint32_t n_tokens) const;
-    size_t full_bytes  (uint32_t il) const;
+    size_t full_bytes  (uint32_t il, uint32_t n_cells) const;
 
     void make_queue(lt_layers & layers) const;
 
@@ -461,6 +461,7 @@ private:
     void cut_queue(int32_t il);
 
     void finish_queue();
+    void stop_queue();
 
     //
     // parts that grow, see lt-kv-cache-grow.cpp

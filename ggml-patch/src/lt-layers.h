@@ -30,6 +30,9 @@ struct lt_queue {
     // the streaming part: what the layers keep that have been cut. null before there is one
     std::unique_ptr<llama_kv_cache> kv_streaming;
 
+    // what it has is memory of the full part from before, in which there was nothing
+    bool is_lent = false;
+
     // memory of layers that have been cut, for those that are still to come
     std::vector<ggml_backend_buffer_ptr> spare;
 };
