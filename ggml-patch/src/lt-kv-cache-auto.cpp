@@ -68,14 +68,12 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
     kv_full      = create(hparams, all_kept ? size_kept : size_full, false, unified);
     kv_streaming = create(hparams, size_streaming, true,  unified);
 
-    has_cuts = false;
-    runs.clear();
-
     is_hollow = &hparams == &hparams_no_alloc;
 
     lazy_ratio.reset();
 
     if (is_hollow) {
+        make_runs();
         return; // nothing will be computed
     }
 
@@ -91,6 +89,8 @@ void lt_kv_cache::make_parts(const llama_hparams & hparams, const std::vector<bo
 
         lazy_ratio = std::make_unique<lt_lazy_ratio>(model, measured, spec.n_last, offload);
     }
+
+    make_runs();
 }
 
 void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool all_kept) {
@@ -221,11 +221,10 @@ void lt_kv_cache::take_choice(std::unique_ptr<llama_kv_cache> kv_new) {
     kv_reserve.reset();
 
     all_kept   = false;
-    has_cuts   = false;
     chosen_end = seq_pos_max(0) + 1;
     generation++;
 
-    runs.clear();
+    make_runs();
 
     lctx->lt_set_need_reserve();
 

@@ -92,14 +92,29 @@ void lt_kv_cache::grow_streaming_part(uint32_t n_cells) {
 }
 
 void lt_kv_cache::request_full(const lt_batch & batch) {
-    uint32_t n_cells = kv_full->get_cells(0).get_used();
-    for (const auto & cur : batch) {
-        n_cells += std::max(cur.n_tokens, n_declared[cur.id]);
+    if (kv_full->get_size() >= size_full) {
+        return;
     }
 
-    if (kv_full->get_size() < size_full) {
-        pending.n_full = n_cells;
+    const uint32_t n_used = kv_full->get_cells(0).get_used();
+
+    uint32_t n_tokens = 0;
+    uint32_t n_prompt = 0;
+    for (const auto & cur : batch) {
+        n_tokens += std::max(cur.n_tokens, n_declared[cur.id]);
+        n_prompt += cur.is_prompt ? cur.n_tokens : 0;
     }
+
+    try {
+        if (n_prompt > 0) {
+            check_limit(lazy_bytes(n_used + n_tokens), n_tokens, [&](uint32_t n) { return lazy_bytes(n_used + n); });
+        }
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return;
+    }
+
+    pending.n_full = n_used + n_tokens;
 }
 
 void lt_kv_cache::grow_full_part(uint32_t n_cells) {

@@ -58,8 +58,8 @@ std::map<ggml_backend_buffer_type_t, size_t> lt_layers::memory_breakdown() const
 
 // a run for each streaming layer, and where the graph can be cut there, one for the full layers between two of them: a graph that
 // has layers of both kinds has a mask for each. none if the graph can't be cut between two streaming layers
-static std::vector<lt_run> lt_make_runs(const std::vector<lt_cut> & cuts, const std::vector<bool> & is_streaming) {
-    const int32_t n_layer = cuts.size();
+static std::vector<lt_run> lt_make_runs(const std::vector<bool> & can_cut, const std::vector<bool> & is_streaming) {
+    const int32_t n_layer = can_cut.size();
 
     std::vector<lt_run> res = { { 0, n_layer, -1 } };
 
@@ -71,9 +71,9 @@ static std::vector<lt_run> lt_make_runs(const std::vector<lt_cut> & cuts, const 
     int32_t il_cut = -1; // the last cut behind the streaming layer of the run
 
     for (int32_t il = 0; il < n_layer; ++il) {
-        il_cut = cuts[il].t ? il : il_cut;
+        il_cut = can_cut[il] ? il : il_cut;
 
-        if (cuts[il].t && is_streaming[il] != is_streaming[il - 1]) {
+        if (can_cut[il] && is_streaming[il] != is_streaming[il - 1]) {
             cut(il);
         } else if (is_streaming[il] && res.back().il_streaming >= 0) {
             if (il_cut < 0) {
@@ -94,11 +94,23 @@ static std::vector<lt_run> lt_make_runs(const std::vector<lt_cut> & cuts, const 
 
 void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_context & mctx) {
     // note: with a single token, what has a row for each token looks like what has one for all
-    if (has_cuts || spec.prefill != LT_PREFILL_FULL || spec.hides || params.ubatch.n_tokens < 2) {
+    if (!can_cut.empty() || spec.prefill != LT_PREFILL_FULL || spec.hides || params.ubatch.n_tokens < 2) {
         return;
     }
 
-    has_cuts = true;
+    for (const auto & cut : lt_find_cuts(params, mctx)) {
+        can_cut.push_back(cut.t);
+    }
+
+    make_runs();
+}
+
+void lt_kv_cache::make_runs() {
+    runs.clear();
+
+    if (can_cut.empty() || is_hollow) {
+        return;
+    }
 
     // or may come to be
     const auto & kv = all_kept ? *kv_full : *kv_streaming;
@@ -110,7 +122,7 @@ void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_c
 
     has_equal_layers = lt_kv_ops::has_equal_layers(kv);
 
-    runs = lt_make_runs(lt_find_cuts(params, mctx), is_streaming);
+    runs = lt_make_runs(can_cut, is_streaming);
 
     const bool is_one = std::count(is_streaming.begin(), is_streaming.end(), true) < 2;
 
@@ -160,8 +172,7 @@ bool lt_kv_cache::can_read_by_layer(llama_seq_id seq_id, uint32_t n_tokens) cons
 }
 
 bool lt_kv_cache::fits_by_layer(llama_seq_id seq_id, uint32_t n_tokens) const {
-    // note: a limit is for what streaming layers take besides what they hold
-    return is_for_layers(seq_id, n_tokens) && (prompt_limit == 0 || all_kept || layers_bytes(seq_id, n_tokens) <= prompt_limit);
+    return is_for_layers(seq_id, n_tokens) && (prompt_limit == 0 || layers_bytes(seq_id, n_tokens) <= prompt_limit);
 }
 
 bool lt_kv_cache::is_by_layer(llama_seq_id seq_id) const {
@@ -184,6 +195,10 @@ uint32_t lt_kv_cache::n_layer_cells(llama_seq_id seq_id, uint32_t n_tokens) cons
 }
 
 size_t lt_kv_cache::layers_bytes(llama_seq_id seq_id, uint32_t n_tokens) const {
+    if (all_kept) {
+        return queue_bytes(n_tokens);
+    }
+
     const size_t n_kept = has_room_for_kept(seq_id) ? 0 : prompt_bytes(n_kept_cells());
 
     return layer_bytes(n_layer_cells(seq_id, n_tokens)) + (size_t) n_tokens*model.hparams.n_embd*sizeof(float) + n_kept;
@@ -192,13 +207,9 @@ size_t lt_kv_cache::layers_bytes(llama_seq_id seq_id, uint32_t n_tokens) const {
 void lt_kv_cache::make_layers(llama_seq_id seq_id, uint32_t n_tokens) {
     layered.reset();
 
-    const size_t n_bytes = all_kept ? queue_bytes(n_tokens) : layers_bytes(seq_id, n_tokens);
+    const size_t n_bytes = layers_bytes(seq_id, n_tokens);
 
-    if (!all_kept) {
-        const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
-
-        check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); }, n_spare);
-    }
+    check_limit(n_bytes, n_tokens, [&](uint32_t n) { return layers_bytes(seq_id, n); }, n_spare_cells(seq_id, n_tokens));
 
     auto res = std::make_unique<lt_layers>();
 
@@ -278,7 +289,7 @@ bool lt_kv_cache::start_layers(const lt_batch & batch, uint32_t n_outputs) {
     const bool is_whole = batch.size() == 1 && cur.is_prompt && cur.is_last && (uint32_t) (cur.end - cur.begin) == cur.n_tokens;
 
     const auto has_spare = [&] {
-        return !all_kept && lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(cur.id), 0, UINT32_MAX, cur.n_tokens).size() >= cur.n_tokens;
+        return n_spare_cells(cur.id, cur.n_tokens) >= cur.n_tokens;
     };
 
     // note: where all tokens have outputs, upstream doesn't ask which ones have

@@ -66,6 +66,15 @@ void lt_kv_cache::check_limit(size_t n_bytes, uint32_t n_tokens, const std::func
                 n_tokens, n_bytes/1024.0/1024.0, prompt_limit/1024.0/1024.0, std::max(n_fit, n_spare), "LT_PROMPT_LIMIT"));
 }
 
+uint32_t lt_kv_cache::n_spare_cells(llama_seq_id seq_id, uint32_t n_max) const {
+    // note: where all layers are still full, it is the full part that has no room
+    if (all_kept) {
+        return std::min(n_max, kv_full->get_size() - kv_full->get_cells(seq_id).get_used());
+    }
+
+    return lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_max).size();
+}
+
 void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
     if (spec.prefill != LT_PREFILL_FULL) {
         return;
@@ -78,7 +87,7 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
         throw std::runtime_error(format("a prompt of %u tokens after %u others does not fit the context of %u tokens", n_tokens, n_past, size_full));
     }
 
-    const uint32_t n_spare = lt_kv_ops::find_cells(*kv_streaming, kv_streaming->get_stream(seq_id), 0, UINT32_MAX, n_tokens).size();
+    const uint32_t n_spare = n_spare_cells(seq_id, n_tokens);
 
     // what other prompts have and are going to have in the prompt part, and those that may yet have to go there
     uint32_t n_used  = kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
@@ -105,18 +114,17 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
         layered.reset();
     }
 
-    // note: where all layers are still full, it is the full part that has no room
-    const bool has_room = all_kept ? n_past + n_tokens <= kv_full->get_size() : is_spare;
-
-    if (!has_room && n_used == 0 && can_read_by_layer(seq_id, n_tokens)) {
+    if (!is_spare && n_used == 0 && can_read_by_layer(seq_id, n_tokens)) {
         make_layers(seq_id, n_tokens);
-    } else if (!has_room && all_kept) {
+    } else if (!is_spare && all_kept) {
+        check_limit(lazy_bytes(n_past + n_tokens), n_tokens, [&](uint32_t n) { return lazy_bytes(n_past + n); }, n_spare);
+
         if (lctx) {
             lctx->synchronize();
         }
 
         grow_full_part(n_past + n_tokens);
-    } else if (!has_room) {
+    } else if (!is_spare) {
         const uint32_t n_cells = n_used + (in_prompt_part[seq_id] ? 0 : n_held) + n_tokens;
 
         check_limit(n_cells, n_tokens, in_prompt_part[seq_id] ? 0 : n_spare);

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 bool lt_kv_cache::is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const {
     const uint64_t n_all = pos_full(seq_id).size() + (uint64_t) n_tokens;
@@ -26,34 +27,40 @@ bool lt_kv_cache::is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const {
         return false;
     }
 
-    size_t n_at_once = 0;
-    for (uint32_t il = 0; il < has_cache.size(); ++il) {
-        n_at_once += lazy_ratio->is_measured(il) ? full_bytes(il, size_full) : 0;
-    }
+    // note: what is there before stays until the end
+    const auto at_once = full_bytes(size_full);
+    const auto before  = full_bytes(kv_full->get_size());
 
-    return queue_bytes(n_tokens) < n_at_once;
+    const size_t n_whole = std::accumulate(at_once.begin(), at_once.end(), (size_t) 0);
+    const size_t n_stays = std::accumulate(before .begin(), before .end(), (size_t) 0);
+
+    return n_whole > n_stays + queue_bytes(n_tokens) + std::accumulate(at_once.begin(), at_once.end() - n_laziest(), (size_t) 0);
 }
 
-size_t lt_kv_cache::full_bytes(uint32_t il, uint32_t n_cells) const {
-    const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
-
-    return n_cells*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v));
-}
-
-size_t lt_kv_cache::queue_bytes(uint32_t n_tokens) const {
-    size_t n_measured = 0;
-    size_t n_most     = 0;
-    size_t n_before   = 0; // what is there until the end
+std::vector<size_t> lt_kv_cache::full_bytes(uint32_t n_cells) const {
+    std::vector<size_t> res;
 
     for (uint32_t il = 0; il < has_cache.size(); ++il) {
-        if (lazy_ratio->is_measured(il)) {
-            n_measured++;
-            n_most    = std::max(n_most, full_bytes(il, size_full));
-            n_before += full_bytes(il, kv_full->get_size());
+        if (lazy_ratio && lazy_ratio->is_measured(il)) {
+            const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
+
+            res.push_back(n_cells*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v)));
         }
     }
 
-    return (n_measured - n_laziest() + 1)*n_most + n_before + (size_t) n_tokens*model.hparams.n_embd*sizeof(float);
+    std::sort(res.rbegin(), res.rend());
+
+    return res;
+}
+
+size_t lt_kv_cache::queue_bytes(uint32_t n_tokens) const {
+    return full_bytes(size_full).front() + (size_t) n_tokens*model.hparams.n_embd*sizeof(float);
+}
+
+size_t lt_kv_cache::lazy_bytes(uint32_t n_cells) const {
+    const auto bytes = full_bytes(GGML_PAD(n_cells, LT_PART_PAD));
+
+    return std::accumulate(bytes.begin(), bytes.begin() + n_laziest(), (size_t) 0);
 }
 
 void lt_kv_cache::make_queue(lt_layers & layers) const {

@@ -220,8 +220,8 @@ private:
     // of a prompt that is, or is about to be, read layer by layer. else null
     std::unique_ptr<lt_layers> layered;
 
-    bool has_cuts = false;     // whether it is known
-    std::vector<lt_run> runs;  // how such a prompt is read, empty: there is none
+    std::vector<bool>   can_cut; // [n_layer_all] the graph can be cut before the layer. empty: not known yet
+    std::vector<lt_run> runs;    // how such a prompt is read, empty: there is none
 
     bool has_equal_layers = true; // all streaming layers have keys and values of the same size
 
@@ -380,6 +380,9 @@ private:
     // ask for room in the prompt part for the prompts of the batch
     void request_room(const lt_batch & batch, const std::vector<llama_seq_id> & move);
 
+    // the tokens of a prompt that can be read without one, at most n_max
+    uint32_t n_spare_cells(llama_seq_id seq_id, uint32_t n_max) const;
+
     // the bytes of one streaming layer, of all of them, or the most that one of them takes
     size_t prompt_bytes(uint32_t il, uint32_t n_cells) const;
     size_t prompt_bytes(uint32_t n_cells) const;
@@ -426,6 +429,9 @@ private:
     uint32_t n_layer_cells(llama_seq_id seq_id, uint32_t n_tokens) const;
     size_t   layers_bytes (llama_seq_id seq_id, uint32_t n_tokens) const;
 
+    // the layers have changed, or it is known now where the graph can be cut
+    void make_runs();
+
     // take the memory for it. throws std::runtime_error
     void make_layers(llama_seq_id seq_id, uint32_t n_tokens);
     void make_hidden(lt_layers & layers) const;
@@ -447,9 +453,14 @@ private:
     // the same for a prompt that chooses the layers, see lt-kv-cache-queue.cpp
     //
 
-    bool   is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const;
-    size_t queue_bytes (uint32_t n_tokens) const;
-    size_t full_bytes  (uint32_t il, uint32_t n_cells) const;
+    bool is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const;
+
+    // the bytes of each layer that is measured, descending
+    std::vector<size_t> full_bytes(uint32_t n_cells) const;
+
+    // what there is of the layers that come to stream while a prompt is read: layer by layer, with the hidden states, and in batches
+    size_t queue_bytes(uint32_t n_tokens) const;
+    size_t lazy_bytes (uint32_t n_cells)  const;
 
     void make_queue(lt_layers & layers) const;
 

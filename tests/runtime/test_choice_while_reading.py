@@ -130,6 +130,31 @@ def test_what_the_context_has_no_room_for_is_refused(model, n_before):
         assert not context.in_prompt() and context.kv_bytes(PROMPT) == 0
 
 
+@pytest.mark.parametrize("n_batch", [N_UBATCH, N_CTX])
+def test_the_limit_is_for_what_the_layers_take_that_come_to_stream(model, n_batch):
+    """As a whole one of them and the hidden states, in batches all; and it holds for what comes before the choice alone."""
+    n_tokens, n_lazy = 1500, N_LAYER // 2
+    by_layer = n_batch == N_CTX
+    needed = N_CTX * LAYER_BYTES + n_tokens * HIDDEN_BYTES if by_layer else n_lazy * 1536 * LAYER_BYTES
+    with context_of(model, n_batch=n_batch) as context:
+        few = context.kv_bytes(FULL)
+        context.set_prompt_limit(needed - 1)
+        with pytest.raises(ValueError, match=r"a prompt of 1500 tokens needs .* at most (\d+) tokens would fit") as refused:
+            context.prompt_begin(n_tokens)
+        n_fit = int(str(refused.value).split("at most ")[1].split()[0])
+        assert n_tokens - 300 < n_fit < n_tokens and (context.kv_bytes(FULL), context.kv_bytes(PROMPT)) == (few, 0)
+        if not by_layer:
+            with pytest.raises(DecodeError):  # nobody announces it
+                context.read_prompt(random_tokens(n_tokens), n_batch=N_UBATCH)
+        for n in (n_fit, n_tokens):
+            context.clear()
+            context.set_prompt_limit(needed - (n == n_fit))
+            context.prompt_begin(n)
+            context.read_prompt(random_tokens(n))
+            assert len(chosen(context)) == n_lazy
+        context.decode_one_by_one(random_tokens(20), n_tokens)
+
+
 @fractions
 @pytest.mark.parametrize("n_before", [0, 7, 60])
 def test_after_a_short_message(subject_rows, model, fraction, n_before):
@@ -215,6 +240,8 @@ def test_an_emptied_context_chooses_anew(model):
         few = context.kv_bytes(FULL)
         for seed in range(5):
             tokens = random_tokens(700 + 50 * seed, np.random.default_rng(seed))
+            context.prompt_begin(len(tokens))
+            assert context.kv_bytes(FULL) == few  # it has not grown, because the prompt comes as a whole
             context.read_prompt(tokens)
             ratios = lazy_ratios(model.hf, tokens, SINK, WINDOW, W_LAST, "min")
             assert chosen(context) == laziest(ratios, 0.5)

@@ -99,7 +99,7 @@ def test_a_model_whose_layers_pass_on_more_is_read_as_ever(hybrid_file, tmp_path
         model.set_streaming("layers=0-3;sink=2;window=40;prefill=full")
         for n_batch in (N_UBATCH, N_CTX):
             with model.context(n_ctx=N_CTX, n_batch=n_batch, n_ubatch=N_UBATCH) as context:
-                said = [line for line in context.log if "note_cuts" in line]
+                said = [line for line in context.log if "make_runs" in line]
                 assert len(said) == 1 and "pass on more than the hidden states: all streaming layers hold a prompt" in said[0]
                 assert not api().fits_by_layer(context.handle, 0, 1000)
                 context.prompt_begin(1000)
