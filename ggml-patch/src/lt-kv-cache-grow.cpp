@@ -107,7 +107,7 @@ void lt_kv_cache::request_full(const lt_batch & batch) {
 
     try {
         if (n_prompt > 0) {
-            check_limit(lazy_bytes(n_used + n_tokens), n_tokens, [&](uint32_t n) { return lazy_bytes(n_used + n); });
+            check_limit(choice_bytes(n_used + n_tokens), n_tokens, [&](uint32_t n) { return choice_bytes(n_used + n); });
         }
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());

@@ -117,7 +117,7 @@ void lt_kv_cache::begin_prompt(llama_seq_id seq_id, uint32_t n_tokens) {
     if (!is_spare && n_used == 0 && can_read_by_layer(seq_id, n_tokens)) {
         make_layers(seq_id, n_tokens);
     } else if (!is_spare && all_kept) {
-        check_limit(lazy_bytes(n_past + n_tokens), n_tokens, [&](uint32_t n) { return lazy_bytes(n_past + n); }, n_spare);
+        check_limit(choice_bytes(n_past + n_tokens), n_tokens, [&](uint32_t n) { return choice_bytes(n_past + n); }, n_spare);
 
         if (lctx) {
             lctx->synchronize();

@@ -18,6 +18,11 @@
 #include <limits>
 #include <numeric>
 
+// of the n largest ones
+static size_t lt_sum(const std::vector<size_t> & bytes, size_t n = SIZE_MAX) {
+    return std::accumulate(bytes.begin(), bytes.begin() + std::min(n, bytes.size()), (size_t) 0);
+}
+
 bool lt_kv_cache::is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const {
     const uint64_t n_all = pos_full(seq_id).size() + (uint64_t) n_tokens;
 
@@ -28,13 +33,7 @@ bool lt_kv_cache::is_for_queue(llama_seq_id seq_id, uint32_t n_tokens) const {
     }
 
     // note: what is there before stays until the end
-    const auto at_once = full_bytes(size_full);
-    const auto before  = full_bytes(kv_full->get_size());
-
-    const size_t n_whole = std::accumulate(at_once.begin(), at_once.end(), (size_t) 0);
-    const size_t n_stays = std::accumulate(before .begin(), before .end(), (size_t) 0);
-
-    return n_whole > n_stays + queue_bytes(n_tokens) + std::accumulate(at_once.begin(), at_once.end() - n_laziest(), (size_t) 0);
+    return queue_bytes(n_tokens) + lt_sum(full_bytes(kv_full->get_size())) < choice_bytes(n_all);
 }
 
 std::vector<size_t> lt_kv_cache::full_bytes(uint32_t n_cells) const {
@@ -57,10 +56,11 @@ size_t lt_kv_cache::queue_bytes(uint32_t n_tokens) const {
     return full_bytes(size_full).front() + (size_t) n_tokens*model.hparams.n_embd*sizeof(float);
 }
 
-size_t lt_kv_cache::lazy_bytes(uint32_t n_cells) const {
-    const auto bytes = full_bytes(GGML_PAD(n_cells, LT_PART_PAD));
+size_t lt_kv_cache::choice_bytes(uint32_t n_cells) const {
+    n_cells = GGML_PAD(n_cells, LT_PART_PAD);
 
-    return std::accumulate(bytes.begin(), bytes.begin() + n_laziest(), (size_t) 0);
+    // note: a smaller full part is there beside the one that follows it, see choose_layers()
+    return n_cells < size_full ? lt_sum(full_bytes(n_cells)) : lt_sum(full_bytes(size_full), n_laziest());
 }
 
 void lt_kv_cache::make_queue(lt_layers & layers) const {

@@ -458,9 +458,9 @@ private:
     // the bytes of each layer that is measured, descending
     std::vector<size_t> full_bytes(uint32_t n_cells) const;
 
-    // what there is of the layers that come to stream while a prompt is read: layer by layer, with the hidden states, and in batches
-    size_t queue_bytes(uint32_t n_tokens) const;
-    size_t lazy_bytes (uint32_t n_cells)  const;
+    // what a prompt takes besides the layers that stay full: read layer by layer, the hidden states included, and in batches
+    size_t queue_bytes (uint32_t n_tokens) const;
+    size_t choice_bytes(uint32_t n_cells)  const;
 
     void make_queue(lt_layers & layers) const;
 

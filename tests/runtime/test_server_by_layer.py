@@ -82,6 +82,24 @@ def test_a_prompt_of_the_only_slot_comes_as_a_whole(model, expected, tmp_path, m
 
 
 @pytest.mark.slow
+def test_layers_are_chosen_while_a_prompt_comes_as_a_whole(model, tmp_path, monkeypatch):
+    """4,096 cells of one layer and the hidden states fit the limit, those of four layers don't."""
+    auto, settings = "auto=0.5;sink=4;window=40", [*SETTINGS, "--ctx-size", "4096", "--parallel", "1"]
+    prompt = random_tokens(3900, seed=7).tolist()
+    answers = []
+    for limit, n_prompts in (("0", 1), ("4", 2)):
+        monkeypatch.setenv("LT_PROMPT_LIMIT", limit)
+        with server.running(model, auto, tmp_path / limit, *settings) as address:
+            for _ in range(n_prompts):
+                answers.append(complete(address, prompt, 12)[0])
+                complete(address, prompt[::-1], 1)  # another conversation, which chooses others
+            if limit == "4":
+                with pytest.raises(urllib.error.HTTPError):  # the beginning of a prompt comes in batches
+                    complete(address, prompt[:3000] + [7], 0)
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.slow
 def test_a_prompt_that_fits_in_no_other_way_waits_for_the_others(model, expected, tmp_path, monkeypatch):
     """Nor is it overtaken by who comes later."""
     monkeypatch.setenv("LT_PROMPT_LIMIT", LIMIT)
