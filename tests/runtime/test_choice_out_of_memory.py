@@ -72,6 +72,13 @@ def test_no_memory_for_other_layers(tmp_path):
     code = CHILD.format(tests=str(TESTS), path=str(subject.native.path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-1500:])
-    said = ["empty: layers=none", "no memory for their cells: layers=none", "anew: True", "refused: state True", "refused: batch True", "recovers: True"]
+    said = [
+        "empty: layers=none",
+        "no memory for their cells: layers=none",
+        "anew: True",
+        "refused: state True",
+        "refused: batch True",
+        "recovers: True",
+    ]
     assert done.stdout.splitlines() == said, done.stderr[-3000:]
     assert "all layers stay full: " in done.stderr

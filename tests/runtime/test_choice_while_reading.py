@@ -70,7 +70,10 @@ def test_the_same_choice_and_the_same_numbers_as_at_the_end(model, fraction, kv,
         with context_of(model, fraction, lazy, kv=kv, flash=flash) as context, watched(context) as seen:
             first = context.read_prompt(tokens[:1000], n_batch=n_batch)
             assert len(seen) == 16 * (N_LAYER if n_batch == N_CTX else 1)
-            later = [context.decode_one_by_one(tokens[1000:1100], 1000), context.read_prompt(tokens[1100:1400], 1100, n_batch=n_batch)]
+            later = [
+                context.decode_one_by_one(tokens[1000:1100], 1000),
+                context.read_prompt(tokens[1100:1400], 1100, n_batch=n_batch),
+            ]
             later.append(context.decode_one_by_one(tokens[1400:], 1400))
             held = [context.positions(part) for part in (FULL, STREAMING)]
             n_bytes = [context.kv_bytes(part) for part in (FULL, STREAMING, PROMPT)]
@@ -123,7 +126,9 @@ def test_what_the_context_has_no_room_for_is_refused(model, n_before):
     with context_of(model) as context:
         if n_before:
             context.read_prompt(random_tokens(n_before))
-        with pytest.raises(ValueError, match=f"2040 tokens after {n_before} others does not fit" if n_before else "2049 tokens after 0"):
+        with pytest.raises(
+            ValueError, match=f"2040 tokens after {n_before} others does not fit" if n_before else "2049 tokens after 0"
+        ):
             context.prompt_begin(2040 if n_before else 2049)
         assert not context.in_prompt() and context.kv_bytes(PROMPT) == 0
 
@@ -204,7 +209,10 @@ def test_an_abort_leaves_what_was_there_before(model, n_before, n_checks):
         assert (context.kv_bytes(FULL), context.kv_bytes(PROMPT)) == (few, 0)
         assert chosen(context) == ()
         if n_before:
-            assert difference(context.decode_one_by_one(tokens[n_before : n_before + 5], n_before), answer(model, tokens, n_before)) <= EXACT
+            assert (
+                difference(context.decode_one_by_one(tokens[n_before : n_before + 5], n_before), answer(model, tokens, n_before))
+                <= EXACT
+            )
             assert context.seq_rm(0, n_before, -1)
         again = context.read_prompt(tokens[n_before:1100], n_before), context.decode_one_by_one(tokens[1100:1120], 1100)
         layers = chosen(context)
