@@ -127,7 +127,7 @@ def lt_gguf_command(capfd):
 
     def command(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            run(build_app(), "lt-gguf", [str(argument) for argument in arguments])
+            run(build_app, "lt-gguf", [str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return ended.value.code, out, err
 

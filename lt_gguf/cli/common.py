@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -16,22 +17,29 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 
+DEBUG = "--debug"
+
+
 def new_app(**settings: Any) -> typer.Typer:
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **settings)
+    return typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, **{"add_completion": False} | settings)
 
 
-def run_process(app: typer.Typer, name: str, arguments: Sequence[str]) -> NoReturn:
+def run_process(build: Callable[[], typer.Typer], name: str, arguments: Sequence[str]) -> NoReturn:
     """`run` in a process that is for this alone: a crash in native code tells what it can, and torch takes the cores that we take."""
     # note: no more than a subcommand's name, the other arguments may be nobody's business
     crash.enable(" ".join([name, *(word for word in arguments[:1] if word.isalpha())]))
     set_up_openmp()
-    run(app, name, arguments)
+    run(build, name, arguments)
 
 
-def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line, and exits: with 0, or with one line on stderr and another number."""
+def run(build: Callable[[], typer.Typer], name: str, arguments: Sequence[str]) -> NoReturn:
+    """Builds and runs the command line, and exits: with 0, or with one line on stderr and another number. With `--debug` among the
+    arguments, wherever that is, an error comes with its traceback."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    is_debugging = DEBUG in arguments[:end]
+    arguments = [word for i, word in enumerate(arguments) if word != DEBUG or i >= end]
     try:
-        status = app(arguments, prog_name=name, standalone_mode=False)
+        status = build()(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
@@ -40,6 +48,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
     except Exception as error:
+        if is_debugging:
+            traceback.print_exc()
         sys.exit(_report(error, name))
     sys.exit(status if isinstance(status, int) else 0)
 

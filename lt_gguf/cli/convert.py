@@ -57,7 +57,7 @@ def main() -> None:
     """The command of its own, `convert/hf_to_gguf_lt.py`."""
     app = common.new_app()
     app.command()(convert)
-    common.run_process(app, "hf_to_gguf_lt.py", sys.argv[1:])
+    common.run_process(lambda: app, "hf_to_gguf_lt.py", sys.argv[1:])
 
 
 def _print_plan(converted: Converted) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -28,12 +28,22 @@ MODEL_HELP = (
     f"GGUF file, the first one of a split model; or {', '.join(models.MODELS)}; or a model on the hub, as ORG/NAME, ORG/NAME:Q4_K_M or "
     "ORG/NAME:*q8_0*.gguf."
 )
-ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-ModelOrDefault = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=models.DEFAULT_MODEL)]
+
+
+def one_of(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """How a shell completes a word that is probably one of these. For another one it looks among the files."""
+    known = sorted(words)
+    return lambda incomplete: [word for word in known if word.startswith(incomplete)]  # note: typer looks at the name
+
+
+_MODEL: dict[str, Any] = {"metavar": "MODEL", "help": MODEL_HELP, "autocompletion": one_of(models.MODELS)}
+ModelFile = Annotated[str, typer.Argument(**_MODEL)]
+ModelOrDefault = Annotated[str | None, typer.Argument(**_MODEL, show_default=models.DEFAULT_MODEL)]
 Streaming = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC",
+        autocompletion=one_of(["off", "auto", "auto:0.5", "layers=", "prefill=full", "prefill=stream"]),
         help="Which layers stream, instead of what the file says: off, or layers=1,3,5-9;sink=4;window=1020; "
         "or auto: what lt-gguf analyze has chosen for this file; or auto:0.5, so that the laziest half is chosen for the prompt.",
     ),
@@ -46,7 +56,9 @@ PromptLimit = Annotated[
         "as in 512MiB; 0: no limit.",
     ),
 ]
-CacheType = Annotated[str, typer.Option(help=f"Type of the KV cache: {', '.join(CACHE_TYPES)}.")]
+CacheType = Annotated[
+    str, typer.Option(help=f"Type of the KV cache: {', '.join(CACHE_TYPES)}.", autocompletion=one_of(CACHE_TYPES))
+]
 Context = Annotated[
     int, typer.Option("--ctx", "-c", help="Context size in tokens, at most what the model was trained for; 0: as much.")
 ]

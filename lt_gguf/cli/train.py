@@ -47,4 +47,4 @@ def main() -> None:
     """What `scripts/train_lt.py` runs, which `accelerate launch` can start."""
     app = common.new_app()
     app.command()(train)
-    common.run_process(app, "train_lt.py", sys.argv[1:])
+    common.run_process(lambda: app, "train_lt.py", sys.argv[1:])
