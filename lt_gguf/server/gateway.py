@@ -242,9 +242,7 @@ class _Gateway:
         return response
 
     def _away(self) -> web.Response:
-        return error(
-            503, "the model isn't there at the moment: it is being loaded again, try it in a few seconds", "unavailable_error"
-        )
+        return error(503, f"the model isn't there at the moment: {self.server.away}, try it in a few seconds", "unavailable_error")
 
 
 def _split(address: str) -> SplitResult:

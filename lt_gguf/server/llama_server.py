@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,13 +26,23 @@ from lt_gguf.runtime.library import tool_path
 # A child that dies so often within so many seconds isn't started again.
 MOST_DEATHS, WITHIN = 3, 120.0
 
+# Seconds between attempts to reach another machine that computes for it; the last one again and again.
+_WAITS = (1, 2, 5, 10, 30)
+
 _N_LINES = 40  # of its log, to say why it died
 _ERROR = re.compile(r"\berror\b|failed|fatal|assert|unable|invalid", re.IGNORECASE)
+_LOST = re.compile(
+    r"ggml-rpc|(send|recv) failed|Remote RPC server"
+)  # upstream's ggml-rpc.cpp, when a server of --rpc doesn't answer
 _STAMP = re.compile(r"^(\d+\.\d+\.\d+\.\d+ )?[IWEDF] ")  # time and level of a line of its log
 
 
 class ServerDiedError(RuntimeError):
     """llama-server has ended by itself; one line with its reason."""
+
+
+class MachineLostError(ServerDiedError):
+    """It has ended because a machine that computes for it doesn't answer."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class LlamaServer:
         states: folder of what it saves of its slots; gone with this object.
         is_ready: it has loaded the model, and answers.
         was_ready: it had, before it ended.
+        away: what it does while it isn't ready.
     """
 
     settings: ServerSettings
@@ -113,6 +125,7 @@ class LlamaServer:
     log: Callable[[str], None] | None = None
     is_ready: bool = field(default=False, init=False)
     was_ready: bool = field(default=False, init=False)
+    away: str = field(default="it is being loaded", init=False)
 
     def __post_init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="lt-gguf-")
@@ -142,7 +155,7 @@ class LlamaServer:
         self._folder.cleanup()
 
     async def start(self) -> None:
-        """Starts it and waits until it answers. Raises ServerDiedError: it ends before that."""
+        """Starts it and waits until it answers. Raises ServerDiedError, MachineLostError: it ends before that."""
         self.address.unlink(missing_ok=True)
         self._lines.clear()
         self.was_ready = False
@@ -160,24 +173,39 @@ class LlamaServer:
         while not await self._answers():
             if self._process.returncode is not None:
                 await reading
-                raise ServerDiedError(self._reason())
+                raise self._death()
             await asyncio.sleep(0.1)
         self.is_ready = self.was_ready = True
+        self.away = "it is being loaded again"
 
     async def watch(self) -> None:
-        """Waits for its death, says why it died, and starts it again. Raises ServerDiedError: it dies again and again."""
+        """Waits for its death, says why it died, and starts it again. Raises ServerDiedError: it dies again and again, for reasons of
+        its own; or it can't be started any more."""
         deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         while True:
             assert self._process is not None
             await self._process.wait()
             self.is_ready = False
-            deaths.append(time.monotonic())
-            why = self._reason()
-            if len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < WITHIN:
-                raise ServerDiedError(f"{why}; that was the {MOST_DEATHS}rd time within {WITHIN:.0f} s")
-            self.say(f"{why}; it is started again")
-            await self.start()
+            death = self._death()
+            if not isinstance(death, MachineLostError):
+                deaths.append(time.monotonic())
+                if len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < WITHIN:
+                    raise ServerDiedError(f"{death}; that was the {MOST_DEATHS}rd time within {WITHIN:.0f} s")
+            self.say(f"{death}; it is started again")
+            await self._start_again()
             self.say("llama-server answers again")
+
+    async def _start_again(self) -> None:
+        """Starts it, as soon as the machines are there that compute for it. Raises ServerDiedError."""
+        for wait in chain(_WAITS, repeat(_WAITS[-1])):
+            try:
+                await self.start()
+            except MachineLostError as error:
+                self.say(f"{error}; it is tried again in {wait} s")
+                self.away = "a machine that computes for it doesn't answer"
+                await asyncio.sleep(wait)
+            else:
+                return
 
     async def _answers(self) -> bool:
         assert self.session is not None
@@ -197,15 +225,20 @@ class LlamaServer:
                     self.log(text)
         await process.wait()
 
-    def _reason(self) -> str:
+    def _death(self) -> ServerDiedError:
         """Why it ended, as far as its log and its exit status say."""
         assert self._process is not None
         status = self._process.returncode or 0
         number = supervised.signal_of(status)
         doing = "answering" if self.was_ready else "loading the model"
+        lost = next((line for line in self._lines if _LOST.search(line)), None)
+        if lost is not None and "--rpc" in self.settings.more:
+            machines = self.settings.more[self.settings.more.index("--rpc") + 1]
+            said = re.sub(r".*ggml-rpc\.cpp:\d+: ", "", _STAMP.sub("", lost))
+            return MachineLostError(f"llama-server has lost a machine of --rpc {machines} while {doing}: {said}")
         how = describe_death("llama-server", doing, number) if number else f"llama-server ended with status {status} while {doing}"
         complaint = next((line for line in self._lines if _ERROR.search(line)), None)
-        return how if complaint is None else f"{how}: {_STAMP.sub('', complaint)}"
+        return ServerDiedError(how if complaint is None else f"{how}: {_STAMP.sub('', complaint)}")
 
     async def _end(self) -> None:
         if self._process is not None and self._process.returncode is None:

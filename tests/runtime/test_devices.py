@@ -1,18 +1,14 @@
 """Layers on devices: two RPC servers on this machine stand in for two GPUs, and memory that is only reckoned."""
 
-import contextlib
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.native import FULL, STREAMING, Model
 from support.oracle import EXACT, Subject, difference, random_tokens
-
-from lt_gguf.runtime.library import LibraryError, tool_path
+from support.rpc import rpc_servers
 
 CHILD = Path(__file__).parents[1] / "support" / "rpc_child.py"
 N_TOKENS = 400
@@ -23,43 +19,13 @@ def subject(tmp_path_factory):
     return Subject.build("llama", 4, tmp_path_factory.mktemp("devices"))
 
 
-@contextlib.contextmanager
-def rpc_servers(n: int):
-    """The endpoints of `n` servers on free ports of this machine."""
-    try:
-        tool = tool_path("rpc-server")
-    except LibraryError as error:
-        pytest.skip(str(error))
-    processes, endpoints = [], []
-    try:
-        for _ in range(n):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            processes.append(
-                subprocess.Popen([tool, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
-            endpoints.append(f"127.0.0.1:{port}")
-        for endpoint in endpoints:
-            host, port = endpoint.split(":")
-            for _ in range(100):
-                with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-                    break
-                time.sleep(0.1)
-        yield endpoints
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait(timeout=10)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [[1, 3], [0, 1, 2, 3]], ids=["half", "all"])
 def test_split_over_two_devices(subject, layers, tmp_path):
     spec = subject.spec(4, 28, layers)
     tokens = random_tokens(N_TOKENS)
     np.save(tmp_path / "tokens.npy", tokens)
-    with rpc_servers(2) as endpoints:
+    with rpc_servers(2) as (endpoints, _):
         child = subprocess.run(
             [sys.executable, CHILD, subject.native.path, str(spec), tmp_path / "tokens.npy", tmp_path / "out.npz", *endpoints],
             capture_output=True, text=True, timeout=300,
