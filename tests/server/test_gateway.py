@@ -118,7 +118,9 @@ def talk(check: Callable[[TestClient, Any], Awaitable[None]], is_ready: bool = T
             TestServer(played.app, handler_cancellation=True) as behind,
             aiohttp.ClientSession(behind.make_url("/"), auto_decompress=False) as session,
         ):
-            server = SimpleNamespace(session=session, is_ready=is_ready, away="it is being loaded", states=getattr(played, "folder", None))
+            server = SimpleNamespace(
+                session=session, is_ready=is_ready, away="it is being loaded", states=getattr(played, "folder", None)
+            )
             app = make_app(server, GatewaySettings(INFO, **settings))
             async with TestClient(TestServer(app, handler_cancellation=True)) as client:
                 await check(client, played)
