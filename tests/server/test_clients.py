@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import pytest
 from langchain_openai import ChatOpenAI
 from openai import APIConnectionError, AuthenticationError, BadRequestError, OpenAI
 from pydantic import BaseModel
+from support.rpc import free_port
 from support.serve import Served, serving
 from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
+
+from lt_gguf import Llama
 
 pytestmark = pytest.mark.slow
 
@@ -112,3 +118,43 @@ def test_curl(served):
     command = ["curl", "-sN", f"{served.address}/v1/chat/completions", "-H", f"Authorization: Bearer {KEY}", "-d", body]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     assert lines[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in lines
+
+
+def test_llama_cpps_own_server_runs_on_our_libraries(hybrid_file):
+    """As docs/how-to/llama-cpp-tools.md says; LT_STREAMING reaches it."""
+    spec, text = "layers=1,3;sink=2;window=60;prefill=full", "the quick brown fox jumps over the lazy dog " * 20
+    code = "import lt_gguf, runpy; runpy.run_module('llama_cpp.server', run_name='__main__')"
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-c", code, "--model", hybrid_file, "--port", str(port), "--n_ctx", "1024"]
+    with subprocess.Popen(
+        command, env=os.environ | {"LT_STREAMING": spec}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines = iter(process.stdout.readline, "")
+        said = [next(lines)]
+        while "Uvicorn running" not in said[-1]:
+            said.append(next(lines))
+        with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            answer = client.completions.create(model="any", prompt=text, **FIXED).choices[0].text
+        process.terminate()
+        process.communicate(timeout=30)
+    assert any(f"streaming layers: {spec} (LT_STREAMING)" in line for line in said)
+    llm = Llama(str(hybrid_file), streaming=spec, n_ctx=1024, verbose=False)
+    assert llm(text, **FIXED)["choices"][0]["text"] == answer
+    llm.close()
+
+
+def test_embeddings_where_llama_server_is_asked_for_them(hybrid_file):
+    """Those of llama_cpp, with the same layers streaming."""
+    text, other = "the quick brown fox jumps over the lazy dog", "and runs away"
+    options = [hybrid_file, "--threads", "1", "--ctx", "512", "--streaming", "layers=1,3;sink=2;window=6;prefill=full"]
+    with (
+        serving(*options, "--", "--embeddings", "--pooling", "mean") as served,
+        OpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        answer = client.embeddings.create(model="any", input=[text, other])
+    llm = Llama(str(hybrid_file), streaming=options[-1], n_ctx=512, embedding=True, pooling_type=1, verbose=False)
+    for item, said in zip(answer.data, (text, other), strict=True):
+        expected = np.array(llm.embed(said, normalize=True))
+        assert np.dot(item.embedding, expected) > 0.9999
+    llm.close()
+    assert abs(np.dot(answer.data[0].embedding, answer.data[1].embedding)) < 0.999
