@@ -73,7 +73,7 @@ def test_only_what_is_new_is_read(lt_gguf_command, hybrid_file, monkeypatch, str
 def test_no_layer_streams_yet(lt_gguf_command, hybrid_file, monkeypatch):
     through_a_pipe(monkeypatch, "/exit\n")
     _, _, err = lt_gguf_command("chat", hybrid_file, *SMALL, "--streaming", "auto:0.5")
-    assert err.splitlines()[0] == "KV 256.00 KiB, no layer streams yet · 1 CPU thread · context of 512 tokens"
+    assert err.splitlines()[0] == "KV 128.00 KiB, no layer streams yet · 1 CPU thread · context of 512 tokens"
 
 
 def test_no_formula_is_needed_where_no_layer_streams():
