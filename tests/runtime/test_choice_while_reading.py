@@ -230,14 +230,20 @@ def answer(model: Subject, tokens: np.ndarray, n_before: int) -> np.ndarray:
         return context.decode_one_by_one(tokens[n_before : n_before + 5], n_before)
 
 
-def test_a_caller_that_wants_no_more_of_it(model):
+@pytest.mark.parametrize("until", [0.3, 0.9])
+def test_a_caller_that_wants_no_more_of_it(model, until):
+    """Before a layer has been cut, and when some have: what these keep lies in memory of the part that was empty before."""
     tokens = random_tokens(1000)
-    with context_of(model) as context:
-        with api().progress(context.handle, lambda share: share < 0.6), pytest.raises(DecodeError):
+    with context_of(model) as context, context_of(model) as other:
+        few = context.kv_bytes(FULL)
+        with api().progress(context.handle, lambda share: share < until), pytest.raises(DecodeError):
             context.read_prompt(tokens)
-        assert context.positions(FULL) == [] and chosen(context) == () and context.kv_bytes(PROMPT) == 0
-        with context_of(model) as other:
-            assert (context.read_prompt(tokens) == other.read_prompt(tokens)).all()
+        assert context.positions(FULL) == [] and chosen(context) == ()
+        assert (context.kv_bytes(FULL), context.kv_bytes(PROMPT)) == (few, 0)
+        for message in (tokens[:50], tokens):
+            assert (context.read_prompt(message) == other.read_prompt(message)).all()
+            context.clear()
+            other.clear()
 
 
 def test_an_emptied_context_chooses_anew(model):
