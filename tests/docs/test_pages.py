@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 RUN_BY = {"sh": ["bash", "-eu", "-o", "pipefail", "-c"], "python": [sys.executable, "-c"]}
-SHOWN = ("", "text", "json", "ini")
+SHOWN = ("", "text", "json", "ini", "caddyfile", "dockerfile", "nginx")
 SECONDS = 300  # most of one block
 
 _FENCE = re.compile(r"^\s*```+\s*(\S*)\s*$")
