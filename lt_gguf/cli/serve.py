@@ -62,7 +62,14 @@ def serve(
     with listening:
         file = model.find(file)
         settings, info = prepare(file, parallel, more or [], options)
-        gateway = GatewaySettings(info, key, allow_origin or (), is_local=host in _LOCAL, keeps_beginnings=settings.saves_slot)
+        gateway = GatewaySettings(
+            info,
+            key,
+            allow_origin or (),
+            is_local=host in _LOCAL,
+            keeps_beginnings=settings.saves_slot,
+            reads_ahead=info["streaming"] is None and info["auto"] is None,
+        )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
         def say(line: str) -> None:

@@ -29,21 +29,23 @@ _PARTS_OF_A_TEMPLATE = ("messages", "tools", "tool_choice", "chat_template_kwarg
 
 
 class Beginnings:
-    """The beginnings that a server with one slot has read.
+    """The beginnings that a server has read.
 
     Args:
-        server: whose slot it is.
+        server: which has one slot, if they are kept.
+        keeps: their states are saved; else llama-server alone sees to it that what is read stays.
         limit: most bytes that they take on disk together; those go first that weren't used for longest.
     """
 
-    def __init__(self, server: LlamaServer, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, server: LlamaServer, keeps: bool = True, limit: int = DEFAULT_LIMIT) -> None:
         self.server = server
+        self.keeps = keeps
         self.limit = limit
         self.slot = asyncio.Lock()  # held until the answer is complete, else somebody else's prompt might come in between
         self._kept: OrderedDict[str, int] = OrderedDict()  # name of a file: its bytes
 
     async def read(self, request: dict[str, Any], n_chars: int) -> AsyncIterator[dict[str, Any]]:
-        """Makes the slot hold the first `n_chars` characters of the request's last message, and all that stands before it.
+        """Makes a slot hold the first `n_chars` characters of the request's last message, and all that stands before it.
 
         Yields what llama-server says of its progress, and at the end an event with `EVENT`. Where it can't be done, nothing comes: the
         prompt is then read as a whole.
@@ -57,14 +59,16 @@ class Beginnings:
             yield {EVENT: {"prompt_n": 0, "cache_n": len(tokens), "prompt_ms": 0}}
             return
         self._drop(name)
-        said = {"prompt": tokens, "n_predict": 0, "id_slot": 0, "cache_prompt": True, "stream": True, "return_progress": True}
+        said = {"prompt": tokens, "n_predict": 0, "cache_prompt": True, "stream": True, "return_progress": True}
+        if self.keeps:
+            said["id_slot"] = 0
         timings: dict[str, Any] | None = None
         async for event in self._stream("/completion", said):
             timings = event.get("timings", timings)
             if "prompt_progress" in event:
                 yield {"prompt_progress": event["prompt_progress"], "choices": []}
         if timings is not None:
-            saved = await self._ask("/slots/0?action=save", {"filename": name})
+            saved = await self._ask("/slots/0?action=save", {"filename": name}) if self.keeps else None
             if saved is not None:
                 self._keep(name, int(saved["n_written"]))
             yield {EVENT: {key: timings[key] for key in ("prompt_n", "cache_n", "prompt_ms")}}

@@ -21,7 +21,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from lt_gguf.documents import DocumentError, read_bytes
-from lt_gguf.server.beginnings import Beginnings, beginning_of
+from lt_gguf.server.beginnings import FIELD, Beginnings, beginning_of
 from lt_gguf.server.llama_server import LlamaServer
 
 PAGE = Path(__file__).parent / "page"
@@ -53,6 +53,7 @@ class GatewaySettings:
         api_key: what a request must bring, as `Authorization: Bearer KEY`; `None`: nothing.
         origins: of web pages that may ask beside the server's own, as in http://localhost:3000; "*": all.
         keeps_beginnings: there is one slot, and streaming layers that drop what they read of a prompt: `Beginnings` are of use.
+        reads_ahead: no layer streams: what a prompt begins with may be read before the rest of it is there, in any slot.
         is_local: it listens on this computer alone, so without a key a request that came by another name is none of its own.
     """
 
@@ -61,6 +62,7 @@ class GatewaySettings:
     origins: Sequence[str] = ()
     is_local: bool = True
     keeps_beginnings: bool = False
+    reads_ahead: bool = False
 
 
 def make_app(server: LlamaServer, settings: GatewaySettings) -> web.Application:
@@ -70,6 +72,7 @@ def make_app(server: LlamaServer, settings: GatewaySettings) -> web.Application:
     app.router.add_get("/lt/info", gateway.info)
     app.router.add_post("/lt/document", gateway.document)
     app.router.add_post("/lt/tokens", gateway.tokens)
+    app.router.add_post("/lt/read", gateway.read)
     app.router.add_route("*", "/{path:.*}", gateway.page_or_llama_server)
     return app
 
@@ -85,6 +88,7 @@ class _Gateway:
         self.server = server
         self.settings = settings
         self.beginnings = Beginnings(server) if settings.keeps_beginnings else None
+        self.ahead = self.beginnings or (Beginnings(server, keeps=False) if settings.reads_ahead else None)
         self._files = {f"/{path.relative_to(PAGE).as_posix()}": path for path in PAGE.rglob("*") if path.is_file()}
         if "/index.html" in self._files:
             self._files["/"] = self._files["/index.html"]
@@ -159,6 +163,23 @@ class _Gateway:
             return error(400, 'must be JSON with "messages"')
         counted = await self._ask("/v1/chat/completions/input_tokens", {"messages": messages})
         return counted if isinstance(counted, web.Response) else web.json_response({"n_tokens": counted["input_tokens"]})
+
+    async def read(self, request: web.Request) -> web.StreamResponse:
+        """Reads what a prompt begins with before its question is there: a stream of progress, nothing (204) where that is of no use."""
+        found = beginning_of(await request.read())
+        if found is None:
+            return error(400, f'must be JSON with "messages", and "{FIELD}", characters of the last of them')
+        if self.ahead is None:
+            return web.Response(status=204)
+        if not self.server.is_ready:
+            return self._away()
+        response = await self._begin(request, web.StreamResponse(headers=_STREAM_HEADERS))
+        async with self.ahead.slot:
+            async for event in self.ahead.read(*found):
+                await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
 
     async def _ask(self, path: str, said: dict[str, Any]) -> Any | web.Response:
         """llama-server's answer in JSON, or a response that says why there is none."""

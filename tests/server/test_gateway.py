@@ -50,7 +50,7 @@ class StandIn:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:
-            await response.write(b"data: 1\n\n")
+            await response.write(b'data: {"prompt_progress": {}}\n\n')
             while True:  # silent, as while a long prompt is read
                 await asyncio.sleep(0.05)
         except asyncio.CancelledError:
@@ -83,7 +83,7 @@ class StandInWithSlot(StandIn):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.folder, self.asked, self.refuses = folder, [], False
+        self.folder, self.asked, self.read, self.refuses, self.hangs = folder, [], [], False, False
 
     async def echo(self, request: web.Request) -> web.StreamResponse:
         said = await request.json()
@@ -93,6 +93,9 @@ class StandInWithSlot(StandIn):
         if request.path == "/completion":
             if self.refuses:
                 return web.json_response({"error": {"message": "too long"}}, status=400)
+            if self.hangs:
+                return await self.stream(request)
+            self.read.append({key: said[key] for key in ("id_slot",) if key in said})
             n = len(said["prompt"])
             events = [{"prompt_progress": {"total": n, "processed": n, "cache": 0, "time_ms": 1}}]
             events += [{"stop": True, "timings": {"prompt_n": n, "cache_n": 0, "prompt_ms": 2.5, "predicted_n": 0}}]
@@ -329,6 +332,62 @@ def test_what_a_prompt_begins_with_is_read_once(tmp_path):
             assert answer.status == 403 and "--slot-save-path" in await message(answer)
         server.refuses = True
         assert [*(await ask("other " + document, lt_read_first=len(document)))[0]] == ["said"]
+
+    talk(check, stand_in=StandInWithSlot(tmp_path), keeps_beginnings=True)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_reading_before_the_question_is_there(tmp_path, keeps):
+    document = "word " * 300
+    said = {"messages": [{"role": "user", "content": document}], "lt_read_first": len(document)}
+
+    async def check(client: TestClient, server: StandInWithSlot) -> None:
+        answer = await client.post("/lt/read", json=said)
+        *events, end = [line[6:] for line in (await answer.text()).splitlines() if line]
+        assert answer.content_type == "text/event-stream" and end == "[DONE]"
+        assert [*map(json.loads, events)][-1] == {"lt_begun": {"prompt_n": 300, "cache_n": 0, "prompt_ms": 2.5}}
+        assert server.read == [{"id_slot": 0} if keeps else {}]
+        assert ("/slots/0?action=save" in server.asked) == keeps
+        server.refuses = True  # the question will say why
+        answer = await client.post("/lt/read", json=said | {"messages": [{"role": "user", "content": "x" + document}]})
+        assert answer.status == 200 and await answer.text() == "data: [DONE]\n\n"
+        for body in (b"", b"[]", b"{}", json.dumps(said | {"lt_read_first": 0}).encode()):
+            answer = await client.post("/lt/read", data=body)
+            assert answer.status == 400 and "lt_read_first" in await message(answer)
+
+    talk(check, stand_in=StandInWithSlot(tmp_path), keeps_beginnings=keeps, reads_ahead=not keeps)
+
+
+def test_reading_ahead_is_of_no_use_or_not_possible():
+    said = {"messages": [{"role": "user", "content": "word " * 300}], "lt_read_first": 1500}
+
+    async def no_use(client: TestClient, _: StandIn) -> None:
+        answer = await client.post("/lt/read", json=said)
+        assert (answer.status, await answer.read()) == (204, b"")
+
+    async def away(client: TestClient, _: StandIn) -> None:
+        answer = await client.post("/lt/read", json=said)
+        assert answer.status == 503 and "it is being loaded" in await message(answer)
+
+    talk(no_use)
+    talk(away, is_ready=False, reads_ahead=True)
+
+
+def test_reading_ahead_stops_when_the_client_leaves(tmp_path):
+    said = {"messages": [{"role": "user", "content": "word " * 300}], "lt_read_first": 1500}
+
+    async def check(client: TestClient, server: StandInWithSlot) -> None:
+        server.hangs = True
+        answer = await client.post("/lt/read", json=said)
+        assert (await answer.content.readline()).startswith(b"data: ")
+        answer.close()
+        for _ in range(100):
+            if server.left:
+                break
+            await asyncio.sleep(0.05)
+        assert server.left == ["/completion"]
+        server.hangs = False
+        assert (await client.post("/lt/read", json=said)).status == 200  # nobody waits for the one that has left
 
     talk(check, stand_in=StandInWithSlot(tmp_path), keeps_beginnings=True)
 

@@ -109,6 +109,36 @@ def test_another_question_in_place_of_one_reads_no_document(hybrid_file, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_document_is_read_before_its_question(hybrid_file, streams):
+    document = f"Document fox.md:\n\n{WORDS * 15}\n\nEnd of the document fox.md.\n\n"
+
+    def begun(served, content: str) -> list[dict]:
+        said = {"messages": [{"role": "user", "content": content}], "lt_read_first": len(content)}
+        lines = served.ask("/lt/read", said).splitlines()
+        assert b"data: [DONE]" in lines[-2:]
+        events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        return [event["lt_begun"] for event in events if "lt_begun" in event]
+
+    with serving(hybrid_file, *QUICK, *(STREAMS if streams else ["--streaming", "off"])) as served:
+        [first] = begun(served, document)
+        assert first["prompt_n"] > 300
+        [again] = begun(served, document)
+        assert again["prompt_n"] <= 1
+        asked = served.chat(document + "the dog", max_tokens=12, lt_read_first=len(document))
+        alone = served.chat(document + "the dog", max_tokens=12, cache_prompt=False)
+        assert asked["choices"][0]["message"]["content"] == alone["choices"][0]["message"]["content"]
+        assert asked["timings"]["prompt_n"] < 60 and asked["timings"]["cache_n"] > 300
+
+
+@pytest.mark.slow
+def test_no_document_is_read_ahead_where_layers_are_chosen_for_the_question(hybrid_file):
+    said = {"messages": [{"role": "user", "content": WORDS * 15}], "lt_read_first": len(WORDS * 15)}
+    with serving(hybrid_file, *QUICK, "--streaming", "auto:0.5") as served:
+        assert served.ask("/lt/read", said) == b""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_its_child_ends_with_it(hybrid_file, how):
     with serving(hybrid_file, *QUICK) as served:

@@ -85,11 +85,20 @@ export async function countTokens(messages, signal) {
   return (await (await post("lt/tokens", { messages }, signal)).json()).n_tokens;
 }
 
+/** Reads what a prompt begins with before its question is there: progress as it comes. Nothing comes where that is of no use. */
+export async function* readAhead(messages, nCharacters, signal) {
+  const response = await post("lt/read", { messages, lt_read_first: nCharacters }, signal);
+  if (response.status !== 204) yield* chunks(response);
+}
+
 /** The chunks of an answer as they come. Throws ServerError, also where the stream ends early. */
 export async function* complete(messages, settings, signal) {
-  const response = await post("v1/chat/completions", {
+  yield* chunks(await post("v1/chat/completions", {
     messages, ...settings, stream: true, stream_options: { include_usage: true }, return_progress: true, cache_prompt: true,
-  }, signal);
+  }, signal));
+}
+
+async function* chunks(response) {
   const lost = () => new ServerError("The connection to the server was lost before the answer was complete.");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -1,5 +1,6 @@
 // Sending, stopping, editing and answering again.
 
+import { finishReading, startReading } from "./ahead.js";
 import { complete, fetchInfo, ServerError } from "./api.js";
 import { autosize, renderConversation, scrollToEnd, updateAnswer, updateProgress } from "./conversation.js";
 import { pendingDocuments, setPendingDocuments, showFit, stillReading } from "./documents.js";
@@ -66,6 +67,8 @@ async function answer() {
     const saving = setInterval(() => saveSession(session), SAVE_EVERY);
     try {
       await saveSession(session);
+      run.beginning = await finishReading(prompt, run.controller.signal, (progress) => take({ prompt_progress: progress }, message, run));
+      run.controller.signal.throwIfAborted();
       for await (const chunk of complete(prompt, first ? { ...requestSettings(), lt_read_first: first } : requestSettings(), run.controller.signal)) take(chunk, message, run);
     } catch (error) {
       if (error.name === "AbortError") message.note = "Stopped.";
@@ -89,6 +92,7 @@ async function answer() {
   scrollToEnd();
   renderPanel();
   showFit();
+  startReading();
   announce(message.error ?? (message.note === "Stopped." ? "Stopped." : `Answer: ${message.content}`));
   // Which layers stream may have been chosen for this prompt, and a server that was restarted may have another model.
   if (!message.error) await refreshInfo();
@@ -133,7 +137,7 @@ function take(chunk, message, run) {
     showPanel(run);
   }
   if (choice?.finish_reason === "length") message.note = "The answer ends at its bound, or at the end of the context.";
-  if (chunk.lt_begun) run.beginning = chunk.lt_begun;
+  if (chunk.lt_begun && !run.beginning?.prompt_n) run.beginning = chunk.lt_begun;  // else it was read while the question was typed
   if (chunk.timings) run.timings = chunk.timings;
 }
 

@@ -1,5 +1,6 @@
 // Documents of the next question: dropped, chosen or pasted, and whether they fit.
 
+import { startReading } from "./ahead.js";
 import { countTokens, readDocument } from "./api.js";
 import { $, announce, el, notice, number, tokens } from "./dom.js";
 import { promptOf, tokensUsed } from "./prompt.js";
@@ -39,6 +40,7 @@ function remove(document) {
   pending = pending.filter((other) => other !== document);
   renderChips();
   showFit();
+  startReading();
   saveDraft();
   $("question").focus();
 }
@@ -103,6 +105,7 @@ export async function attach(files) {
   }
   if (refused.length) notice(refused.join(" "), true);
   showFit();
+  startReading();
   saveDraft();
 }
 

@@ -1,5 +1,6 @@
 // The conversations: the list, taking one up, names, export. store.js keeps them.
 
+import { stopReading } from "./ahead.js";
 import { setPendingDocuments, pendingDocuments } from "./documents.js";
 import { autosize, renderConversation, scrollToEnd } from "./conversation.js";
 import { $, ask, el, icon, notice } from "./dom.js";
@@ -60,6 +61,7 @@ function show(session) {
   notice(null);
   $("question").value = session.draft.text;
   autosize($("question"));
+  stopReading();
   setPendingDocuments(session.draft.documents);
   renderConversation();
   renderPanel();

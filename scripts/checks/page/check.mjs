@@ -38,6 +38,12 @@ async function tokensOf(content) {
   })).json()).n_tokens, content);
 }
 
+/** How many tokens of prompts the server has read, as it says itself. */
+async function tokensRead() {
+  const metrics = await page.evaluate(async () => (await fetch("metrics")).text());
+  return Number(/^llamacpp:prompt_tokens_total (\S+)/m.exec(metrics)[1]);
+}
+
 async function attach(name, content) {
   await drop(page, name, content);
   await page.waitForSelector("#chips .chip:not([aria-busy])");
@@ -110,10 +116,14 @@ async function check() {
   await attach("letters.txt", letters(words, "To my friends."));
   const size = Number((await text(page, "#chips .chip .muted")).replace(/\D/g, ""));
   done(`letters.txt attached: ${await text(page, "#fit")}`);
+  await page.waitForFunction(() => /^(is read: \d+ %|read)$/.test(document.querySelector("#ahead").textContent));
   await shot("attached");
+  await page.waitForFunction(() => document.querySelector("#ahead").textContent === "read", { timeout: 300_000 });
+  const before = await tokensRead();
 
   await ask(page, "Who has a red hat?");
   await answered(page);
+  expect(await tokensRead() - before < size / 4, `the document, read while the question was typed, was read again: ${await tokensRead() - before} tokens`);
   expect(await count(page, ".answer .error") === 0, `the first answer failed: ${await text(page, ".answer").catch(() => "")}`);
   expect((await text(page, ".answer > .markdown")).length > 0, "the first answer is empty");
   expect(await figure(page, "read") + await figure(page, "cached") >= size, "the first answer was given without the document");
