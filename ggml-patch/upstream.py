@@ -27,7 +27,8 @@ from pinned_source import PATCH_DIR, BuildError, Pin, disk_errors, fetch_sdist, 
 HOOKS = PATCH_DIR / "hooks.patch"
 SOURCES = PATCH_DIR / "src"
 DEFAULT_TREE = PATCH_DIR.parent / "build" / "llama.cpp"
-PUBLIC_HEADER = "lt.h"  # beside llama.h in include/; every other source of ours goes to src/
+PUBLIC_HEADER = "lt.h"  # beside llama.h in include/
+CPU_SOURCES = "lt-cpu-"  # with such names they are of ggml's CPU backend; every other source of ours goes to src/
 STATE = ".lt-gguf.json"  # in a synced tree: which upstream it is and what of it is ours
 NOT_COMPILED = ("docs/", "media/", "models/", "benches/", ".github/", ".devops/")  # two thirds of the source's bytes
 
@@ -102,7 +103,8 @@ def regenerate(directory: Path, pin: Pin) -> None:
     if not patch:
         raise BuildError(f"{directory} has no changes against its first commit {first[:9]}")
     _patched(fetch_sdist(pin), pin, patch.encode(), set())  # it must apply to what the build unpacks
-    ours = {path.name: path for path in [*_our_sources(directory / "src"), *_our_sources(directory / "include")]}
+    homes = [directory / home for home in ("src", "include", "ggml/src/ggml-cpu")]
+    ours = {path.name: path for home in homes for path in _our_sources(home)}
     for name, path in ours.items():
         _write_if_different(SOURCES / name, path.read_bytes())
     for path in _our_sources(SOURCES):
@@ -113,6 +115,8 @@ def regenerate(directory: Path, pin: Pin) -> None:
 
 
 def _home(name: str) -> str:
+    if name.startswith(CPU_SOURCES):
+        return f"ggml/src/ggml-cpu/{name}"
     return f"include/{name}" if name == PUBLIC_HEADER else f"src/{name}"
 
 

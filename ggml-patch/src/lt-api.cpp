@@ -1,5 +1,6 @@
 #include "lt.h"
 
+#include "lt-graph.h"
 #include "lt-kv-cache.h"
 
 #include "llama-context.h"
@@ -232,6 +233,10 @@ int32_t lt_lazy_ratios(const llama_context * ctx, float * ratios, int32_t n) {
 
 void lt_load_drafts(bool is_draft) {
     lt_model_specs::load_drafts(is_draft);
+}
+
+void lt_set_attention(bool for_all) {
+    lt_attention_for_all = for_all;
 }
 
 void lt_clamp_shift(const llama_context * ctx, int32_t n_past, int32_t * n_keep, int32_t * n_discard) {

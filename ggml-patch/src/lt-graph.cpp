@@ -5,10 +5,41 @@
 #include "llama-batch.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-model.h"
+
+#include "lt.h"
+
+#include "../ggml/src/ggml-cpu/lt-cpu-attention.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
+
+static const char * const LT_ENV_ATTENTION = "LT_ATTENTION"; // on, off
+
+std::atomic<bool> lt_attention_for_all = false;
+
+bool lt_wants_attention(const llama_model & model) {
+    const char * env = getenv(LT_ENV_ATTENTION);
+    if (!env || !*env) {
+        return lt_attention_for_all || model.lt.get().enabled();
+    }
+
+    if (strcmp(env, "on") != 0 && strcmp(env, "off") != 0) {
+        throw std::invalid_argument(format("%s = %s: must be on or off", LT_ENV_ATTENTION, env));
+    }
+
+    return strcmp(env, "on") == 0;
+}
+
+void lt_mark_attention(ggml_tensor * attention, const llama_cparams & cparams) {
+    if (cparams.lt_attention) {
+        attention->op_params[LT_CPU_ATTENTION_PARAM] = LT_CPU_ATTENTION_ON;
+    }
+}
 
 // the prompt part is one for all sequences
 static llama_cparams lt_cparams(const llama_cparams & cparams, const lt_kv_cache_context * mctx) {

@@ -4,6 +4,7 @@
 
 #include "llama-graph.h"
 
+#include <atomic>
 #include <functional>
 
 // the attention input of a graph with streaming layers
@@ -45,6 +46,17 @@ private:
     const uint64_t generation;
     const bool     in_prompt_part;
 };
+
+// see lt_set_attention()
+extern std::atomic<bool> lt_attention_for_all;
+
+// whether contexts of the model compute attention with few queries by lt-cpu-attention.cpp: where LT_ATTENTION or
+// lt_set_attention() says so, else where layers stream
+// throws std::invalid_argument if LT_ATTENTION is neither on nor off
+bool lt_wants_attention(const llama_model & model);
+
+// asks for that kernel, where the context has it
+void lt_mark_attention(ggml_tensor * attention, const llama_cparams & cparams);
 
 // nullptr if the memory has no streaming layers
 std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(

@@ -50,6 +50,10 @@ extern "C" {
     // LT_STREAMING say: a draft is rolled back further than a streaming layer can be.
     LLAMA_API void lt_load_drafts(bool is_draft);
 
+    // Whether contexts that are made from now on compute attention with few queries on the CPU faster than llama.cpp does, whatever
+    // their model: with other roundings. Else those do whose layers stream. The variable LT_ATTENTION (on, off) decides before this.
+    LLAMA_API void lt_set_attention(bool for_all);
+
     // The spec that this context runs with.
     LLAMA_API int32_t lt_context_spec(const struct llama_context * ctx, char * buf, size_t buf_size);
 

@@ -96,7 +96,7 @@ class ServerSettings:
         ]
 
     def environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = {"LT_ATTENTION": "on"} | dict(os.environ)
         if self.streaming is not None:
             environment["LT_STREAMING"] = self.streaming
         if self.prompt_limit:
