@@ -19,6 +19,7 @@
 
 static constexpr int64_t N_SEGMENT   = 1024; // cells of which one thread finds those that are seen
 static constexpr int64_t N_BLOCK     = 64;   // cells whose scores are held at a time
+static constexpr int64_t N_AHEAD     = 16;   // cells after which a key that is asked for has come
 static constexpr int64_t N_CHUNK_MIN = 256;  // cells of a chunk: less isn't worth a merge
 static constexpr int64_t N_CHUNKS    = 64;   // most of a query: bounds the work buffer
 static constexpr int64_t N_QUERIES   = 16;   // most queries; for more, ggml's tiles do as well
@@ -43,24 +44,67 @@ typedef float vec_t __attribute__((vector_size(16), aligned(4)));
 
 static constexpr int N_LANES = sizeof(vec_t)/sizeof(float);
 
-static inline vec_t vec_load(const float * x) {
-    return *(const vec_t *) x;
+// N_LANES values of a row of the cache from the d-th on
+
+static inline vec_t vec_load(const float * x, int64_t d = 0) {
+    return *(const vec_t *) (x + d);
 }
 
-static inline vec_t vec_load(const ggml_fp16_t * x) {
+static inline vec_t vec_load(const ggml_fp16_t * x, int64_t d) {
 #if defined(__AVX512F__)
-    return (vec_t) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x));
+    return (vec_t) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (x + d)));
 #elif defined(__AVX__) && defined(__F16C__)
-    return (vec_t) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x));
+    return (vec_t) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x + d)));
 #elif defined(__aarch64__)
-    return (vec_t) vcvt_f32_f16(vld1_f16((const __fp16 *) x));
+    return (vec_t) vcvt_f32_f16(vld1_f16((const __fp16 *) (x + d)));
 #else
     vec_t y;
     for (int i = 0; i < N_LANES; ++i) {
-        y[i] = GGML_CPU_FP16_TO_FP32(x[i]);
+        y[i] = GGML_CPU_FP16_TO_FP32(x[d + i]);
     }
     return y;
 #endif
+}
+
+static inline float to_float(ggml_half x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x); // note: GGML_CPU_FP16_TO_FP32() looks it up in a table that is larger than the first cache
+#else
+    return GGML_CPU_FP16_TO_FP32(x);
+#endif
+}
+
+static inline vec_t vec_load(const block_q8_0 * x, int64_t d) {
+    const block_q8_0 & b  = x[d/QK8_0];
+    const int8_t *     qs = b.qs + d % QK8_0;
+    vec_t y;
+#if defined(__AVX512F__)
+    y = (vec_t) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) qs)));
+#elif defined(__AVX2__)
+    y = (vec_t) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) qs)));
+#else
+    for (int i = 0; i < N_LANES; ++i) {
+        y[i] = qs[i];
+    }
+#endif
+    return to_float(b.d)*y;
+}
+
+static inline vec_t vec_load(const block_q4_0 * x, int64_t d) {
+    const block_q4_0 & b  = x[d/QK4_0];
+    const uint8_t *    qs = b.qs + d % (QK4_0/2);
+    const int shift = d % QK4_0 < QK4_0/2 ? 0 : 4; // the first half of a block is in the lower bits
+    vec_t y;
+#if defined(__AVX512F__)
+    y = (vec_t) _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) qs)), shift), _mm512_set1_epi32(15)));
+#elif defined(__AVX2__)
+    y = (vec_t) _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) qs)), shift), _mm256_set1_epi32(15)));
+#else
+    for (int i = 0; i < N_LANES; ++i) {
+        y[i] = (qs[i] >> shift) & 15;
+    }
+#endif
+    return to_float(b.d)*(y - 8.0f);
 }
 
 static inline void vec_store(float * x, vec_t y) {
@@ -99,6 +143,25 @@ static inline void vec_sums(float * to, const vec_t (&x)[J]) {
 #endif
 }
 
+static inline float max_of(const float * x, int n) {
+    float max = -INFINITY;
+    int i = 0;
+    if (n >= N_LANES) {
+        vec_t y = vec_load(x);
+        for (i = N_LANES; i + N_LANES <= n; i += N_LANES) {
+            const vec_t z = vec_load(x, i);
+            y = z > y ? z : y;
+        }
+        for (int j = 0; j < N_LANES; ++j) {
+            max = std::max(max, y[j]);
+        }
+    }
+    for (; i < n; ++i) {
+        max = std::max(max, x[i]);
+    }
+    return max;
+}
+
 //
 // tiles
 //
@@ -118,7 +181,7 @@ static inline void scores_of_tile(float * scores, const float * q, const T * con
     for (int64_t d = 0; d < n; d += N_LANES) {
         vec_t key[J];
         for (int j = 0; j < J; ++j) {
-            key[j] = vec_load(k[j] + d);
+            key[j] = vec_load(k[j], d);
         }
         for (int r = 0; r < R; ++r) {
             const vec_t query = vec_load(q + r*n + d);
@@ -143,10 +206,10 @@ static inline void values_of_tile(
         }
     }
     for (int j = 0; j < n_cells; ++j) {
-        const T * row = v[cells[j]] + d;
+        const T * row = v[cells[j]];
         vec_t value[C];
         for (int c = 0; c < C; ++c) {
-            value[c] = vec_load(row + c*N_LANES);
+            value[c] = vec_load(row, d + c*N_LANES);
         }
         for (int r = 0; r < R; ++r) {
             const float weight = weights[r*N_BLOCK + j];
@@ -364,29 +427,12 @@ static void load_queries(const lt_attention & a, int64_t stream, float * to) {
     }
 }
 
-// a row of a quantized cache as floats. The common types here: ggml's own are compiled for the plainest processor
+// a row of a cache of another type as floats
 static void to_floats(ggml_type type, const void * x, float * y, int64_t n) {
     switch (type) {
         case GGML_TYPE_BF16: {
             for (int64_t i = 0; i < n; ++i) {
                 y[i] = GGML_BF16_TO_FP32(((const ggml_bf16_t *) x)[i]);
-            }
-        } break;
-        case GGML_TYPE_Q8_0: {
-            for (const block_q8_0 * b = (const block_q8_0 *) x; n > 0; ++b, y += QK8_0, n -= QK8_0) {
-                const float d = GGML_CPU_FP16_TO_FP32(b->d);
-                for (int i = 0; i < QK8_0; ++i) {
-                    y[i] = d*b->qs[i];
-                }
-            }
-        } break;
-        case GGML_TYPE_Q4_0: {
-            for (const block_q4_0 * b = (const block_q4_0 *) x; n > 0; ++b, y += QK4_0, n -= QK4_0) {
-                const float d = GGML_CPU_FP16_TO_FP32(b->d);
-                for (int i = 0; i < QK4_0/2; ++i) {
-                    y[i]           = d*((b->qs[i] & 15) - 8);
-                    y[i + QK4_0/2] = d*((b->qs[i] >> 4) - 8);
-                }
             }
         } break;
         default:
@@ -409,9 +455,10 @@ static inline void for_tiles(int64_t n_group, F && f) {
     }
 }
 
+// into the second cache: a block is larger than the first one, where it would also push out what is computed with
 static inline void prefetch(const char * data, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) {
-        __builtin_prefetch(data + i);
+        __builtin_prefetch(data + i, 0, 2);
     }
 }
 
@@ -437,6 +484,7 @@ static void compute_scores(const lt_attention & a, const lt_block & b, const lt_
     using elem_t = std::conditional_t<is_converted, float, T>;
 
     const size_t n_bytes_v = ggml_row_size(a.v->type, a.n_dim_v);
+    const size_t n_bytes_k = ggml_row_size(a.k->type, a.n_dim_k);
     for (int j = 0; j < b.n_cells; j += N_KEYS) {
         const int n = std::min(N_KEYS, b.n_cells - j);
         for (int64_t head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
@@ -451,7 +499,8 @@ static void compute_scores(const lt_attention & a, const lt_block & b, const lt_
                 } else {
                     keys[i] = (const elem_t *) row;
                 }
-                prefetch(row_of(a.v, b, cell, head_kv), n_bytes_v);
+                prefetch(row_of(a.k, b, cell + N_AHEAD, head_kv), n_bytes_k); // cells most often follow each other
+                prefetch(row_of(a.v, b, cell,           head_kv), n_bytes_v);
             }
             const int64_t row = (head_kv*a.n_q + b.iq)*a.n_group;
             for_tiles(a.n_group, [&](auto n_rows, int64_t g) {
@@ -472,8 +521,7 @@ static void compute_weights(const lt_attention & a, const lt_block & b, int64_t 
     if (b.bias) {
         ggml_vec_mad_f32(b.n_cells, scores, b.bias, a.slope(head));
     }
-    float max;
-    ggml_vec_max_f32(b.n_cells, &max, scores);
+    const float max = max_of(scores, b.n_cells);
     if (max > result[0]) {
         const float shrink = expf(result[0] - max);
         result[0] = max;
@@ -495,9 +543,11 @@ static void add_values(
 // results: [n_rows()][partial()]
 static void compute_block(const lt_attention & a, const lt_block & b, const lt_scratch & scratch, float * results) {
     switch (a.k->type) {
-        case GGML_TYPE_F16: compute_scores<ggml_fp16_t>(a, b, scratch); break;
-        case GGML_TYPE_F32: compute_scores<float>      (a, b, scratch); break;
-        default:            compute_scores<void>       (a, b, scratch); break;
+        case GGML_TYPE_F16:  compute_scores<ggml_fp16_t>(a, b, scratch); break;
+        case GGML_TYPE_F32:  compute_scores<float>      (a, b, scratch); break;
+        case GGML_TYPE_Q8_0: compute_scores<block_q8_0> (a, b, scratch); break;
+        case GGML_TYPE_Q4_0: compute_scores<block_q4_0> (a, b, scratch); break;
+        default:             compute_scores<void>       (a, b, scratch); break;
     }
     for (int64_t head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
         float * weights = scratch.scores + head_kv*a.n_group*N_BLOCK;
@@ -507,8 +557,10 @@ static void compute_block(const lt_attention & a, const lt_block & b, const lt_s
         }
         const char * data = row_of(a.v, b, 0, head_kv);
         switch (a.v->type) {
-            case GGML_TYPE_F16: add_values(a, lt_rows<ggml_fp16_t>{ data, a.v->nb[1] }, b.cells, b.n_cells, weights, result); break;
-            case GGML_TYPE_F32: add_values(a, lt_rows<float>      { data, a.v->nb[1] }, b.cells, b.n_cells, weights, result); break;
+            case GGML_TYPE_F16:  add_values(a, lt_rows<ggml_fp16_t>{ data, a.v->nb[1] }, b.cells, b.n_cells, weights, result); break;
+            case GGML_TYPE_F32:  add_values(a, lt_rows<float>      { data, a.v->nb[1] }, b.cells, b.n_cells, weights, result); break;
+            case GGML_TYPE_Q8_0: add_values(a, lt_rows<block_q8_0> { data, a.v->nb[1] }, b.cells, b.n_cells, weights, result); break;
+            case GGML_TYPE_Q4_0: add_values(a, lt_rows<block_q4_0> { data, a.v->nb[1] }, b.cells, b.n_cells, weights, result); break;
             default: {
                 for (int j = 0; j < b.n_cells; ++j) {
                     to_floats(a.v->type, row_of(a.v, b, b.cells[j], head_kv), scratch.v + j*a.n_dim_v, a.n_dim_v);
@@ -559,13 +611,13 @@ static void merge_row(const lt_attention & a, const float * partials, int64_t n,
     std::fill_n(sum, a.n_dim_v, 0.0f);
     for (int64_t i = 0; i < n; ++i) {
         const float * partial = partials + i*stride;
-        if (partial[1] > 0.0f) {
+        if (partial[1] != 0.0f) { // NaN isn't
             const float weight = expf(partial[0] - max);
             total += weight*partial[1];
             ggml_vec_mad_f32(a.n_dim_v, sum, partial + 2, weight);
         }
     }
-    ggml_vec_scale_f32(a.n_dim_v, sum, total > 0.0f ? 1.0f/total : 0.0f);
+    ggml_vec_scale_f32(a.n_dim_v, sum, total != 0.0f ? 1.0f/total : 0.0f);
 }
 
 bool lt_cpu_attention(const ggml_compute_params * params, ggml_tensor * dst) {
