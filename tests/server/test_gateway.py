@@ -151,7 +151,10 @@ def test_what_is_not_ours_is_passed_on_as_it_is():
 def test_an_answer_comes_piece_by_piece_and_ends_with_its_client():
     async def check(client: TestClient, stand_in: StandIn) -> None:
         answer = await client.get("/stream")
-        assert await answer.content.readuntil(b"\n\n") == b"data: 1\n\n" and answer.headers["Content-Type"] == "text/event-stream"
+        assert (
+            await answer.content.readuntil(b"\n\n") == b'data: {"prompt_progress": {}}\n\n'
+            and answer.headers["Content-Type"] == "text/event-stream"
+        )
         answer.close()
         for _ in range(100):
             if stand_in.left:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import gguf
@@ -15,11 +17,23 @@ load_llama_cpp()
 F16, F32 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
 _PARAMS = 84  # bytes before op_params in ggml_tensor
 _OURS = (15, 0x6C74)  # LT_CPU_ATTENTION_PARAM, LT_CPU_ATTENTION_ON
-_MEMORY = 256 << 20  # bytes, of the tensors of one operation
+_MEMORY = 64 << 20  # bytes, of what an operation needs besides
 
 
 class _Params(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("work_size", ctypes.c_size_t),
+        ("work_data", ctypes.c_void_p),
+        ("n_threads", ctypes.c_int),
+        ("threadpool", ctypes.c_void_p),
+        ("abort_callback", ctypes.c_void_p),
+        ("abort_callback_data", ctypes.c_void_p),
+        ("use_ref", ctypes.c_bool),
+    )
 
 
 def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
@@ -33,6 +47,8 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         "ggml_new_tensor_4d": [pointer, ctypes.c_int, n, n, n, n],
         "ggml_permute": [pointer, pointer, *[ctypes.c_int] * 4],
         "ggml_flash_attn_ext": [pointer, pointer, pointer, pointer, pointer, f, f, f],
+        "ggml_mul_mat": [pointer, pointer, pointer],
+        "ggml_soft_max_ext": [pointer, pointer, pointer, f, f],
         "ggml_get_data": [pointer],
         "ggml_new_graph": [pointer],
     }.items():
@@ -40,8 +56,25 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     base.ggml_flash_attn_ext_add_sinks.argtypes = [pointer, pointer]
     base.ggml_build_forward_expand.argtypes = [pointer, pointer]
     base.ggml_free.argtypes = [pointer]
-    cpu.ggml_graph_compute_with_ctx.argtypes = [pointer, pointer, ctypes.c_int]
+    cpu.ggml_graph_plan.argtypes, cpu.ggml_graph_plan.restype = [pointer, ctypes.c_int, pointer], _Plan
+    cpu.ggml_graph_compute.argtypes = [pointer, ctypes.POINTER(_Plan)]
     return base, cpu
+
+
+class Operation:
+    """One that is ready. `result`: float32, flat."""
+
+    def __init__(self, result: np.ndarray, cpu: ctypes.CDLL, graph: int) -> None:
+        self.result = result
+        self._cpu, self._graph = cpu, graph
+        self._work = np.empty(0, np.uint8)
+
+    def compute(self, n_threads: int) -> None:
+        plan = self._cpu.ggml_graph_plan(self._graph, n_threads, None)
+        if plan.work_size > self._work.size:
+            self._work = np.empty(plan.work_size, np.uint8)
+        plan.work_data = self._work.ctypes.data
+        assert self._cpu.ggml_graph_compute(self._graph, ctypes.byref(plan)) == 0
 
 
 @dataclass
@@ -68,30 +101,45 @@ class Attention:
 
     def run(self, ours: bool = True, n_threads: int = 1) -> np.ndarray:
         """float32 (streams, queries, heads, dim of a value)."""
+        with self.operation("ours" if ours else "flash") as operation:
+            operation.result[:] = np.nan
+            operation.compute(n_threads)
+            return operation.result.reshape((*self.q.shape[:3], self.v.shape[-1])).copy()
+
+    @contextmanager
+    def operation(self, which: str) -> Iterator[Operation]:
+        """`which`: `ours`, `flash` (ggml's flash attention), or `products`, what llama.cpp computes without flash attention: the scores of
+        all cells, their softmax, the sum, from values that are held transposed."""
         base, cpu = _libraries()
-        context = base.ggml_init(_Params(_MEMORY, None, False))
+        context = base.ggml_init(_Params(self._n_bytes(), None, False))
         try:
-            q, k, v = (
-                self._tensor(base, context, self.q, F32),
-                *(self._tensor(base, context, x, t) for x, t in ((self.k, self.type_k), (self.v, self.type_v))),
-            )
+            q, k = (self._tensor(base, context, x, t) for x, t in ((self.q, F32), (self.k, self.type_k)))
             mask = None if self.mask is None else self._tensor(base, context, self.mask[:, None], F16)
-            q, k, v = (base.ggml_permute(context, x, 0, 2, 1, 3) for x in (q, k, v))
-            out = base.ggml_flash_attn_ext(context, q, k, v, mask, self.scale, self.max_bias, self.softcap)
-            if self.sinks is not None:
-                base.ggml_flash_attn_ext_add_sinks(out, self._tensor(base, context, self.sinks[None, None, None], F32))
-            if ours:
+            q, k = (base.ggml_permute(context, x, 0, 2, 1, 3) for x in (q, k))
+            if which == "products":
+                v = self._tensor(base, context, self.v.transpose(0, 2, 3, 1), self.type_v)
+                scores = base.ggml_soft_max_ext(context, base.ggml_mul_mat(context, k, q), mask, self.scale, self.max_bias)
+                out = base.ggml_mul_mat(context, v, scores)
+            else:
+                v = base.ggml_permute(context, self._tensor(base, context, self.v, self.type_v), 0, 2, 1, 3)
+                out = base.ggml_flash_attn_ext(context, q, k, v, mask, self.scale, self.max_bias, self.softcap)
+                if self.sinks is not None:
+                    base.ggml_flash_attn_ext_add_sinks(out, self._tensor(base, context, self.sinks[None, None, None], F32))
+            if which == "ours":
                 ctypes.c_int32.from_address(out + _PARAMS + 4 * _OURS[0]).value = _OURS[1]
             graph = base.ggml_new_graph(context)
             base.ggml_build_forward_expand(graph, out)
-            shape = (*self.q.shape[:3], self.v.shape[-1])
-            data = (ctypes.c_float * int(np.prod(shape))).from_address(base.ggml_get_data(out))
-            result = np.frombuffer(data, np.float32)
-            result[:] = np.nan
-            assert cpu.ggml_graph_compute_with_ctx(context, graph, n_threads) == 0
-            return result.reshape(shape).copy()
+            n = int(np.prod(self.q.shape[:3])) * self.v.shape[-1]
+            data = (ctypes.c_float * n).from_address(base.ggml_get_data(out))
+            yield Operation(np.frombuffer(data, np.float32), cpu, graph)
         finally:
             base.ggml_free(context)
+
+    def _n_bytes(self) -> int:
+        """Of the tensors, and of what computes them."""
+        n_scores = int(np.prod(self.q.shape[:3])) * self.k.shape[1]
+        mask = 0 if self.mask is None else self.mask.size
+        return _MEMORY + 4 * (self.k.size + self.v.size + self.q.size) + 2 * mask + 8 * n_scores
 
     @staticmethod
     def _tensor(base: ctypes.CDLL, context: int, values: np.ndarray, type_: gguf.GGMLQuantizationType) -> int:
