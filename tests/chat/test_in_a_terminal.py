@@ -56,7 +56,7 @@ def test_a_conversation_about_a_document(hybrid_file, home):
         # commands and paths are completed
         window.type("/fi")
         window.keys("Tab")
-        window.wait("/file")
+        window.wait("> /file")  # and not the one of the greeting
         window.type(" not")
         window.keys("Tab")
         window.wait("/file notes.md")
