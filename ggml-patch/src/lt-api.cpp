@@ -3,6 +3,7 @@
 #include "lt-graph.h"
 #include "lt-kv-cache.h"
 
+#include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -81,6 +82,74 @@ bool lt_context_hide(llama_context * ctx, const char * text, char * err, size_t 
         ctx->synchronize();
 
         kv->hide(spec);
+    } catch (const std::exception & e) {
+        if (err && err_size > 0) {
+            lt_copy(e.what(), err, err_size);
+        }
+        return false;
+    }
+
+    return true;
+}
+
+static void lt_fill_batch(llama_context & ctx, llama_seq_id seq_id, llama_pos begin, uint32_t n_tokens) {
+    llama_batch_ext batch(&ctx);
+    for (llama_pos pos = begin; pos < begin + (llama_pos) n_tokens; ++pos) {
+        const int32_t i = batch.add_token(seq_id);
+
+        batch.set_token_id (i, 0);
+        batch.set_token_pos(i, &pos);
+        batch.set_output   (i, true); // no prompt: a streaming layer drops what is behind it at once
+    }
+
+    const auto & model = ctx.get_model();
+
+    llama_batch_allocr balloc(model.hparams.n_pos_per_embd());
+    if (!balloc.init(batch, model.vocab, false)) {
+        throw std::runtime_error(format("sequence %d can't be filled", seq_id));
+    }
+
+    auto mctx = ctx.get_memory()->init_batch(balloc, ctx.get_cparams().n_ubatch, false);
+    if (!mctx || mctx->get_status() != LLAMA_MEMORY_STATUS_SUCCESS) {
+        throw std::runtime_error(format("%u more tokens don't fit the KV cache after %d of sequence %d", n_tokens, begin, seq_id));
+    }
+
+    do {
+        if (!mctx->apply()) {
+            throw std::runtime_error(format("sequence %d can't be filled", seq_id));
+        }
+    } while (mctx->next());
+}
+
+bool lt_fill(llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens, char * err, size_t err_size) {
+    try {
+        auto * mem = ctx->get_memory();
+        if (!mem) {
+            throw std::runtime_error("this context has no KV cache");
+        }
+
+        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
+            throw std::runtime_error(format("there is no sequence %d in this context", seq_id));
+        }
+
+        const auto * kv = lt_get_cache(ctx);
+        if (kv && kv->get_spec().is_auto()) {
+            throw std::runtime_error("the layers of this context are chosen for a prompt, so there must be one: name layers that stream");
+        }
+
+        // the last batch may still be computing
+        ctx->synchronize();
+        ctx->memory_update(false);
+
+        // note: after full batches come single tokens, as when decoding
+        const uint32_t n_full = std::min(ctx->get_cparams().n_ubatch, ctx->get_cparams().n_batch);
+
+        for (uint32_t i = 0; i < n_tokens; ) {
+            const uint32_t n = n_tokens - i > n_full ? n_full : 1;
+
+            lt_fill_batch(*ctx, seq_id, mem->seq_pos_max(seq_id) + 1, n);
+            i += n;
+        }
     } catch (const std::exception & e) {
         if (err && err_size > 0) {
             lt_copy(e.what(), err, err_size);

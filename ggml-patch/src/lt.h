@@ -68,6 +68,13 @@ extern "C" {
     // removed. Without streaming layers it changes nothing.
     LLAMA_API void lt_clamp_shift(const struct llama_context * ctx, int32_t n_past, int32_t * n_keep, int32_t * n_discard);
 
+    // For measuring speed at a depth: append n_tokens tokens to the sequence as if they had been computed. Their cells are taken, streaming
+    // layers drop what they would drop, but keys and values are whatever the cells held (zeros, in a new context). Nothing that is
+    // computed afterwards means anything; how long it takes does.
+    // Returns false and writes one line to err (may be NULL) if they don't fit, or if the context chooses its layers by a prompt: there is
+    // none then. The sequence may have grown.
+    LLAMA_API bool lt_fill(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_tokens, char * err, size_t err_size);
+
     //
     // what the KV cache holds
     //

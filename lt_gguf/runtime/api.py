@@ -53,6 +53,7 @@ _lt_model_spec = _bind("lt_model_spec", ctypes.c_int32, _MODEL, _TEXT, ctypes.c_
 _lt_model_set_spec = _bind("lt_model_set_spec", ctypes.c_bool, _MODEL, ctypes.c_char_p, _TEXT, ctypes.c_size_t)
 _lt_context_spec = _bind("lt_context_spec", ctypes.c_int32, _CONTEXT, _TEXT, ctypes.c_size_t)
 _lt_context_hide = _bind("lt_context_hide", ctypes.c_bool, _CONTEXT, ctypes.c_char_p, _TEXT, ctypes.c_size_t)
+_lt_fill = _bind("lt_fill", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32, _TEXT, ctypes.c_size_t)
 _lt_kv_bytes = _bind("lt_kv_bytes", ctypes.c_size_t, _CONTEXT, ctypes.c_int)
 _lt_kv_cells = _bind("lt_kv_cells", ctypes.c_uint32, _CONTEXT, ctypes.c_int)
 _lt_seq_positions = _bind(
@@ -117,6 +118,19 @@ def context_hide_text(context: int, text: str) -> None:
     """The same with a spec's text, `hide=1,3,5-9;sink=4;window=1020;prefill=full`."""
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     if not _lt_context_hide(context, text.encode(), error, _ERROR_SIZE):
+        raise ValueError(error.value.decode(errors="replace"))
+
+
+def fill(context: int, seq_id: int, n_tokens: int) -> None:
+    """For measuring speed at a depth: appends tokens to a sequence as if they had been computed, without computing them.
+
+    Cells are taken and dropped as when decoding; what is computed afterwards means nothing, how long it takes does.
+
+    Raises:
+        ValueError: they don't fit, or the context chooses its layers by a prompt; the sequence may have grown.
+    """
+    error = ctypes.create_string_buffer(_ERROR_SIZE)
+    if not _lt_fill(context, seq_id, n_tokens, error, _ERROR_SIZE):
         raise ValueError(error.value.decode(errors="replace"))
 
 
