@@ -16,7 +16,7 @@ from lt_gguf.cli.version import Version
 # note: `run` takes it away, wherever it stands
 Debug = Annotated[bool, typer.Option(DEBUG, help="Show where an error comes from, with every command.")]
 
-COMMANDS = ("convert", "train", "inspect", "analyze", "flag", "eval", "run", "chat", "serve", "cache", "doctor")
+COMMANDS = ("convert", "train", "inspect", "analyze", "flag", "eval", "bench", "run", "chat", "serve", "cache", "doctor")
 
 
 def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
@@ -25,7 +25,7 @@ def build_app(commands: tuple[str, ...] = COMMANDS) -> typer.Typer:
 
     @app.callback()  # note: else typer makes a lone subcommand the whole command
     def lt_gguf(version: Version = False, debug: Debug = False) -> None:
-        """Hybrid GGUF models: convert, train, inspect, analyze, flag, evaluate, run and serve them."""
+        """Hybrid GGUF models: convert, train, inspect, analyze, flag, evaluate, time, run and serve them."""
 
     for name in commands:
         app.command(name)(getattr(import_module(f"lt_gguf.cli.{name}"), name))

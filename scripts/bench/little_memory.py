@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import control_group  # beside this file
-from decode import SHAPES, write_random_model
 from prompt_peak import decode
 from support.native import FULL, STREAMING, Model, api
 
+from lt_gguf.bench.shapes import random_model
 from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.sizes import format_bytes, parse_size
 from lt_gguf.runtime.context_size import largest_size
@@ -108,10 +107,7 @@ def child(options: argparse.Namespace, what: str, file: Path, *arguments: object
 
 
 def context(options: argparse.Namespace) -> None:
-    file = options.model or Path("build/bench/random-llama-3.1-8b-q4_0.gguf")
-    if not file.exists():
-        print("writing a model with random weights", file=sys.stderr)
-        write_random_model(file, SHAPES["llama-3.1-8b"], GGMLQuantizationType.Q4_0)
+    file = options.model or random_model(Path("build/bench"), "llama-3.1-8b")
     model = read_model(file)
     print("| streaming | context, tokens | KV cache | own memory at its peak | with the weights | seconds |")
     print("| --- | --: | --: | --: | --: | --: |")

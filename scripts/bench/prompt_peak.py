@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from decode import Shape, write_random_model  # beside this file
 from support.native import FULL, STREAMING, C, Context, Model
 
+from lt_gguf.bench.shapes import Shape, write_random_model
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import AutoSpec, StreamingSpec
 from lt_gguf.spec.auto import runtime_text
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     if not options.model.exists():
-        write_random_model(options.model, SHAPE)
+        write_random_model(options.model, SHAPE, GGMLQuantizationType.F16)
 
     cases = [("0", False)] + [(which, by_layer) for which in options.streaming.split(",") for by_layer in (False, True)]
     runs = {}

@@ -6,7 +6,7 @@ For each depth a prompt of random tokens is really read by contexts that are ali
 hybrid one, and one that chooses its layers for the prompt (auto). They take each batch in turn, so that what else the
 machine does hits all of them; what comes after is repeated in turn as well. Prints Markdown tables: KV memory before, while and
 after the prompt is read, decoding speed, the time to read the prompt and what its end costs, and the time to the first token
-after the last message of a long conversation was edited. Without --model it takes decode.py's model with random weights
+after the last message of a long conversation was edited. Without --model it takes a model with random weights
 (16 layers of 8 KV heads of 64, half of them streaming). At 32768 tokens it needs 6 GiB of memory.
 """
 
@@ -23,13 +23,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from decode import DEFAULT_MODEL, bytes_read, write_random_model  # beside this file
 from prompt_reader import N_BATCH, N_ROOM, BenchError, End, Reader, TimedLog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from support.native import Model
 
 from lt_gguf import Llama
+from lt_gguf.bench.contender import Contender
+from lt_gguf.bench.shapes import random_model
 from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.spec import DEFAULT_W_LAST, AutoSpec, StreamingSpec
@@ -160,7 +161,7 @@ def decode_table(model: GGUFModel, results: Sequence[Measured], n_tokens: int) -
             spec = result.specs[name]
             ratios = [b / a for a, b in zip(result.speeds["full"], result.speeds[name])]
             full, other = (statistics.median(result.speeds[n]) for n in ("full", name))
-            predicted = bytes_read(model, None, depth) / bytes_read(model, spec, depth)
+            predicted = Contender("full").bytes_read(model, depth) / Contender(name, str(spec)).bytes_read(model, depth)
             share = statistics.median(ratios) / predicted
             rows.append(
                 f"{result.n_tokens} | {name} ({len(spec.layers)} streaming) | {full:.1f} | {other:.1f} | {spread(ratios, '.2f')} | {predicted:.2f} | {share:.0%}"
@@ -337,10 +338,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    path = options.model or DEFAULT_MODEL
-    if not options.model and not path.exists():
-        write_random_model(path)
     try:
+        path = options.model or random_model(Path("build/bench"), "16x8x64", weights="f16")
         model = read_model(path)
         if options.streaming:
             spec = StreamingSpec.parse(options.streaming, model.n_layer, model.spec)

@@ -31,6 +31,7 @@ ORDER = (
     "selection",  # which layers
     "report",  # what is told of a choice
     "evaluation",  # what a hybrid loses
+    "bench",  # how fast it is, and beside whom
     "analysis",  # a model is measured, and a strategy chooses
     "conversion",  # a checkpoint becomes a file
     "training",  # a checkpoint learns to stream
