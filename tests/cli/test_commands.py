@@ -220,7 +220,7 @@ def test_run_shows_llama_cpps_log_if_asked(lt_gguf_command, hybrid_file):
         (["serve", "FILE", "--cache-keep", "2-1"], 1, '--cache-keep = "2-1": must be "all", "none", or layers and ranges of'),
         (["eval", "FILE", "--cache-keep", "x"], 1, '--cache-keep = "x": must be "all", "none", or layers and ranges of layers'),
         (["analyze", "FILE", "--cache-keep", "9"], 1, '--cache-keep = "9": must be "all", "none", or layers and ranges of layers'),
-        (["convert", "none", "--cache-keep", "0"], 1, "none: must be the folder of a Hugging Face checkpoint"),
+        (["convert", "none", "--cache-keep", "0"], 1, "--ctx, --cache-type and --cache-keep are for --kv-budget"),
         (["run", "FILE", "-p", "x", "--streaming", "auto:2"], 1, "must be a number from 0 to 1"),
         (["run", "FILE", "-p", "x", "--prompt-limit", "much"], 1, '--prompt-limit: size = "much": must be a number of bytes'),
         (["run", "FILE", "-p", "x" * 400, *QUICK, *IN_FULL, "--prompt-limit", "1KiB"], 1, "prompt"),
