@@ -2,6 +2,7 @@
 
 #include "lt-graph.h"
 #include "lt-kv-cache.h"
+#include "lt-kv-ops.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -57,9 +58,15 @@ bool lt_model_set_spec(llama_model * model, const char * spec, char * err, size_
 }
 
 int32_t lt_context_spec(const llama_context * ctx, char * buf, size_t buf_size) {
-    const auto * kv = lt_get_cache(ctx);
+    lt_spec spec;
 
-    return lt_copy(kv ? kv->get_spec().str() : lt_spec().str(), buf, buf_size);
+    if (const auto * kv = lt_get_cache(ctx)) {
+        spec = kv->get_spec();
+    } else if (const auto * kv_full = lt_get_part(ctx, LT_KV_FULL)) {
+        spec.kept = lt_kv_ops::kept(*kv_full);
+    }
+
+    return lt_copy(spec.str(), buf, buf_size);
 }
 
 bool lt_context_hide(llama_context * ctx, const char * text, char * err, size_t err_size) {
@@ -74,6 +81,10 @@ bool lt_context_hide(llama_context * ctx, const char * text, char * err, size_t 
         const lt_spec spec = lt_spec::parse(text, model.hparams.n_layer_all, &kv->get_spec());
         if (!spec.hides) {
             lt_bad_value(LT_KEY_HIDE, format("\"%s\"", text), format("a spec of the form %s=1,3,5-9", LT_KEY_HIDE));
+        }
+
+        if (spec.kept.layers != kv->get_spec().kept.layers) {
+            throw std::invalid_argument(format("%s: must be given where the context is made", LT_KEY_CACHE_KEEP));
         }
 
         model.lt.check(spec, model);

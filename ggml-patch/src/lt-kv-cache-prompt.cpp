@@ -23,7 +23,7 @@ size_t lt_kv_cache::prompt_bytes(uint32_t il, uint32_t n_cells) const {
 
     const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
 
-    return n_cells*(ggml_row_size(type_k_streaming, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v_streaming, n_embd_v));
+    return n_cells*(ggml_row_size(spec.kept.type(il, type_k_streaming), model.hparams.n_embd_k_gqa(il)) + ggml_row_size(spec.kept.type(il, type_v_streaming), n_embd_v));
 }
 
 size_t lt_kv_cache::prompt_bytes(uint32_t n_cells) const {

@@ -43,7 +43,7 @@ std::vector<size_t> lt_kv_cache::full_bytes(uint32_t n_cells) const {
         if (lazy_ratio && lazy_ratio->is_measured(il)) {
             const uint32_t n_embd_v = v_trans ? model.hparams.n_embd_v_gqa_max() : model.hparams.n_embd_v_gqa(il);
 
-            res.push_back(n_cells*(ggml_row_size(type_k, model.hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, n_embd_v)));
+            res.push_back(n_cells*(ggml_row_size(spec.kept.type(il, type_k), model.hparams.n_embd_k_gqa(il)) + ggml_row_size(spec.kept.type(il, type_v), n_embd_v)));
         }
     }
 

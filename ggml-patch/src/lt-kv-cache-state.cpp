@@ -35,11 +35,15 @@ static std::string lt_read_text(llama_io_read_i & io) {
     return res;
 }
 
-// the spec that both contexts must have. layers that were chosen for a prompt are not part of it
-static std::string lt_spec_text(const lt_spec & spec) {
+std::string lt_kv_cache::state_spec() const {
     lt_spec res = spec;
     if (res.is_auto() || res.hides) {
         res.layers.assign(res.layers.size(), false);
+    }
+
+    // where nothing is quantized, it changes nothing
+    if (!ggml_is_quantized(type_k) && !ggml_is_quantized(type_v) && !ggml_is_quantized(type_k_streaming)) {
+        res.kept = {};
     }
 
     return res.str();
@@ -109,7 +113,7 @@ void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_
     update();
 
     io.write(&LT_STATE_MAGIC, sizeof(LT_STATE_MAGIC));
-    io.write_string(lt_spec_text(spec));
+    io.write_string(state_spec());
     io.write_string(lt_layers_text(spec));
 
     if (spec.is_auto()) {
@@ -159,10 +163,10 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
 
     std::string spec_state   = lt_read_text(io);
     std::string layers_state = lt_read_text(io);
-    if (spec_state != lt_spec_text(spec)) {
+    if (spec_state != state_spec()) {
         std::replace_if(spec_state.begin(), spec_state.end(), [](unsigned char c) { return c < 32 || c > 126; }, '?'); // damaged
 
-        throw std::runtime_error(format("the state is of a context with %s, this one has %s", spec_state.c_str(), lt_spec_text(spec).c_str()));
+        throw std::runtime_error(format("the state is of a context with %s, this one has %s", spec_state.c_str(), state_spec().c_str()));
     }
 
     std::vector<float> ratios_state;

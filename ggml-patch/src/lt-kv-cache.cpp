@@ -147,6 +147,7 @@ std::unique_ptr<llama_kv_cache> lt_kv_cache::create(
                          bool   layer_buffers) const {
     lt_kv_params params;
     params.mask          = streaming ? mask : lt_mask();
+    params.kept          = spec.kept;
     params.layer_buffers = layer_buffers;
 
     // note: llama_kv_cache adds positions to it
@@ -280,6 +281,8 @@ const lt_mask & lt_kv_cache::get_mask() const {
 
 void lt_kv_cache::hide(const lt_spec & spec) {
     GGML_ASSERT(this->spec.hides && spec.hides);
+
+    GGML_ASSERT(this->spec.kept.layers == spec.kept.layers);
 
     this->spec = spec;
 

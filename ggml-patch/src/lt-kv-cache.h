@@ -223,7 +223,7 @@ private:
     std::vector<bool>   can_cut; // [n_layer_all] the graph can be cut before the layer. empty: not known yet
     std::vector<lt_run> runs;    // how such a prompt is read, empty: there is none
 
-    bool has_equal_layers = true; // all streaming layers have keys and values of the same size
+    bool has_equal_layers = true; // all streaming layers have keys and values of the same size and type
 
     uint64_t generation = 0;
 
@@ -536,6 +536,13 @@ private:
     // if everything has been removed: all layers are full again, and the next prompt chooses
     void choose_anew();
 
-    // those of a state
+    //
+    // states, see lt-kv-cache-state.cpp
+    //
+
+    // the spec that both contexts must have. layers that were chosen for a prompt are not part of it
+    std::string state_spec() const;
+
+    // have the layers of a state
     void take_layers(const std::string & text);
 };

@@ -265,6 +265,10 @@ void lt_kv_ops::use_rotation_of(const llama_kv_cache & src, llama_kv_cache & dst
     dst.attn_rot_v = src.attn_rot_v;
 }
 
+const lt_kept & lt_kv_ops::kept(const llama_kv_cache & kv) {
+    return kv.lt_kept_layers;
+}
+
 void lt_kv_ops::for_each_layer(const llama_kv_cache & kv, const std::function<void(int32_t, ggml_tensor *, ggml_tensor *)> & f) {
     for (const auto & layer : kv.layers) {
         f(layer.il, layer.k, layer.v);
@@ -272,11 +276,15 @@ void lt_kv_ops::for_each_layer(const llama_kv_cache & kv, const std::function<vo
 }
 
 bool lt_kv_ops::has_equal_layers(const llama_kv_cache & kv) {
+    const auto is_equal = [](const ggml_tensor * a, const ggml_tensor * b) {
+        return a && b ? ggml_are_same_shape(a, b) && a->type == b->type : a == b;
+    };
+
     bool res = true;
     for_each_layer(kv, [&](int32_t, const ggml_tensor * k, const ggml_tensor * v) {
         const auto & first = kv.layers.front();
 
-        res = res && ggml_are_same_shape(k, first.k) && (v ? first.v && ggml_are_same_shape(v, first.v) : !first.v);
+        res = res && is_equal(k, first.k) && is_equal(v, first.v);
     });
 
     return res;

@@ -55,10 +55,13 @@ struct lt_kv_ops {
     // rotate keys and values as another cache does
     static void use_rotation_of(const llama_kv_cache & src, llama_kv_cache & dst);
 
+    // its layers that are in 16 bits where the others are quantized
+    static const lt_kept & kept(const llama_kv_cache & kv);
+
     // call f(il, k, v) for each layer; v can be null
     static void for_each_layer(const llama_kv_cache & kv, const std::function<void(int32_t, ggml_tensor *, ggml_tensor *)> & f);
 
-    // whether all layers have keys and values of the same size
+    // whether all layers have keys and values of the same size and type
     static bool has_equal_layers(const llama_kv_cache & kv);
 
     // give the layers of a cache that was made without memory the same memory, as much as the largest one needs: a buffer for each

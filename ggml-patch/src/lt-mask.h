@@ -1,5 +1,7 @@
 #pragma once
 
+#include "lt-spec.h"
+
 #include "llama-kv-cells.h"
 
 #include <algorithm>
@@ -110,6 +112,7 @@ private:
 // what a KV cache is made with here, beside upstream's parameters
 struct lt_kv_params {
     lt_mask mask;
+    lt_kept kept;
 
     // each layer has a buffer of its own, so that layers can be given back one by one
     bool layer_buffers = false;

@@ -1,5 +1,7 @@
 #include "lt-model-specs.h"
 
+#include "lt-mask.h"
+
 #include "llama-arch.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -72,19 +74,30 @@ static const char * lt_why_not(const llama_model & model) {
 }
 
 void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
-    if (!spec.enabled()) {
+    if (!spec.enabled() && !spec.kept.any()) {
         return;
     }
 
-    if (const char * reason = lt_why_not(model)) {
+    const char * reason = lt_why_not(model);
+
+    if (reason && !spec.enabled()) {
+        throw std::invalid_argument(format("%s: models of the architecture \"%s\" can't keep layers of their cache in 16 bits: %s",
+                    LT_KEY_CACHE_KEEP, model.arch_name().c_str(), reason));
+    }
+
+    if (reason) {
         throw std::invalid_argument(format("%s: models of the architecture \"%s\" can't have streaming layers: %s (LT_STREAMING=off loads it with full attention)",
                     lt_gguf_key(model, LT_KEY_LAYERS).c_str(), model.arch_name().c_str(), reason));
     }
 
-    for (uint32_t il = model.hparams.n_layer(); il < spec.layers.size(); ++il) {
-        if (spec.layers[il]) {
+    for (uint32_t il = model.hparams.n_layer(); il < model.hparams.n_layer_all; ++il) {
+        if (spec.is_streaming(il)) {
             lt_bad_value(lt_gguf_key(model, LT_KEY_LAYERS), format("{%u: true}", il),
                     format("false from layer %u on, which the main graph doesn't run", model.hparams.n_layer()));
+        }
+        if (spec.kept.has(il)) {
+            lt_bad_value(LT_KEY_CACHE_KEEP, lt_layers_text(spec.kept.layers),
+                    format("layers from 0 to %u, the others are not run by the main graph", model.hparams.n_layer() - 1));
         }
     }
 
@@ -98,7 +111,7 @@ void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
         const uint32_t n_k = model.hparams.n_embd_head_k(il);
         const uint32_t n_v = model.hparams.n_embd_head_v(il);
 
-        if (spec.layers[il] && (n_k % n_block != 0 || n_v % n_block != 0)) {
+        if (spec.is_streaming(il) && !spec.kept.has(il) && (n_k % n_block != 0 || n_v % n_block != 0)) {
             lt_bad_value(LT_KEY_TYPE, ggml_type_name(spec.type),
                     format("one whose blocks, here of %u values, divide the heads of layer %u, of %u (K) and %u (V)", n_block, il, n_k, n_v));
         }
@@ -225,7 +238,7 @@ void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
 
     check(init, model);
 
-    if (init.enabled()) {
+    if (init.enabled() || init.kept.any()) {
         LLAMA_LOG_INFO("%s: streaming layers: %s (%s)\n", __func__, init.str().c_str(), env && *env ? LT_ENV : "from the file");
     } else if (file && file->any()) {
         LLAMA_LOG_INFO("%s: streaming layers: off (%s)\n", __func__, LT_ENV);
@@ -262,6 +275,17 @@ const lt_spec & lt_model_specs::get() const {
     const auto it = lt_thread_specs.find(id);
 
     return it != lt_thread_specs.end() ? it->second : init;
+}
+
+lt_kv_params lt_model_specs::kv_params() const {
+    lt_kv_params res;
+    res.kept = get().kept;
+
+    if (res.kept.any()) {
+        LLAMA_LOG_INFO("%s: layers whose cache is not quantized: %s\n", __func__, lt_layers_text(res.kept.layers).c_str());
+    }
+
+    return res;
 }
 
 void lt_model_specs::load_drafts(bool is_draft) {

@@ -6,6 +6,7 @@
 #include <optional>
 
 struct gguf_context;
+struct lt_kv_params;
 
 struct llama_model;
 struct llama_model_loader;
@@ -29,6 +30,9 @@ public:
 
     // the spec of contexts that this thread makes now
     const lt_spec & get() const;
+
+    // what the cache of a context is made with in which no layer streams
+    lt_kv_params kv_params() const;
 
     // no layer of the models that this thread loads from now on streams
     static void load_drafts(bool is_draft);

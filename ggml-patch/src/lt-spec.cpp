@@ -9,6 +9,8 @@
 
 static const uint32_t LT_N_LAST_MAX = 1024;
 
+static const char * const LT_OFF = "off";
+
 const char * lt_prefill_name(lt_prefill prefill) {
     return prefill == LT_PREFILL_FULL ? "full" : "stream";
 }
@@ -70,9 +72,37 @@ ggml_type lt_check_type(const std::string & what, const std::string & value) {
     lt_bad_value(what, "\"" + value + "\"", "one of " + allowed);
 }
 
+std::string lt_layers_text(const std::vector<bool> & layers) {
+    std::string res;
+
+    for (size_t i0 = 0; i0 < layers.size(); ++i0) {
+        if (!layers[i0]) {
+            continue;
+        }
+
+        size_t i1 = i0;
+        while (i1 + 1 < layers.size() && layers[i1 + 1]) {
+            ++i1;
+        }
+
+        res += (res.empty() ? "" : ",") + std::to_string(i0);
+        if (i1 > i0) {
+            res += "-" + std::to_string(i1);
+        }
+
+        i0 = i1;
+    }
+
+    return res.empty() ? "none" : res;
+}
+
 //
 // lt_spec
 //
+
+bool lt_kept::any() const {
+    return std::find(layers.begin(), layers.end(), true) != layers.end();
+}
 
 bool lt_spec::is_auto() const {
     return auto_fraction >= 0.0f;
@@ -91,38 +121,24 @@ bool lt_spec::is_streaming(int32_t il) const {
 }
 
 std::string lt_spec::str() const {
+    const std::string keep = kept.any() ? format(";%s=%s", LT_KEY_CACHE_KEEP, lt_layers_text(kept.layers).c_str()) : "";
+
     if (!enabled()) {
-        return "off";
-    }
-
-    std::string list;
-
-    for (size_t i0 = 0; i0 < layers.size(); ++i0) {
-        if (!layers[i0]) {
-            continue;
-        }
-
-        size_t i1 = i0;
-        while (i1 + 1 < layers.size() && layers[i1 + 1]) {
-            ++i1;
-        }
-
-        list += (list.empty() ? "" : ",") + std::to_string(i0);
-        if (i1 > i0) {
-            list += "-" + std::to_string(i1);
-        }
-
-        i0 = i1;
+        return LT_OFF + keep;
     }
 
     std::string text = format("%s=%s;%s=%u;%s=%u;%s=%s",
-            hides ? LT_KEY_HIDE : LT_KEY_LAYERS, list.empty() ? "none" : list.c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
+            hides ? LT_KEY_HIDE : LT_KEY_LAYERS, lt_layers_text(layers).c_str(), LT_KEY_SINK, n_sink, LT_KEY_WINDOW, n_window, LT_KEY_PREFILL, lt_prefill_name(prefill));
 
     if (type != GGML_TYPE_COUNT) {
         text += format(";%s=%s", LT_KEY_TYPE, ggml_type_name(type));
     }
 
-    return is_auto() ? format("%s=%g;%s;%s=%u;%s=%s", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last, LT_KEY_LAZY, lt_lazy_name(lazy)) : text;
+    if (is_auto()) {
+        text = format("%s=%g;%s;%s=%u;%s=%s", LT_KEY_AUTO, auto_fraction, text.c_str(), LT_KEY_W_LAST, n_last, LT_KEY_LAZY, lt_lazy_name(lazy));
+    }
+
+    return text + keep;
 }
 
 static std::string lt_strip(const std::string & s) {
@@ -222,18 +238,20 @@ static void lt_check_auto(lt_spec & spec, bool has_layers, bool has_prefill, uin
 lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec * base) {
     lt_spec res;
 
-    if (lt_strip(text) == "off") {
-        res.layers.assign(n_layer, false);
-        return res;
-    }
+    auto items = lt_split(text, ';');
 
-    if (base) {
+    const bool is_off = items.front() == LT_OFF;
+
+    if (is_off) {
+        res.layers.assign(n_layer, false);
+        items.erase(items.begin());
+    } else if (base) {
         res = *base;
     }
 
     std::vector<std::string> seen;
 
-    for (const auto & item : lt_split(text, ';')) {
+    for (const auto & item : items) {
         size_t ieq = item.find('=');
         if (ieq == std::string::npos && lt_strip(item.substr(0, item.find(':'))) == LT_KEY_AUTO) {
             ieq = item.find(':'); // auto:0.5, as people write it
@@ -251,6 +269,10 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         }
         seen.push_back(key);
 
+        if (is_off && key != LT_KEY_CACHE_KEEP) {
+            throw std::invalid_argument(format("%s: can't be given with %s, where no layer streams", key.c_str(), LT_OFF));
+        }
+
         if (key == LT_KEY_LAYERS || key == LT_KEY_HIDE) {
             res.layers = lt_parse_layers(key, value, n_layer);
             res.hides  = key == LT_KEY_HIDE;
@@ -262,6 +284,8 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
             res.prefill = lt_check_prefill(key, value);
         } else if (key == LT_KEY_TYPE) {
             res.type = lt_check_type(key, value);
+        } else if (key == LT_KEY_CACHE_KEEP) {
+            res.kept.layers = lt_parse_layers(key, value, n_layer);
         } else if (key == LT_KEY_AUTO) {
             res.auto_fraction = lt_parse_fraction(key, value);
         } else if (key == LT_KEY_W_LAST) {
@@ -269,8 +293,8 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         } else if (key == LT_KEY_LAZY) {
             res.lazy = lt_check_lazy(key, value);
         } else {
-            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s, %s, %s", key.c_str(),
-                        LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_TYPE, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_LAZY, LT_KEY_HIDE));
+            throw std::invalid_argument(format("%s: unknown key, must be one of %s, %s, %s, %s, %s, %s, %s, %s, %s, %s", key.c_str(),
+                        LT_KEY_LAYERS, LT_KEY_SINK, LT_KEY_WINDOW, LT_KEY_PREFILL, LT_KEY_TYPE, LT_KEY_CACHE_KEEP, LT_KEY_AUTO, LT_KEY_W_LAST, LT_KEY_LAZY, LT_KEY_HIDE));
         }
     }
 
@@ -296,6 +320,11 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         if (is_seen(key)) {
             throw std::invalid_argument(format("%s: has a meaning with %s only, as in auto=0.5;w_last=16;lazy=min", key, LT_KEY_AUTO));
         }
+    }
+
+    // what is kept in 16 bits says nothing of what streams
+    if (res.layers.empty() && seen.size() == 1 && is_seen(LT_KEY_CACHE_KEEP)) {
+        res.layers.assign(n_layer, false);
     }
 
     if (res.layers.empty()) {

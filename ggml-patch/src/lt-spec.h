@@ -17,6 +17,17 @@ enum lt_lazy {
     LT_LAZY_MIN,  // the smallest: one head that looks far away once keeps its layer
 };
 
+// layers whose keys and values are in 16 bits where those of the other layers are quantized: few, which 4 bits would break
+struct lt_kept {
+    std::vector<bool> layers; // [n_layer_all], empty: none
+
+    bool any() const;
+    bool has(uint32_t il) const { return il < layers.size() && layers[il]; }
+
+    // of K or of V in a layer, where the other layers of its part of the cache have the given type
+    ggml_type type(uint32_t il, ggml_type other) const { return has(il) && ggml_is_quantized(other) ? GGML_TYPE_F16 : other; }
+};
+
 // which layers stream and what they see
 struct lt_spec {
     std::vector<bool> layers; // [n_layer_all], true: this layer streams
@@ -36,6 +47,8 @@ struct lt_spec {
     // doesn't grow, so there is little to gain by quantizing it
     ggml_type type = GGML_TYPE_COUNT;
 
+    lt_kept kept;
+
     // a context to measure with: its cache keeps everything, and the layers are only not shown what they would have dropped
     bool hides = false;
 
@@ -47,7 +60,7 @@ struct lt_spec {
     bool any() const;
     bool is_streaming(int32_t il) const;
 
-    // canonical text, "off" if no layer streams
+    // canonical text, "off" if no layer streams, with what is kept in 16 bits behind it
     std::string str() const;
 
     // see lt.h for the grammar
@@ -70,6 +83,11 @@ static const char * const LT_KEY_AUTO    = "auto";
 static const char * const LT_KEY_W_LAST  = "w_last";
 static const char * const LT_KEY_LAZY    = "lazy";
 static const char * const LT_KEY_HIDE    = "hide";
+
+static const char * const LT_KEY_CACHE_KEEP = "cache_keep";
+
+// as people write it: 1,3,5-9, or "none"
+std::string lt_layers_text(const std::vector<bool> & layers);
 
 const char * lt_prefill_name(lt_prefill prefill);
 const char * lt_lazy_name   (lt_lazy    lazy);

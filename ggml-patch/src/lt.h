@@ -8,6 +8,7 @@
 //
 // Specs are written as text, here and in LT_STREAMING:
 //   off
+//   off;cache_keep=0
 //   layers=1,3,5-9;sink=4;window=1020;prefill=stream;type=f16
 //   auto=0.5;sink=4;window=1020;w_last=16;lazy=min
 //   hide=1,3,5-9;sink=4;window=1020;prefill=full
@@ -15,8 +16,9 @@
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
 // "lazy" says what that ratio is, see lt_lazy_ratios(). "hide" is for measuring: see lt_context_hide(). "layers" and "hide" take
 // numbers, ranges, "all" or "none". "type" is that of the streaming layers' KV cache; left out, it is the type of the other layers'
-// where that isn't quantized, else f16. Keys that are left out are taken from the file, else they are sink=4, window=1020, prefill=full,
-// w_last=16 and lazy=min.
+// where that isn't quantized, else f16. "cache_keep" names layers whose KV cache is f16 where it would be quantized, whether they
+// stream or not; it goes with every form, and alone it leaves to the file what streams. Other keys that are left out are taken from
+// the file, else they are sink=4, window=1020, prefill=full, w_last=16 and lazy=min.
 
 #pragma once
 

@@ -72,6 +72,7 @@ class GGUFFile:
             llm = Llama(
                 self._file,
                 streaming="off",
+                cache_keep=options.cache_keep,
                 n_ctx=min(options.n_batch, self.n_ctx or options.n_batch),
                 n_batch=options.n_batch,
                 n_gpu_layers=options.n_gpu_layers,

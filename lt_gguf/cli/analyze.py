@@ -127,6 +127,7 @@ def analyze(
     asked: dict[str, Any] = {"fraction": fraction, "layers": layers, "threshold": threshold, "sink": sink, "window": window}
     subject: Subject
     if is_file:
+        model_options.check_cache_keep(options.cache_keep, model)
         subject = GGUFFile(model, model_options.scorer_options(options), options.verbose)
     else:
         subject = Checkpoint(model, device, dtype, options.threads)

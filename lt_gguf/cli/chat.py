@@ -6,13 +6,14 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from lt_gguf.cli import model
 from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import kv_memory
+from lt_gguf.spec import StreamingSpec
 
 if TYPE_CHECKING:
     from lt_gguf.chat.commands import Chat
@@ -77,8 +78,10 @@ def chat(
 
         @cache
         def full_kv() -> int:
-            shape = read_model(file).kv_shape
-            return kv_memory(shape, None, llm.n_ctx(), type_k=options.cache_type, flash_attn=options.flash_attn).total
+            described = read_model(file)
+            full = StreamingSpec((), described.n_layer, cache_keep=llm.cache_keep)
+            types: dict[str, Any] = {"type_k": options.cache_type, "flash_attn": options.flash_attn}
+            return kv_memory(described.kv_shape, full, llm.n_ctx(), **types).total
 
         screen = make_screen(plain, STDIN in words, asks=not ask, sessions=sessions)
         talk = Chat(conversation, screen, sessions, full_kv, session)

@@ -90,6 +90,7 @@ def eval(  # noqa: A001 - a command's function has its name
     from lt_gguf.evaluation.results import Journal, model_hash
 
     file = model_options.find(file)
+    model_options.check_cache_keep(options.cache_keep, file)
     described = read_model(file)
     specs = choose_specs(described, streaming, full)
     plan = make_plan(described, tasks, lengths, depths, samples, text_samples, seed, fast)
@@ -100,6 +101,8 @@ def eval(  # noqa: A001 - a command's function has its name
     texts = read_texts(text, text_field)
     settings = {"model": Path(file).name, "sha256": model_hash(Path(file)), "lt_gguf": version("lt-gguf"), **plan.settings(texts)}
     settings |= {"cache_type": options.cache_type, "flash_attn": options.flash_attn}
+    if options.cache_keep is not None:
+        settings["cache_keep"] = options.cache_keep
     with Journal(None if out is None else out / RECORDS, settings) as journal:
         try:
             measure(file, specs, plan, texts, journal, options, parallel)

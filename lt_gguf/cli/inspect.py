@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lt_gguf.cli.model import CacheType, ModelFile, Streaming, find, streaming_of
+from lt_gguf.cli.model import CacheKeep, CacheType, ModelFile, Streaming, find, streaming_of
 from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.report.inspection import describe, draw, print_tables
 from lt_gguf.spec import StreamingSpec
@@ -22,12 +22,13 @@ def inspect(
         Path | None, typer.Option(metavar="FILE", help="Also draw the lazy ratios, as .png or .svg.", show_default=False)
     ] = None,
     cache_type: CacheType = DEFAULT_CACHE_TYPE,
+    cache_keep: CacheKeep = None,
     streaming: Streaming = None,
 ) -> None:
     """Show which layers of a GGUF model stream, how they were chosen, and the memory of its KV cache with and without that."""
     model = read_model(find(file))
     spec = model.spec
-    if (asked := streaming_of(str(model.path), streaming)) is not None:
+    if (asked := streaming_of(str(model.path), streaming, cache_keep)) is not None:
         spec = StreamingSpec.parse(str(asked), model.n_layer, model.spec)
         check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
     if plot is not None:

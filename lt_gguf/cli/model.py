@@ -16,7 +16,7 @@ from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.cpu import usable_cores
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_layers, with_cache_keep
 from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE
 from lt_gguf.spec.cache_types import cache_type as cache_type_of
 
@@ -59,6 +59,12 @@ PromptLimit = Annotated[
 CacheType = Annotated[
     str, typer.Option(help=f"Type of the KV cache: {', '.join(CACHE_TYPES)}.", autocompletion=one_of(CACHE_TYPES))
 ]
+CacheKeep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS", help="Layers whose KV cache stays in 16 bits whatever --cache-type is, as in 0,2-3, all or none."
+    ),
+]
 Context = Annotated[
     int, typer.Option("--ctx", "-c", help="Context size in tokens, at most what the model was trained for; 0: as much.")
 ]
@@ -94,6 +100,7 @@ class LoadOptions:
     """How a model is loaded: the options of the commands that take one, see `takes_options`."""
 
     cache_type: CacheType = DEFAULT_CACHE_TYPE
+    cache_keep: CacheKeep = None
     threads: Threads = 0
     n_gpu_layers: GpuLayers = -1
     batch_size: BatchSize = DEFAULT_BATCH_SIZE
@@ -168,12 +175,20 @@ def find(model: str | None) -> str:
     return str(models.resolve(model))
 
 
-def streaming_of(file: str, streaming: str | None) -> str | StreamingSpec | None:
-    """What `--streaming` means for a file: of auto what was chosen for it; if that isn't known, it is said, and nothing streams."""
+def streaming_of(file: str, streaming: str | None, cache_keep: str | None = None) -> str | StreamingSpec | AutoSpec | None:
+    """What `--streaming` and `--cache-keep` mean for a file: of auto what was chosen for it; if that isn't known, it is said, and
+    nothing streams. Raises ValueError: the model has no such layers as are to be kept in 16 bits."""
+    check_cache_keep(cache_keep, file)
     found, unknown = chosen_for(file, streaming)
     if unknown:
         print(unknown, file=sys.stderr)
-    return found
+    return with_cache_keep(found, cache_keep)
+
+
+def check_cache_keep(cache_keep: str | None, file: str) -> None:
+    """Raises ValueError if `--cache-keep` names no layers of a file's model."""
+    if cache_keep is not None:
+        parse_layers(cache_keep, read_model(file).n_layer_main, "--cache-keep")
 
 
 def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | None = None) -> Llama:
@@ -188,7 +203,7 @@ def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | Non
         raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
     _check_batch_size(options)
     n_ctx_train = read_model(file).n_ctx_train
-    streaming = streaming_of(file, options.streaming)
+    streaming = streaming_of(file, options.streaming, options.cache_keep)
     ggml_type = cache_type_of(options.cache_type).ggml_type
     settings: dict[str, Any] = {"n_threads": options.n_threads, "n_threads_batch": options.n_threads}
     if options.prompt_limit is not None:
@@ -221,6 +236,7 @@ def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
         n_gpu_layers=options.n_gpu_layers,
         cache_type_k=options.cache_type,
         cache_type_v=options.cache_type,
+        cache_keep=options.cache_keep,
         flash_attn=options.flash_attn,
         **more,
     )

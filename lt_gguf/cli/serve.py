@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +94,7 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
     from lt_gguf.spec.cache_types import cache_type
 
     described = read_model(file)
-    streaming = model.streaming_of(file, options.streaming)
+    streaming = model.streaming_of(file, options.streaming, options.cache_keep)
     if isinstance(streaming, str):
         check_spec(streaming, described)
     text = None if streaming is None else runtime_text(streaming)
@@ -142,12 +143,16 @@ def describe(
     described: GGUFModel, spec: StreamingSpec | None, text: str | None, n_ctx: int, n_slots: int, cache_type: str
 ) -> dict[str, Any]:
     """What `GET /lt/info` says."""
-    from lt_gguf.spec.cache_types import streaming_cache_type
-
     shape = described.kv_shape if described.why_not_streaming is None else None
     streams = None if spec is None or not spec.layers else spec
-    within = streaming_cache_type(cache_type, streams.type if streams else None)
     n_cached = len(shape.n_head_kv) if shape else 0
+    # note: of each layer, as if it didn't stream and as if it did; which ones do may be chosen for the prompt
+    full = StreamingSpec.off(described.n_layer) if spec is None else spec.without_streaming()
+    within = replace(full, layers=tuple(range(described.n_layer)), type=streams.type if streams else None)
+
+    def token_bytes(of: StreamingSpec) -> list[int] | None:
+        return [shape.token_bytes(il, of.cache_type(il, cache_type)) for il in range(n_cached)] if shape else None
+
     return {
         "model": described.name,
         "file": described.path.name,
@@ -159,7 +164,7 @@ def describe(
         if streams is None
         else {"layers": list(streams.layers), "sink": streams.sink, "window": streams.window, "prefill": streams.prefill},
         "auto": text if text is not None and is_auto(text) else None,
-        "token_bytes": [shape.token_bytes(il, cache_type) for il in range(n_cached)] if shape else None,
-        "streaming_token_bytes": [shape.token_bytes(il, within) for il in range(n_cached)] if shape else None,
+        "token_bytes": token_bytes(full),
+        "streaming_token_bytes": token_bytes(within),
         "version": metadata.version("lt-gguf"),
     }

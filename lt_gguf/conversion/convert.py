@@ -263,6 +263,7 @@ class _Conversion:
                 window=options.window,
                 prefill=options.prefill,
                 cache_type=options.kv_cache_type,
+                cache_keep=options.kept_layers(model.n_layer_main),
             )
 
     def _choose(self, model: GGUFModel, measured: _Measured | None, candidates: Candidates | None = None) -> Report:
@@ -307,6 +308,7 @@ class _Conversion:
                 n_embd=model.n_embd,
                 prefill=options.prefill,
                 cache_type=options.kv_cache_type,
+                cache_keep=options.kept_layers(model.n_layer_main),
             )
 
     def _quantize(self, converted: Path, plan: Plan, names: list[str]) -> Path:

@@ -107,6 +107,9 @@ class Options:
     cache_type: Annotated[
         str | None, typer.Option(help=f"Type of the KV cache for --kv-budget; {DEFAULT_CACHE_TYPE} by default.")
     ] = None
+    cache_keep: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Layers whose KV cache stays in 16 bits for --kv-budget, as in 0,2-3.")
+    ] = None
 
     calibration: Annotated[
         Path | None,
@@ -232,6 +235,10 @@ class Options:
     def kv_cache_type(self) -> str:
         return self.cache_type or DEFAULT_CACHE_TYPE
 
+    def kept_layers(self, n_layer: int = _MOST_LAYERS) -> tuple[int, ...]:
+        """`cache_keep` of a model of `n_layer` layers. Raises ValueError if it has no such layers."""
+        return () if self.cache_keep is None else parse_layers(self.cache_keep, n_layer, "--cache-keep")
+
     @property
     def is_split(self) -> bool:
         return bool(self.split_max_tensors) or self.split_max_size not in (None, "0")
@@ -284,8 +291,8 @@ class Options:
 
     def _check_budget(self) -> None:
         if self.budget is None:
-            if self.ctx is not None or self.cache_type is not None:
-                raise ValueError("--ctx and --cache-type are for --kv-budget, which is missing")
+            if self.ctx is not None or self.cache_type is not None or self.cache_keep is not None:
+                raise ValueError("--ctx, --cache-type and --cache-keep are for --kv-budget, which is missing")
             return
         if self.ctx is None:
             raise ValueError("--kv-budget needs --ctx, the number of tokens that the KV cache is to hold, as in 131072")
@@ -294,6 +301,7 @@ class Options:
         if self.fraction is not None:
             raise ValueError("--kv-budget chooses how many layers stream: must not have --streaming-fraction beside it")
         check_cache_type(self.kv_cache_type)
+        self.kept_layers()
 
     def upstream_arguments(self) -> list[str]:
         """The options that upstream's converter gets; not among them the checkpoint and --outfile."""

@@ -36,6 +36,7 @@ class ScorerOptions:
         n_gpu_layers: layers that run on the GPU, if there is one; -1: all.
         cache_type_k: type of K in the KV cache, a key of `lt_gguf.memory.kv.CACHE_TYPES`.
         cache_type_v: the same of V.
+        cache_keep: layers whose cache isn't quantized, as in `0,2-3`, in place of what a spec says; `None`: what it says.
         flash_attn: use flash attention.
 
     Raises:
@@ -49,6 +50,7 @@ class ScorerOptions:
     n_gpu_layers: int = 0
     cache_type_k: str = DEFAULT_CACHE_TYPE
     cache_type_v: str = DEFAULT_CACHE_TYPE
+    cache_keep: str | None = None
     flash_attn: bool = True
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ class HybridLM(LM):  # type: ignore[misc]  # the harness brings no types
             first tokens are left out, but not the one that begins a text.
         n_parallel: requests that are worked on at a time; the harness's `batch_size` is the same.
         n_batch, n_threads, n_gpu_layers, cache_type_k, cache_type_v, flash_attn: as for `ScorerOptions`.
+        cache_keep: the same, but with + for the commas between layers.
         max_gen_toks: most tokens of an answer, where the task doesn't say it.
         seed: of sampling, where a task asks for a temperature.
         batch_size, max_batch_size, device: from the harness; the last two have no effect.
@@ -69,6 +70,7 @@ class HybridLM(LM):  # type: ignore[misc]  # the harness brings no types
         n_gpu_layers: int = -1,
         cache_type_k: str = DEFAULT_CACHE_TYPE,
         cache_type_v: str = DEFAULT_CACHE_TYPE,
+        cache_keep: int | str | None = None,
         flash_attn: bool = True,
         max_gen_toks: int = DEFAULT_MAX_GEN_TOKS,
         seed: int = 0,
@@ -87,6 +89,7 @@ class HybridLM(LM):  # type: ignore[misc]  # the harness brings no types
             n_gpu_layers=n_gpu_layers,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
+            cache_keep=None if cache_keep is None else str(cache_keep).replace("+", ","),
             flash_attn=flash_attn,
         )
         file = resolve(model)

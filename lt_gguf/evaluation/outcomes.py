@@ -44,6 +44,8 @@ class KnownOutcomes:
     def of(cls, file: Path, options: ScorerOptions, documents: Sequence[Document]) -> KnownOutcomes:
         """Those of a GGUF file, asked about these documents."""
         said = [_VERSION, fingerprint(file), options.cache_type_k, options.cache_type_v, options.flash_attn]
+        if options.cache_keep is not None:
+            said.append(options.cache_keep)
         digest = hashlib.sha256(json.dumps([*said, [asdict(document) for document in documents]]).encode()).hexdigest()
         return cls(user_cache() / _FOLDER / f"{digest[:32]}.jsonl")
 

@@ -17,7 +17,7 @@ from lt_gguf.evaluation.context import DEFAULT_OPTIONS, ScorerOptions, ScoringCo
 from lt_gguf.runtime import api
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, batch_part
 from lt_gguf.runtime.text_model import TextModel
-from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running, runtime_text
+from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running, runtime_text, with_cache_keep
 from lt_gguf.spec.cache_types import streaming_cache_type
 from lt_gguf.spec.fields import is_auto
 
@@ -114,10 +114,11 @@ class Scorer(TextModel):
     def _set_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
         text = self._resolve(spec)
         self._chooses = is_auto(text)
-        self._context_spec: str | None = api.HIDE_LATER
+        self._context_spec: str | None = str(with_cache_keep(api.HIDE_LATER, self.options.cache_keep))
         self._hidden = self._hideable(text) if self._reads_once else None
         if self._hidden is None:
-            self._context_spec = None if spec is None else runtime_text(spec)
+            kept = with_cache_keep(spec, self.options.cache_keep)
+            self._context_spec = None if kept is None else runtime_text(kept)
 
     def _hideable(self, text: str) -> StreamingSpec | None:
         """A spec that only decoding depends on, not what prompts leave behind; `None`: another one."""
@@ -136,6 +137,7 @@ class Scorer(TextModel):
             raise ValueError(f'streaming = {spec!r}: must be a StreamingSpec, an AutoSpec, a string, "off" or None')
         if isinstance(spec, StreamingSpec) and spec.n_layer != self.n_layer:
             raise ValueError(f"streaming: is for a model of {spec.n_layer} layers, must be for {self.n_layer}")
+        spec = with_cache_keep(spec, self.options.cache_keep)
         try:
             api.set_model_spec(self.handle, None if spec is None else runtime_text(spec))
         except ValueError as error:

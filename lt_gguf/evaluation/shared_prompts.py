@@ -15,7 +15,7 @@ from lt_gguf.evaluation.context import ScorerOptions, ScoringContext
 from lt_gguf.runtime import api
 from lt_gguf.runtime.batch import SEQUENCE, WANTED, batch_part
 from lt_gguf.runtime.text_model import TextModel
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import StreamingSpec, with_cache_keep
 
 
 class SharedPrompts:
@@ -33,7 +33,7 @@ class SharedPrompts:
 
     def __init__(self, model: TextModel, options: ScorerOptions, n_ctx: int, n_seq: int) -> None:
         self._n_layer, self._n_seq = model.n_layer, n_seq
-        api.set_model_spec(model.handle, api.HIDE_LATER)
+        api.set_model_spec(model.handle, str(with_cache_keep(api.HIDE_LATER, options.cache_keep)))
         try:
             self._context = ScoringContext(model, options, n_ctx, n_seq, unified=True)
         finally:

@@ -12,7 +12,8 @@ from typing import Any
 from lt_gguf.gguf.architectures import LayerCount, layer_count, why_not_streaming
 from lt_gguf.gguf.header import GGUFHeader, read_header
 from lt_gguf.memory.kv import KVShape
-from lt_gguf.spec import Provenance, StreamingSpec, Typed
+from lt_gguf.spec import Provenance, StreamingSpec, Typed, format_layers
+from lt_gguf.spec.fields import CACHE_KEEP
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -127,16 +128,22 @@ def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
 
 
 def check_can_stream(arch: str, spec: StreamingSpec | None, n_layer_main: int, reason: str | None) -> None:
-    """Raises ValueError if `spec` makes layers stream that can't.
+    """Raises ValueError if `spec` makes layers stream that can't, or keeps layers in 16 bits that have no cache.
 
     Args:
         reason: for which the architecture can't stream, `None` if it can.
     """
-    if spec is None or not spec.layers:
+    if spec is None or not (spec.layers or spec.cache_keep):
         return
+    if reason and not spec.layers:
+        raise ValueError(f"models of the architecture {arch} can't keep layers of their cache in 16 bits: {reason}")
     if reason:
         raise ValueError(f"models of the architecture {arch} can't have streaming layers: {reason}")
-    if spec.layers[-1] >= n_layer_main:
+    if spec.cache_keep and spec.cache_keep[-1] >= n_layer_main:
+        raise ValueError(
+            f"{CACHE_KEEP} = {format_layers(spec.cache_keep)}: must be layers from 0 to {n_layer_main - 1}, the main graph runs no others"
+        )
+    if spec.layers and spec.layers[-1] >= n_layer_main:
         raise ValueError(
             f"layer {spec.layers[-1]} can't stream: the main graph doesn't run it, only layers from 0 to {n_layer_main - 1} can"
         )

@@ -34,6 +34,7 @@ def smallest_number(
     window: int,
     prefill: str = DEFAULT_PREFILL,
     cache_type: str = DEFAULT_CACHE_TYPE,
+    cache_keep: Sequence[int] = (),
     n_ubatch: int = DEFAULT_N_UBATCH,
 ) -> int:
     """The smallest number of streaming layers with which a context of one sequence fits into `budget` bytes, at its peak.
@@ -45,6 +46,7 @@ def smallest_number(
         n_ctx: context size in tokens.
         n_embd: elements of a hidden state.
         n_layer_main: the layers 0 to n_layer_main - 1 may stream.
+        cache_keep: layers whose cache isn't quantized.
 
     Raises:
         ValueError: it doesn't fit even with all of them streaming, the message says what the least is; or the context, the
@@ -53,8 +55,9 @@ def smallest_number(
     if n_ctx < 1:
         raise ValueError(f"context = {n_ctx}: must be at least 1 token")
     settings: dict[str, Any] = {"sink": sink, "window": window, "prefill": prefill, "cache_type": cache_type, "n_ubatch": n_ubatch}
-    settings |= {"n_ctx": n_ctx, "n_embd": n_embd}
-    by_saving = sorted(range(n_layer_main), key=lambda il: (-shape.token_bytes(il, cache_type), il))
+    settings |= {"n_ctx": n_ctx, "n_embd": n_embd, "cache_keep": cache_keep}
+    full = StreamingSpec((), len(shape.n_head_kv), cache_keep=tuple(cache_keep))
+    by_saving = sorted(range(n_layer_main), key=lambda il: (-shape.token_bytes(il, full.cache_type(il, cache_type)), il))
     for n in range(n_layer_main + 1):
         if peak_bytes(shape, by_saving[:n], **settings) <= budget:
             return n
@@ -77,11 +80,12 @@ def peak_bytes(
     prefill: str,
     n_ctx: int,
     cache_type: str,
+    cache_keep: Sequence[int] = (),
     n_ubatch: int,
 ) -> int:
     """Bytes that a context of one sequence allocates for K, V and a prompt that fills it and comes as a whole, if `layers` stream.
     Raises ValueError as `kv_memory`."""
-    spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window, prefill)
+    spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window, prefill, cache_keep=tuple(cache_keep))
     kv = kv_memory(shape, spec, n_ctx, type_k=cache_type, n_ubatch=n_ubatch)
     return kv.total + prompt_memory(shape, spec, n_ctx, n_embd=n_embd, type_k=cache_type, n_ubatch=n_ubatch).whole
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lt_gguf.spec import StreamingSpec
-from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE, cache_type, streaming_cache_type
+from lt_gguf.spec import StreamingSpec, format_layers
+from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE, cache_type, kept_cache_type, streaming_cache_type
 
 DEFAULT_N_UBATCH = 512  # llama.cpp's own
 
@@ -77,7 +77,8 @@ def kv_memory(
     Args:
         spec: which layers stream; `None` for an ordinary model.
         n_ctx: context size in tokens, of all sequences together.
-        type_k: of the layers with full attention; that of streaming layers follows from it and from the spec.
+        type_k: of the layers with full attention; that of streaming layers, and of those that are kept in 16 bits, follows from it
+            and from the spec.
         type_v: as `type_k` if not given.
         n_ubatch: micro-batch size in tokens; a streaming layer holds one beside its sinks and window.
         kv_unified: one cache shared by all sequences, instead of one each.
@@ -92,11 +93,11 @@ def kv_memory(
 
     full = streaming = 0
     for il in range(len(shape.n_head_kv)):
+        k, v = (type_ if spec is None else spec.cache_type(il, type_) for type_ in (type_k, type_v or type_k))
         if spec is not None and spec.is_streaming(il):
-            k, v = (streaming_cache_type(type_, spec.type) for type_ in (type_k, type_v or type_k))
             streaming += shape.token_bytes(il, k, v, flash_attn) * n_streaming * n_caches
         else:
-            full += shape.token_bytes(il, type_k, type_v, flash_attn) * n_full * n_caches
+            full += shape.token_bytes(il, k, v, flash_attn) * n_full * n_caches
     return KVMemory(full, streaming)
 
 
@@ -111,9 +112,18 @@ def streaming_cells(
 
 
 def cache_types_text(cache_type: str, spec: StreamingSpec | None) -> str:
-    """`q8_0`, or `q8_0, f16 in streaming layers`."""
-    streaming = cache_type if spec is None or not spec.layers else streaming_cache_type(cache_type, spec.type)
-    return cache_type if streaming == cache_type else f"{cache_type}, {streaming} in streaming layers"
+    """`q8_0`, or `q8_0, f16 in streaming layers`, or `q8_0, f16 in layers 0,2-3`, or both."""
+    if spec is None:
+        return cache_type
+    parts = [cache_type]
+    streaming = streaming_cache_type(cache_type, spec.type) if spec.layers else cache_type
+    if streaming != cache_type:
+        parts.append(f"{streaming} in streaming layers")
+    # those that would have another type if they weren't kept
+    kept = [il for il in spec.cache_keep if spec.cache_type(il, cache_type) != (streaming if spec.is_streaming(il) else cache_type)]
+    if kept:
+        parts.append(f"{kept_cache_type(cache_type)} in layer{'s' if len(kept) > 1 else ''} {format_layers(kept)}")
+    return ", ".join(parts)
 
 
 def _row_bytes(type_name: str, n_elements: int) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape, padded_cells, streaming_cells
 from lt_gguf.spec import StreamingSpec
-from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE, streaming_cache_type
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
 class PromptMemory(NamedTuple):
@@ -48,8 +48,11 @@ def prompt_memory(
     """
     if spec is None or spec.prefill != "full" or n_tokens <= streaming_cells(spec, n_ctx or n_tokens, n_ubatch=n_ubatch):
         return PromptMemory(0, 0)
-    k, v = (streaming_cache_type(type_, spec.type) for type_ in (type_k, type_v or type_k))
-    layers = [shape.token_bytes(il, k, v, flash_attn) for il in range(len(shape.n_head_kv)) if spec.is_streaming(il)]
+    layers = [
+        shape.token_bytes(il, spec.cache_type(il, type_k), spec.cache_type(il, type_v or type_k), flash_attn)
+        for il in range(len(shape.n_head_kv))
+        if spec.is_streaming(il)
+    ]
     if not layers:
         return PromptMemory(0, 0)
     n_cells = padded_cells(n_tokens)

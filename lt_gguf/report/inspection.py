@@ -17,7 +17,7 @@ from lt_gguf.memory.prompt import PromptMemory, prompt_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report import plots
 from lt_gguf.spec import StreamingSpec, format_layers
-from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE, streaming_cache_type
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 from lt_gguf.spec.keys import LAZY_RATIO_KEY
 
 CONTEXTS = (4096, 32768, 131072)
@@ -42,6 +42,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
         "head_size_k": model.head_size_k,
         "head_size_v": model.head_size_v,
         "cache_type": cache_type,
+        "cache_keep": list(spec.cache_keep) if spec else [],
         "streaming": _describe_spec(model, spec),
         "why_not_streaming": model.why_not_streaming,
         "provenance": {"selection": model.provenance.selection, "calibration": _calibration(model)} if model.provenance else None,
@@ -231,8 +232,8 @@ def _token_bytes(model: GGUFModel, spec: StreamingSpec | None, il: int, cache_ty
     """KV bytes that a token takes in a layer, `None` where there is no plain KV cache."""
     if model.why_not_streaming:
         return None
-    if spec is not None and spec.is_streaming(il):
-        cache_type = streaming_cache_type(cache_type, spec.type)
+    if spec is not None:
+        cache_type = spec.cache_type(il, cache_type)
     shape = model.kv_shape
     return shape.token_bytes(il, cache_type) if il < len(shape.n_head_kv) else None
 
@@ -242,10 +243,11 @@ def _memory(model: GGUFModel, spec: StreamingSpec | None, cache_type: str) -> li
     if model.why_not_streaming:
         return []
     shape = model.kv_shape
+    ordinary = None if spec is None else spec.without_streaming()
     return [
         (
             n_ctx,
-            kv_memory(shape, None, n_ctx, type_k=cache_type),
+            kv_memory(shape, ordinary, n_ctx, type_k=cache_type),
             kv_memory(shape, spec, n_ctx, type_k=cache_type),
             prompt_memory(shape, spec, n_ctx, n_embd=model.n_embd, type_k=cache_type),
         )

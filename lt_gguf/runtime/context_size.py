@@ -96,7 +96,8 @@ def known_spec(described: GGUFModel, streaming: StreamingSpec | AutoSpec | str |
             auto = streaming if isinstance(streaming, AutoSpec) else AutoSpec.parse(streaming, described.spec)
             by_saving = sorted(range(described.n_layer_main), key=lambda layer: described.n_head_kv[layer])
             layers = tuple(sorted(by_saving[: auto.n_streaming(described.n_layer_main)])) if whole else ()
-            return StreamingSpec(layers, described.n_layer, auto.sink, auto.window, "full") if layers else None
+            found = StreamingSpec(layers, described.n_layer, auto.sink, auto.window, "full", cache_keep=auto.cache_keep)
+            return found if layers or auto.cache_keep else None
         return StreamingSpec.parse(streaming, described.n_layer, described.spec)
     except ValueError:
         return None  # note: loading the model says what is wrong with it

@@ -21,7 +21,17 @@ from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.reading_ahead import ReadingLlama
 from lt_gguf.runtime.snapshots import DEFAULT_LIMIT
 from lt_gguf.runtime.turns import Turns, streams, takes_moment, takes_turn
-from lt_gguf.spec import DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, Lazy, StreamingSpec, runtime_text
+from lt_gguf.spec import (
+    DEFAULT_SINK,
+    DEFAULT_W_LAST,
+    DEFAULT_WINDOW,
+    AutoSpec,
+    Lazy,
+    StreamingSpec,
+    runtime_text,
+    with_cache_keep,
+)
+from lt_gguf.spec.cache_keep import Layers
 from lt_gguf.spec.fields import INT32_MAX, check_size
 
 # note: llama_cpp.Llama.__init__ turns the process's stdout away for a moment; two that do so at once wouldn't bring it back
@@ -43,6 +53,8 @@ class Llama(ReadingLlama):
             its text, `"auto:0.5"`: that share of the layers, chosen for the first prompt of each conversation; `"auto"`: what the
             file says, else what was chosen for it by measuring it once (`lt_gguf.choose_streaming`, or `lt-gguf analyze`); where
             nothing is known, a warning says so, and all layers have full attention.
+        cache_keep: layers whose KV cache stays in 16 bits where `type_k` and `type_v` quantize it: their numbers, or a text as in
+            `"0,2-3"`, in place of what a spec says. `None`: what the spec says, else none.
         prompt_limit: most bytes that streaming layers may take besides their cache while a long prompt is read with
             full attention (`prefill = full`); 0: no limit; `None`: what the environment variable LT_PROMPT_LIMIT says.
         snapshot_limit: most bytes of snapshots, with which a conversation goes back to an earlier prompt without
@@ -64,6 +76,7 @@ class Llama(ReadingLlama):
         model_path: str | os.PathLike[str],
         *,
         streaming: StreamingSpec | AutoSpec | str | None = None,
+        cache_keep: Layers | None = None,
         prompt_limit: int | None = None,
         snapshot_limit: int = DEFAULT_LIMIT,
         timeout: float | None = None,
@@ -71,7 +84,8 @@ class Llama(ReadingLlama):
         **kwargs: Any,
     ) -> None:
         model_path = local_path(model_path)
-        self._streaming_argument, unknown = chosen_for(model_path, streaming)
+        chosen, unknown = chosen_for(model_path, streaming)
+        self._streaming_argument = with_cache_keep(chosen, cache_keep)
         if unknown:
             warnings.warn(unknown, RuntimeWarning, stacklevel=2)
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
@@ -195,6 +209,11 @@ class Llama(ReadingLlama):
         is_fixed = self.auto is None or self._turns.is_closed
         return read() if is_fixed else self._turns.moment("Llama.streaming", read)
 
+    @property
+    def cache_keep(self) -> tuple[int, ...]:
+        """The layers of this context whose KV cache stays in 16 bits where that of the others is quantized."""
+        return self._spec.cache_keep
+
     @takes_moment
     def kv_bytes(self) -> dict[str, int]:
         """Bytes allocated for K and V: in the `full` layers, in the `streaming` ones, what these take besides while a long
@@ -225,7 +244,7 @@ class Llama(ReadingLlama):
         Raises:
             ValueError: the prompt is longer than the model's context, or too short to tell layers apart.
         """
-        spec = AutoSpec(0.0, sink, window, w_last, lazy)
+        spec = AutoSpec(0.0, sink, window, w_last, lazy, self.cache_keep)
         n_max = max(self._model.n_ctx_train(), self._n_ctx)
         if len(tokens) > n_max:
             raise ValueError(f"the prompt has {len(tokens)} tokens, must have at most the model's context of {n_max}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lt_gguf.memory.budget import format_mib, peak_bytes, smallest_number
 from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape
 from lt_gguf.selection.base import Request, Selection, Strategy
-from lt_gguf.spec import DEFAULT_PREFILL
+from lt_gguf.spec import DEFAULT_PREFILL, format_layers
 from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
@@ -22,6 +23,7 @@ def select_within(
     n_embd: int,
     prefill: str = DEFAULT_PREFILL,
     cache_type: str = DEFAULT_CACHE_TYPE,
+    cache_keep: Sequence[int] = (),
     n_ubatch: int = DEFAULT_N_UBATCH,
 ) -> Selection:
     """What `strategy` chooses with as few streaming layers as the budget allows; the reason says so.
@@ -31,17 +33,20 @@ def select_within(
 
     Args:
         n_embd: elements of a hidden state.
+        cache_keep: layers whose cache isn't quantized.
 
     Raises:
         ValueError: nothing fits, or as `Strategy.select` and `smallest_number`.
     """
     settings: dict[str, Any] = {"n_embd": n_embd, "prefill": prefill, "cache_type": cache_type, "n_ubatch": n_ubatch}
+    settings["cache_keep"] = cache_keep
 
     def size(selection: Selection) -> int:
         return peak_bytes(shape, selection.layers, sink=selection.sink, window=selection.window, n_ctx=n_ctx, **settings)
 
     at_peak = " at its peak" if prefill == "full" else ""
-    what = f"the KV cache of {n_ctx} tokens ({cache_type}){at_peak}"
+    kept = f", not in {format_layers(cache_keep)}" if cache_keep else ""
+    what = f"the KV cache of {n_ctx} tokens ({cache_type}{kept}){at_peak}"
     if not strategy.counts:
         selection = strategy.select(replace(request, n_streaming=None))
         if size(selection) <= budget:

@@ -6,11 +6,22 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_fraction, parse_integer, split_fields
+from lt_gguf.spec.fields import (
+    CACHE_KEEP,
+    bad_value,
+    check_fraction,
+    check_integer,
+    is_auto,
+    parse_fraction,
+    parse_integer,
+    split_fields,
+)
+from lt_gguf.spec.layers import format_layers, parse_layers
 from lt_gguf.spec.streaming import DEFAULT_FRACTION, DEFAULT_SINK, DEFAULT_WINDOW, StreamingSpec
 
 DEFAULT_AUTO_W_LAST = 16  # measured while somebody waits: half the cost of 32, and 8 to 64 choose alike (the paper's ablation)
 MAX_W_LAST = 1024  # the runtime keeps a query for each
+_MOST_LAYERS = 512  # of llama.cpp; a text of this kind doesn't know its model
 Lazy = Literal["mean", "min"]
 LAZY: tuple[Lazy, ...] = get_args(Lazy)
 DEFAULT_LAZY: Lazy = "min"  # a mean can't see the one head that finds what is far away (docs/evidence/results.md)
@@ -31,6 +42,7 @@ class AutoSpec:
         window: number of last positions that stay visible, the query's own included.
         w_last: number of last queries of the prompt that the ratios are measured on.
         lazy: what a layer's ratio is of those of its heads and queries, `min` or `mean`.
+        cache_keep: indices of layers, streaming or not, whose KV cache is f16 where it would be quantized.
 
     Raises:
         ValueError: a field is out of range; the message names it and says what is allowed.
@@ -41,6 +53,7 @@ class AutoSpec:
     window: int = DEFAULT_WINDOW
     w_last: int = DEFAULT_AUTO_W_LAST
     lazy: Lazy = DEFAULT_LAZY
+    cache_keep: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
@@ -50,6 +63,8 @@ class AutoSpec:
         object.__setattr__(self, "w_last", check_integer("w_last", self.w_last, 1, MAX_W_LAST))
         if self.lazy not in LAZY:
             bad_value("lazy", f'"{self.lazy}"', '"mean" or "min"')
+        keep = tuple(sorted({check_integer(CACHE_KEEP, il, 0, _MOST_LAYERS - 1) for il in self.cache_keep}))
+        object.__setattr__(self, CACHE_KEEP, keep)
 
     def n_streaming(self, n_layer: int) -> int:
         """How many of `n_layer` layers come to stream."""
@@ -72,18 +87,27 @@ class AutoSpec:
                 fields[key] = parse_integer(key, value)
             elif key == "lazy":
                 fields[key] = value
+            elif key == CACHE_KEEP:
+                if value == "all" and base is None:
+                    bad_value(
+                        CACHE_KEEP,
+                        '"all"',
+                        "layers and ranges of layers, as in 1,3,5-9, where the layers are chosen for the prompt",
+                    )
+                fields[key] = parse_layers(value, _MOST_LAYERS if base is None else base.n_layer, key)
             elif key == "prefill":
                 if value != "full":
                     bad_value("prefill", f'"{value}"', '"full" where the layers are chosen for the prompt')
             elif key == "layers":
                 raise ValueError("layers: are chosen for the prompt, must not be given beside auto")
             else:
-                raise ValueError(f"{key}: unknown key, must be one of auto, sink, window, w_last, lazy")
+                raise ValueError(f"{key}: unknown key, must be one of auto, sink, window, w_last, lazy, cache_keep")
         return cls(**fields)
 
     def __str__(self) -> str:
         fraction = f"{self.fraction:.6f}".rstrip("0").rstrip(".")
-        return f"auto={fraction};sink={self.sink};window={self.window};w_last={self.w_last};lazy={self.lazy}"
+        keep = f";{CACHE_KEEP}={format_layers(self.cache_keep)}" if self.cache_keep else ""
+        return f"auto={fraction};sink={self.sink};window={self.window};w_last={self.w_last};lazy={self.lazy}{keep}"
 
 
 def runtime_text(spec: StreamingSpec | AutoSpec | str) -> str:

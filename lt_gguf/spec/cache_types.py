@@ -1,4 +1,4 @@
-"""The types that a KV cache can have, and which the streaming layers' has."""
+"""The types that a KV cache can have, and which those of streaming layers and of layers that are kept in 16 bits have."""
 
 from __future__ import annotations
 
@@ -48,4 +48,13 @@ def streaming_cache_type(full: str, streaming: str | None = None) -> str:
     if streaming is not None:
         cache_type(streaming)
         return streaming
-    return full if cache_type(full).block == 1 else DEFAULT_CACHE_TYPE
+    return kept_cache_type(full)
+
+
+def kept_cache_type(other: str) -> str:
+    """The type of K or V in a layer that isn't quantized, where other layers have the type `other`: that one, or f16.
+
+    Raises:
+        ValueError: llama.cpp takes no such type for a KV cache.
+    """
+    return other if cache_type(other).block == 1 else DEFAULT_CACHE_TYPE

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 INT32_MAX = 2**31 - 1  # positions are int32 in llama.cpp
+CACHE_KEEP = "cache_keep"  # the field of layers whose cache isn't quantized
 
 
 def is_auto(text: str) -> bool:

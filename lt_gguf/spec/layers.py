@@ -9,8 +9,8 @@ from typing import NoReturn
 from lt_gguf.spec.fields import bad_value
 
 
-def parse_layers(text: str, n_layer: int) -> tuple[int, ...]:
-    """Reads `1,3,5-9`, `all` or `none`.
+def parse_layers(text: str, n_layer: int, what: str = "layers") -> tuple[int, ...]:
+    """Reads `1,3,5-9`, `all` or `none`; `what` is the name that errors have for them.
 
     Raises:
         ValueError: the text is malformed or names a layer that the model doesn't have.
@@ -22,11 +22,11 @@ def parse_layers(text: str, n_layer: int) -> tuple[int, ...]:
     for item in text.split(","):
         ends = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
         if not ends:
-            bad_layers(item.strip(), n_layer)
+            bad_layers(item.strip(), n_layer, what)
         first = int(ends[1])
         last = int(ends[2] or ends[1])
         if not first <= last < n_layer:
-            bad_layers(item.strip(), n_layer)
+            bad_layers(item.strip(), n_layer, what)
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
 
@@ -42,10 +42,10 @@ def format_layers(layers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def bad_layers(item: str, n_layer: int) -> NoReturn:
+def bad_layers(item: str, n_layer: int, what: str = "layers") -> NoReturn:
     """Raises ValueError: `item` names no layers of a model of `n_layer` layers."""
     bad_value(
-        "layers",
+        what,
         f'"{item}"',
         f'"all", "none", or layers and ranges of layers from 0 to {n_layer - 1}, as in 1,3,5-9',
     )

@@ -8,13 +8,13 @@ A streaming layer lets the query at position q see the key at position p of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from lt_gguf.spec.cache_types import CACHE_TYPES
-from lt_gguf.spec.fields import bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
+from lt_gguf.spec.cache_types import CACHE_TYPES, kept_cache_type, streaming_cache_type
+from lt_gguf.spec.fields import CACHE_KEEP, bad_value, check_fraction, check_integer, is_auto, parse_integer, split_fields
 from lt_gguf.spec.keys import Typed, layers_key, prefill_key, sink_key, streaming_keys, window_key
 from lt_gguf.spec.layers import bad_layers, format_layers, parse_layers
 
@@ -42,6 +42,8 @@ class StreamingSpec:
             or `stream`.
         type: of these layers' KV cache when it runs, as in `f16` or `q8_0`; `None` for that of the other layers where it isn't
             quantized, else f16. It isn't part of a file.
+        cache_keep: indices of layers, streaming or not, whose KV cache is f16 where it would be quantized, kept sorted and unique.
+            They aren't part of a file either.
 
     Raises:
         ValueError: a field is out of range; the message names it and says what is allowed.
@@ -53,15 +55,13 @@ class StreamingSpec:
     window: int = DEFAULT_WINDOW
     prefill: str = DEFAULT_PREFILL
     type: str | None = None
+    cache_keep: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n_layer = check_integer("n_layer", self.n_layer, 1)
-        layers = tuple(sorted({check_integer("layers", il, None) for il in self.layers}))
-        for il in layers:
-            if not 0 <= il < n_layer:
-                bad_layers(str(il), n_layer)
         object.__setattr__(self, "n_layer", n_layer)
-        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "layers", _check_layers("layers", self.layers, n_layer))
+        object.__setattr__(self, CACHE_KEEP, _check_layers(CACHE_KEEP, self.cache_keep, n_layer))
         object.__setattr__(self, "sink", check_integer("sink", self.sink, 0))
         object.__setattr__(self, "window", check_integer("window", self.window, 1))
         _check_prefill("prefill", self.prefill)
@@ -94,10 +94,10 @@ class StreamingSpec:
 
     @classmethod
     def parse(cls, text: str, n_layer: int, base: StreamingSpec | None = None) -> StreamingSpec:
-        """Reads `off` or `layers=1,3,5-9;sink=4;window=1020;prefill=stream;type=f16`.
+        """Reads `off` or `layers=1,3,5-9;sink=4;window=1020;prefill=stream;type=f16`, with or without `;cache_keep=0`.
 
-        `layers` takes numbers, ranges, `all` or `none`. Keys that are left out are taken from `base` (the file's
-        spec), else from the defaults.
+        `layers` and `cache_keep` take numbers, ranges, `all` or `none`. Keys that are left out are taken from `base` (the file's
+        spec), else from the defaults. A text of `cache_keep` alone leaves it to `base` what streams; without one nothing does.
 
         Raises:
             ValueError: the text is malformed, or neither it nor `base` names layers.
@@ -105,22 +105,31 @@ class StreamingSpec:
         if text.strip() == "off":
             return cls.off(n_layer)
 
+        head, _, rest = text.partition(";")
+        is_off = head.strip() == "off"
+        if is_off:
+            base, text = cls.off(n_layer), rest
+
         if is_auto(text):
             raise ValueError(f'"{text}": chooses the layers while a prompt is read, must name them here, as in layers=1,3,5-9')
         example = "layers=1,3,5-9;sink=4;window=1020;prefill=stream"
         fields: dict[str, Any] = {}
         for key, value in split_fields(text, f'"off" or key=value pairs with ; between them, as in {example}').items():
-            if key == "layers":
-                fields[key] = parse_layers(value, n_layer)
+            if is_off and key != CACHE_KEEP:
+                raise ValueError(f"{key}: can't be given with off, where no layer streams")
+            if key in ("layers", CACHE_KEEP):
+                fields[key] = parse_layers(value, n_layer, key)
             elif key in ("sink", "window"):
                 fields[key] = parse_integer(key, value)
             elif key in ("prefill", "type"):
                 fields[key] = value
             else:
-                raise ValueError(f"{key}: unknown key, must be one of layers, sink, window, prefill, type")
+                raise ValueError(f"{key}: unknown key, must be one of layers, sink, window, prefill, type, cache_keep")
 
         if base is not None:
             return replace(base, n_layer=n_layer, **fields)
+        if fields.keys() == {CACHE_KEEP}:
+            fields["layers"] = ()
         if "layers" not in fields:
             raise ValueError(f'"{text}": says no layers and the file names none, add for example layers=1,3,5-9')
         return cls(n_layer=n_layer, **fields)
@@ -154,12 +163,15 @@ class StreamingSpec:
         """The GGUF metadata of this spec, in the order in which it is written.
 
         Raises:
-            ValueError: it names a type of the cache, which a file has no key for.
+            ValueError: it says something of the cache's types, which a file has no key for.
         """
         if self.type is not None:
             raise ValueError(
                 f"type = {self.type}: a file has no key for it, must be given when it runs (--streaming type={self.type})"
             )
+        if self.cache_keep:
+            keep = format_layers(self.cache_keep)
+            raise ValueError(f"{CACHE_KEEP} = {keep}: a file has no key for it, must be given when it runs (--cache-keep {keep})")
 
         return {
             layers_key(arch): Typed("array of bool", [self.is_streaming(il) for il in range(self.n_layer)]),
@@ -171,15 +183,28 @@ class StreamingSpec:
     def is_streaming(self, il: int) -> bool:
         return il in self.layers
 
+    def cache_type(self, il: int, full: str) -> str:
+        """The type of K or V in layer `il`, where that of layers with full attention is `full`.
+
+        Raises:
+            ValueError: llama.cpp takes no such type for a KV cache.
+        """
+        found = streaming_cache_type(full, self.type) if self.is_streaming(il) else full
+        return kept_cache_type(found) if il in self.cache_keep else found
+
+    def without_streaming(self) -> StreamingSpec:
+        """The spec of the full model beside it, with the same layers in 16 bits."""
+        return replace(StreamingSpec.off(self.n_layer), cache_keep=self.cache_keep)
+
     def visible(self, q: int, p: int) -> bool:
         """True if the query at position `q` sees the key at position `p` in a streaming layer."""
         return p <= q and (p < self.sink or q - p < self.window)
 
     def __str__(self) -> str:
-        """The canonical text: `off` if no layer streams, else all keys, `type` only if it is given."""
-        if not self.layers:
-            return "off"
-        return self._text("layers") + (f";type={self.type}" if self.type else "")
+        """The canonical text: `off` if no layer streams, else all keys, `type` only if it is given; and `cache_keep` if there is any."""
+        type_ = f";type={self.type}" if self.type else ""
+        keep = f";{CACHE_KEEP}={format_layers(self.cache_keep)}" if self.cache_keep else ""
+        return (self._text("layers") + type_ if self.layers else "off") + keep
 
     def hide_text(self) -> str:
         """The same for a context that only hides what these layers would drop, to measure with (`lt_context_hide` of the runtime)."""
@@ -187,6 +212,14 @@ class StreamingSpec:
 
     def _text(self, key: str) -> str:
         return f"{key}={format_layers(self.layers) or 'none'};sink={self.sink};window={self.window};prefill={self.prefill}"
+
+
+def _check_layers(what: str, layers: Iterable[int], n_layer: int) -> tuple[int, ...]:
+    checked = tuple(sorted({check_integer(what, il, None) for il in layers}))
+    for il in checked:
+        if not 0 <= il < n_layer:
+            bad_layers(str(il), n_layer, what)
+    return checked
 
 
 def _check_prefill(what: str, value: Any) -> str:

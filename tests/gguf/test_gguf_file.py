@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lt_gguf.gguf.file import read_model
+from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.gguf.header import LONGEST_ARRAY_READ, read_header
 from lt_gguf.memory.kv import KVMemory, KVShape, kv_memory
 from lt_gguf.spec import StreamingSpec
@@ -140,6 +140,8 @@ def test_why_an_architecture_cannot_stream(tmp_path, arch, keys, reason):
         return
     with pytest.raises(ValueError, match=f"architecture {arch} can't have streaming layers: .*{reason}"):
         read_model(write_gguf(tmp_path / "b.gguf", arch, spec=StreamingSpec((1,), N_LAYER), **keys))
+    with pytest.raises(ValueError, match=f"architecture {arch} can't keep layers of their cache in 16 bits: .*{reason}"):
+        check_can_stream(arch, StreamingSpec((), N_LAYER, cache_keep=(0,)), N_LAYER, model.why_not_streaming)
     with pytest.raises(ValueError, match=reason):
         _ = model.kv_shape
 
@@ -150,6 +152,8 @@ def test_layers_that_predict_ahead_cannot_stream(tmp_path):
     assert (model.n_layer, model.n_layer_main, len(model.kv_shape.n_head_kv)) == (4, 3, 3)
     with pytest.raises(ValueError, match="layer 3 can't stream: .* only layers from 0 to 2 can"):
         read_model(write_gguf(tmp_path / "b.gguf", "glm4moe", spec=StreamingSpec((3,), N_LAYER), **keys))
+    with pytest.raises(ValueError, match="cache_keep = 2-3: must be layers from 0 to 2"):
+        check_can_stream("glm4moe", StreamingSpec((), N_LAYER, cache_keep=(2, 3)), 3, None)
 
 
 def test_split_model(tmp_path):

@@ -42,6 +42,18 @@ def test_the_smallest_number():
     assert smallest_number(SHAPE, 10**12, 1024, **SMALL) == 0
 
 
+def test_layers_that_are_kept_in_16_bits_count_as_such():
+    """They are the first to stream, as they save most; and a budget that is enough without them isn't with them."""
+    quantized = 1024 * TOKEN * 18 // 64
+    assert smallest_number(SHAPE, 4 * quantized, 1024, cache_type="q4_0", **SMALL) == 0
+    kept = {"cache_type": "q4_0", "cache_keep": (2,)}
+    assert smallest_number(SHAPE, 1024 * TOKEN + 3 * quantized, 1024, **kept, **SMALL) == 0
+    assert smallest_number(SHAPE, 1024 * TOKEN + 3 * quantized - 1, 1024, **kept, **SMALL) == 1
+    assert smallest_number(SHAPE, HELD + 3 * quantized, 1024, **kept, **SMALL) == 1
+    settings = {"n_ctx": 1024, "n_ubatch": 64, **SEEN, **AFTER, **kept}
+    assert peak_bytes(SHAPE, (2,), **settings) == HELD + 3 * quantized
+
+
 def test_a_prompt_that_is_read_with_full_attention_counts():
     n_ctx, n_embd = 4096, 8  # hidden states of 32 bytes a token
     at_peak = SMALL | {"n_embd": n_embd, "prefill": "full"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lt_gguf.memory.kv import KVShape, cache_types_text, kv_memory
+from lt_gguf.memory.prompt import prompt_memory
 from lt_gguf.spec import StreamingSpec
 
 SHAPE = KVShape((2, 2), 2, 32, 32)  # of K and V each 64 values a layer and token
@@ -29,6 +30,16 @@ def test_streaming_layers_have_the_type_that_is_theirs(asked, type_k, type_v, ex
     assert found.full == kv_memory(SHAPE, None, 4096, type_k=type_k, type_v=type_v).total / 2
 
 
+def test_layers_that_are_kept_count_in_16_bits():
+    full = 4096 * 2 * 64
+    kept = StreamingSpec((1,), 2, 4, 252, type="q8_0", cache_keep=(0, 1))
+    assert kv_memory(SHAPE, kept, 4096, type_k="q4_0") == (full * 2, CELLS * 2 * 64 * 2)
+    assert kv_memory(SHAPE, kept.without_streaming(), 4096, type_k="q4_0") == (full * 4, 0)
+    assert prompt_memory(SHAPE, kept, 4096, n_embd=8, type_k="q4_0").batches == full * 2
+    one = StreamingSpec((), 2, cache_keep=(1,))
+    assert kv_memory(SHAPE, one, 4096, type_k="q4_0", type_v="f32") == (4096 * 64 * (18 / 32 + 2 + 2 * 4), 0)
+
+
 @pytest.mark.parametrize(
     "cache_type, spec, expected",
     [
@@ -36,6 +47,10 @@ def test_streaming_layers_have_the_type_that_is_theirs(asked, type_k, type_v, ex
         ("q8_0", SPEC, "q8_0, f16 in streaming layers"),
         ("f32", SPEC, "f32"),
         ("q8_0", StreamingSpec.off(2), "q8_0"),
+        ("q4_0", StreamingSpec((), 4, cache_keep=(0,)), "q4_0, f16 in layer 0"),
+        ("q4_0", StreamingSpec((1,), 4, cache_keep=(0, 1, 2)), "q4_0, f16 in streaming layers, f16 in layers 0,2"),
+        ("q4_0", StreamingSpec((1,), 4, type="q4_0", cache_keep=(0, 1)), "q4_0, f16 in layers 0-1"),
+        ("f16", StreamingSpec((1,), 4, cache_keep=(0, 1)), "f16"),
     ],
 )
 def test_what_is_said_of_them(cache_type, spec, expected):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.native import FULL, PARTIAL, STREAMING, DecodeError
@@ -34,6 +36,17 @@ def test_context_shift_of_smaller_types(subject, measured, layers, kv, flash):
     full = error_of_shifts(model, model.spec(SINK, WINDOW, []), 20, 250, kv=kv, flash=flash)
     hybrid = error_of_shifts(model, model.spec(SINK, WINDOW, layers), 20, 250, kv=kv, flash=flash)
     measured("llama-mha", f"context shift, {kv} KV", hybrid, RELATIVE * full, full=full, flash=flash)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [[], [1, 2]], ids=["none", "half"])
+def test_context_shift_of_layers_that_are_kept(subject, measured, layers):
+    """In 16 bits in a quantized cache: with heads of 64 their keys are rotated, too, and turned back to be shifted."""
+    model = subject("llama-mha")
+    spec = model.spec(SINK, WINDOW, layers)
+    full = error_of_shifts(model, spec, 20, 250, kv="f16", flash=True)
+    kept = error_of_shifts(model, replace(spec, cache_keep=tuple(range(4))), 20, 250, kv="q4_0", flash=True)
+    measured("llama-mha", "context shift, layers kept in f16", kept, RELATIVE * full, full=full, layers=layers)
 
 
 def error_of_shifts(model: Subject, spec: StreamingSpec, n_keep: int, n_discard: int, **settings) -> float:

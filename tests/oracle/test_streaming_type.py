@@ -1,48 +1,21 @@
 """Cache types by kind of layer: what grows may be quantized, what streams keeps 16 bits unless the spec says otherwise.
 
-The reference is transformers with the same rounding: keys and values of the layers that are quantized, after RoPE, by gguf's own
-routines, and their queries as llama.cpp's CPU backend rounds them. (It stays below what upstream's rotation needs: heads of 64.)
+The reference is transformers with the same rounding, see `support.quantized_caches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-import gguf
 import numpy as np
 import pytest
-import torch
 from support.families import COMMON, FAMILIES
 from support.native import FULL, PROMPT, STREAMING
 from support.oracle import Subject, difference, random_tokens
+from support.quantized_caches import CLOSER, TYPES, quantized
 from support.transcript import Transcript
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-from lt_gguf.hf import streaming_attention
 
 SINK, WINDOW, STREAMS = 4, 60, (1, 2)
-CLOSER = {"q8_0": 0.6, "q4_0": 0.3}  # than any other rounding; what is left is 16 bits' own, which q8_0 isn't far above
-TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
-
-
-def rounded(x: torch.Tensor, name: str) -> torch.Tensor:
-    return torch.from_numpy(gguf.dequantize(gguf.quantize(x.contiguous().numpy(), TYPES[name]), TYPES[name]))
-
-
-@contextmanager
-def quantized(monkeypatch: pytest.MonkeyPatch, name: str, layers: Collection[int]) -> Iterator[None]:
-    """transformers' caches of these layers have that type."""
-
-    def attention(module, query, key, value, *arguments, **settings):
-        if module.layer_idx in layers:
-            query, key, value = rounded(query, "q8_0"), rounded(key, name), rounded(value, name)
-        return sdpa_attention_forward(module, query, key, value, *arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming_attention, "sdpa_attention_forward", attention)
-        yield
 
 
 @pytest.mark.slow

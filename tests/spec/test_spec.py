@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lt_gguf.spec import AutoSpec, Provenance, StreamingSpec, Typed, format_layers, parse_layers, parse_running, runtime_text
 from lt_gguf.spec.auto import LAZY
-from lt_gguf.spec.cache_types import streaming_cache_type
+from lt_gguf.spec.cache_types import kept_cache_type, streaming_cache_type
 from lt_gguf.spec.fields import is_auto
 from lt_gguf.spec.keys import layers_key
 
@@ -78,6 +80,45 @@ def test_the_cache_type_of_streaming_layers(full, given, expected):
     assert streaming_cache_type(full, given) == expected
 
 
+@given(specs, st.lists(st.integers(0, N_LAYER - 1)).map(tuple))
+def test_layers_that_keep_16_bits_are_kept_but_in_no_file(spec, keep):
+    for one in (replace(spec, cache_keep=keep), replace(StreamingSpec.off(N_LAYER), cache_keep=keep)):
+        assert one.cache_keep == tuple(sorted(set(keep)))
+        assert StreamingSpec.parse(str(one), N_LAYER) == one
+        assert (";cache_keep=" in str(one)) == bool(keep) and "cache_keep" not in one.hide_text()
+        assert one.without_streaming() == replace(StreamingSpec.off(N_LAYER), cache_keep=keep)
+        if keep:
+            with pytest.raises(ValueError, match="cache_keep = [0-9,-]+: a file has no key for it, must be given when it runs"):
+                one.to_metadata("llama")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("cache_keep=0", StreamingSpec.off(N_LAYER)),
+        ("off;cache_keep=0", StreamingSpec.off(N_LAYER)),
+        ("window=9;cache_keep=0", None),
+    ],
+)
+def test_alone_they_leave_it_to_the_file_what_streams(text, expected):
+    base = StreamingSpec((2,), N_LAYER, 7, 64)
+    if expected is None:
+        with pytest.raises(ValueError, match="says no layers"):
+            StreamingSpec.parse(text, N_LAYER)
+        expected = StreamingSpec((2,), N_LAYER, 7, 9)
+        assert StreamingSpec.parse(text, N_LAYER, base) == replace(expected, cache_keep=(0,))
+        return
+    assert StreamingSpec.parse(text, N_LAYER) == replace(expected, cache_keep=(0,))
+    assert StreamingSpec.parse(text, N_LAYER, base) == replace(expected if "off" in text else base, cache_keep=(0,))
+
+
+@pytest.mark.parametrize("full, expected", [("f32", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("q8_0", "f16"), ("q4_0", "f16")])
+def test_the_cache_type_of_layers_that_are_kept(full, expected):
+    assert kept_cache_type(full) == expected
+    spec = StreamingSpec((1, 2), N_LAYER, type="q4_1", cache_keep=(0, 1))
+    assert [spec.cache_type(il, full) for il in range(4)] == [expected, "f16", "q4_1", full]
+
+
 @pytest.mark.parametrize(
     "text, complaint",
     [
@@ -97,6 +138,10 @@ def test_the_cache_type_of_streaming_layers(full, given, expected):
         ("layers=1;prefill=maybe", 'prefill = "maybe": must be "full" or "stream"'),
         ("layers=1;type=q6_K", 'type = "q6_K": must be one of f32, f16, bf16, q8_0'),
         ("sink=4", "says no layers"),
+        ("layers=1;cache_keep=12", 'cache_keep = "12": must be "all", "none", or layers and ranges of layers from 0 to 11'),
+        ("cache_keep=1-", 'cache_keep = "1-": must be "all"'),
+        ("off;layers=1", "layers: can't be given with off, where no layer streams"),
+        ("off;", '"": must be "off" or key=value'),
         ("auto:0.5", '"auto:0.5": chooses the layers while a prompt is read, must name them here'),
     ],
 )
@@ -208,6 +253,7 @@ autos = st.builds(
     window=st.integers(1, 2**31 - 1),
     w_last=st.integers(1, 1024),
     lazy=st.sampled_from(LAZY),
+    cache_keep=st.lists(st.integers(0, 511)).map(tuple),
 )
 
 
@@ -225,6 +271,7 @@ def test_auto_text_gives_the_same_spec_back(auto):
         ("auto=0.25;window=9;w_last=8", AutoSpec(0.25, 4, 9, 8)),
         ("auto=0.5;lazy=mean", AutoSpec(0.5, 4, 1020, 16, "mean")),
         ("lazy=min;auto=0.5", AutoSpec(0.5)),
+        ("auto:0.5;cache_keep=2,0", AutoSpec(0.5, cache_keep=(0, 2))),
     ],
 )
 def test_parse_auto(text, expected):
@@ -245,6 +292,8 @@ def test_parse_auto(text, expected):
         ("auto=0.5;last=3", "last: unknown key"),
         ("auto=0.5;lazy=max", 'lazy = "max": must be "mean" or "min"'),
         ("auto=0.5;", '"": must be auto:0.5 or'),
+        ("auto=0.5;cache_keep=all", 'cache_keep = "all": must be layers and ranges of layers'),
+        ("auto=0.5;cache_keep=x", 'cache_keep = "x": must be'),
     ],
 )
 def test_bad_auto_text_is_named_in_one_line(text, complaint):
