@@ -84,7 +84,7 @@ def run(folder: Path) -> None:
     n_layers = f"{len(report.spec.layers)} of {model.n_layer} layers stream"
     console.print(
         f"\n[bold]A real model[/bold]: {models.MODELS['smollm2']}; {n_layers} ({format_layers(report.spec.layers)}), sink "
-        f"{report.spec.sink}, window {report.spec.window}. They are those that lose least alone: models/smollm2/README.md has what was "
+        f"{report.spec.sink}, window {report.spec.window}. They are the half that loses least: models/smollm2/README.md has what was "
         "measured."
     )
 

@@ -13,7 +13,7 @@ from lt_gguf.gguf.file import read_model
 def test_the_file_says_what_the_report_chose(hybrid, report):
     model = read_model(hybrid)
     assert model.spec == report.spec
-    assert model.provenance.selection == report.selection.strategy == "auto"
+    assert model.provenance.selection == report.selection.strategy == "loss"
     assert len(report.spec.layers) == model.n_layer // 2
 
 
