@@ -67,6 +67,10 @@ class Contender:
         shape = model.kv_shape
         return model.n_bytes + sum(n * shape.token_bytes(il, self.type_k, self.type_v) for il, n in enumerate(cells))
 
+    def context_bytes(self, model: GGUFModel, n_ctx: int) -> int:
+        """What the KV cache of a context of `n_ctx` tokens takes; 0 where nobody says before it is measured."""
+        return self.kv_bytes(model, min(n_ctx, self.shift_at or n_ctx)) if self.library == "llama.cpp" else 0
+
     def kv_bytes(self, model: GGUFModel, n_ctx: int, n_seq: int = 1) -> int:
         """What a KV cache takes for `n_seq` sequences of `n_ctx` tokens each.
 

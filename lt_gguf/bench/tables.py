@@ -54,7 +54,7 @@ def _decode_row(results: Results, contender: Contender, depth: int) -> tuple[str
         _shown(results.value(contender, DECODE, depth, SPEED), _speed),
         _ratio(results, contender, DECODE, depth),
         "" if predicted is None or contender == results.first else f"{predicted:.2f}",
-        _memory(results, contender, DECODE, depth, MEMORY),
+        format_bytes(contender.context_bytes(results.model, depth) or _measured(results, contender, DECODE, depth, MEMORY)),
     )
 
 
@@ -85,8 +85,13 @@ def _ratio(results: Results, contender: Contender, task: str, depth: int) -> str
 
 
 def _memory(results: Results, contender: Contender, task: str, depth: int, key: str) -> str:
+    n_bytes = _measured(results, contender, task, depth, key)
+    return format_bytes(n_bytes) if n_bytes else ""
+
+
+def _measured(results: Results, contender: Contender, task: str, depth: int, key: str) -> int:
     spread = results.value(contender, task, depth, key)
-    return format_bytes(int(spread.median)) if spread else ""
+    return int(spread.median) if spread else 0
 
 
 def _speed(value: float) -> str:
