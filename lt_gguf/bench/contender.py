@@ -56,16 +56,18 @@ class Contender:
 
     def cells_read(self, model: GGUFModel, depth: int) -> list[int]:
         """Positions whose keys and values the attention of one token reads in each layer, after `depth` tokens."""
-        spec = None if not self.is_hybrid else StreamingSpec.parse(self.streaming, model.n_layer)
+        spec = self._spec(model)
         depth = min(depth, self.shift_at or depth)
         n_layers = len(model.kv_shape.n_head_kv)
-        return [min(depth, spec.sink + spec.window) if spec and spec.is_streaming(il) else depth for il in range(n_layers)]
+        return [min(depth, spec.sink + spec.window) if spec.is_streaming(il) else depth for il in range(n_layers)]
 
     def bytes_read(self, model: GGUFModel, depth: int) -> int:
         """What one decoded token reads at `depth` at least: all weights, and K and V of what it sees."""
-        cells = self.cells_read(model, depth)
-        shape = model.kv_shape
-        return model.n_bytes + sum(n * shape.token_bytes(il, self.type_k, self.type_v) for il, n in enumerate(cells))
+        spec, shape = self._spec(model), model.kv_shape
+        return model.n_bytes + sum(
+            n * shape.token_bytes(il, spec.cache_type(il, self.type_k), spec.cache_type(il, self.type_v))
+            for il, n in enumerate(self.cells_read(model, depth))
+        )
 
     def context_bytes(self, model: GGUFModel, n_ctx: int) -> int:
         """What the KV cache of a context of `n_ctx` tokens takes; 0 where nobody says before it is measured."""
@@ -77,7 +79,7 @@ class Contender:
         Raises:
             ValueError: a cache type doesn't fit the model.
         """
-        spec = StreamingSpec.parse(self.streaming, model.n_layer) if self.is_hybrid else None
+        spec = self._spec(model)
         return kv_memory(
             model.kv_shape,
             spec,
@@ -88,6 +90,9 @@ class Contender:
             n_seq_max=n_seq,
             flash_attn=self.flash_attn,
         ).total
+
+    def _spec(self, model: GGUFModel) -> StreamingSpec:
+        return StreamingSpec.parse(self.streaming, model.n_layer)
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,9 @@ def test_the_prediction_counts_what_a_token_reads(results, model):
     assert full.bytes_read(model, 256) == model.n_bytes + cells * token
     assert own.bytes_read(model, 256) == model.n_bytes + (2 * 256 + 2 * 64) * token
     assert results.predicted(own, 256) == pytest.approx(full.bytes_read(model, 256) / own.bytes_read(model, 256))
+    quantized = replace(own, type_k="q8_0", type_v="q8_0")  # what streams stays in 16 bits
+    small = model.kv_shape.token_bytes(0, "q8_0")
+    assert quantized.bytes_read(model, 256) == model.n_bytes + 2 * 256 * small + 2 * 64 * token
     assert Contender("s", shift_at=64).bytes_read(model, 256) == model.n_bytes + 64 * model.n_layer * token
 
 
