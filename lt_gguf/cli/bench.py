@@ -90,6 +90,7 @@ def bench(
     n_gpu_layers: model_options.GpuLayers = 0,
     flash_attn: model_options.FlashAttention = True,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for tables, pictures and all numbers as JSON.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
 ) -> None:
     """Measure speed and memory: full attention and hybrid beside each other, in one run, each in a process of its own."""
     from lt_gguf.bench.contender import ours
@@ -101,7 +102,7 @@ def bench(
     check_integer("--repeats", repeats, 1)
     check_integer("--threads", threads, 0)
     if out is not None:
-        check_folder(out)
+        check_folder(out, overwrite)
     types = [name.strip() for name in cache_types.split(",")]
     for name in types:
         cache_type(name)
@@ -200,13 +201,15 @@ def show(results: Results) -> None:
         console.print(note, soft_wrap=True, markup=False)
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError or ImportError if no results could be written into it: long before there are any."""
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raises ValueError or ImportError if no results could or should be written into it: long before there are any."""
     from lt_gguf.report import plots
 
     plots.check()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, must be a folder for the results")
+    if not overwrite and (existing := [name for name in (PAGE, RESULTS) if (folder / name).exists()]):
+        raise ValueError(f"{folder / existing[-1]}: exists, remove it, name another folder or use --overwrite")
 
 
 def write(results: Results, folder: Path) -> None:

@@ -288,6 +288,13 @@ def test_the_command(lt_gguf_command, model, tmp_path):
     assert names >= {"bench.md", "speed.svg", "first_token.png", "throughput.png", "memory.svg"}
 
 
+def test_results_that_are_there_stay(lt_gguf_command, model, tmp_path):
+    (tmp_path / "bench.json").write_text("earlier")
+    status, out, err = lt_gguf_command("bench", model.path, "--out", tmp_path)
+    assert status == 1 and not out and "bench.json: exists, remove it, name another folder or use --overwrite" in err
+    assert (tmp_path / "bench.json").read_text() == "earlier"
+
+
 @pytest.mark.slow
 def test_ctrl_c_shows_what_is_there(model, tmp_path):
     command = [sys.executable, "-c", "from lt_gguf.cli import main; main()", "bench", str(model.path), "--repeats", "500"]
