@@ -15,6 +15,7 @@ from lt_gguf.calibration import DEFAULT_FIELD, Texts, read_texts
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.tasks import TASKS
+from lt_gguf.evaluation.variants import variants
 from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, StreamingSpec
@@ -62,6 +63,13 @@ def eval(  # noqa: A001 - a command's function has its name
             "Give it several times to compare several.",
         ),
     ] = None,
+    cache_types: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPES",
+            help="Compare these types of the KV cache, too, each with all of that, beside --cache-type: as in q8_0,q4_0.",
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full/--no-full", help="Compare with the full model, where no layer streams.")] = True,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text or JSONL for perplexity and kl; else built-in texts.")
@@ -92,7 +100,8 @@ def eval(  # noqa: A001 - a command's function has its name
     file = model_options.find(file)
     model_options.check_cache_keep(options.cache_keep, file)
     described = read_model(file)
-    specs = choose_specs(described, streaming, full)
+    others = [] if cache_types is None else [name.strip() for name in cache_types.split(",")]
+    specs = variants(choose_specs(described, streaming, full), (name for name in others if name != options.cache_type))
     plan = make_plan(described, tasks, lengths, depths, samples, text_samples, seed, fast)
     if haystack is not None:
         plan = replace(plan, haystack=read_texts(haystack, text_field))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from lt_gguf.evaluation.context import DEFAULT_OPTIONS, ScorerOptions, ScoringContext
+from lt_gguf.evaluation.variants import split_variant
 from lt_gguf.runtime import api
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, batch_part
 from lt_gguf.runtime.text_model import TextModel
@@ -60,6 +62,7 @@ class Scorer(TextModel):
     ) -> None:
         super().__init__(file, options.n_gpu_layers)
         self.options, self._reads_once = options, reads_once
+        self._types = options.cache_type_k, options.cache_type_v
         self._context: ScoringContext | None = None
         self._hidden: StreamingSpec | None = None  # in place of streaming; `None`: the context really streams
         self._held: tuple[tuple[int, ...], ...] = ()  # prompts that it has
@@ -95,37 +98,47 @@ class Scorer(TextModel):
         return spec if spec.layers else None
 
     def with_streaming(self, streaming: StreamingSpec | AutoSpec | str | None) -> None:
-        """Goes on with another spec, on the same weights. Iterators that haven't ended go on with it, too.
+        """Goes on with another spec, on the same weights, or with a variant's text, which says the type of the KV cache, too. Iterators
+        that haven't ended go on with it, too.
 
         Raises:
             ValueError: the model can't stream so.
         """
         was_hiding = self._hidden is not None
+        before = self._types
+        streaming, self._types = self._variant(streaming)
         self._set_spec(streaming)
-        if was_hiding and self._hidden is not None and self._context is not None:
+        if was_hiding and self._types == before and self._hidden is not None and self._context is not None:
             self._hide(self._hidden)
         else:
             self._make_context(self._n_ctx)
 
     def shares(self, streaming: StreamingSpec | AutoSpec | str | None) -> bool:
-        """Whether its prompts are those of the full model. Raises ValueError: the model can't stream so."""
-        return self._hideable(self._resolve(streaming)) is not None
+        """Whether its prompts are those of the full model with the same type of cache. Raises ValueError: the model can't stream so."""
+        spec, types = self._variant(streaming)
+        return self._hideable(self._resolve(spec), types) is not None
+
+    def _variant(
+        self, streaming: StreamingSpec | AutoSpec | str | None
+    ) -> tuple[StreamingSpec | AutoSpec | str | None, tuple[str, str]]:
+        """A variant's spec, and its types of K and V."""
+        spec, type_ = split_variant(streaming) if isinstance(streaming, str) else (streaming, None)
+        return spec, (type_, type_) if type_ else (self.options.cache_type_k, self.options.cache_type_v)
 
     def _set_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
         text = self._resolve(spec)
         self._chooses = is_auto(text)
         self._context_spec: str | None = str(with_cache_keep(api.HIDE_LATER, self.options.cache_keep))
-        self._hidden = self._hideable(text) if self._reads_once else None
+        self._hidden = self._hideable(text, self._types) if self._reads_once else None
         if self._hidden is None:
             kept = with_cache_keep(spec, self.options.cache_keep)
             self._context_spec = None if kept is None else runtime_text(kept)
 
-    def _hideable(self, text: str) -> StreamingSpec | None:
-        """A spec that only decoding depends on, not what prompts leave behind; `None`: another one."""
+    def _hideable(self, text: str, types: tuple[str, str]) -> StreamingSpec | None:
+        """A spec that only decoding depends on, with a cache of these types, not what prompts leave behind; `None`: another one."""
         if is_auto(text):
             return None
         spec = StreamingSpec.parse(text, self.n_layer)
-        types = self.options.cache_type_k, self.options.cache_type_v
         is_same = all(
             streaming_cache_type(full, spec.type) == full for full in types
         )  # note: hidden keys have the full layers' type
@@ -307,7 +320,7 @@ class Scorer(TextModel):
 
     def _make_context(self, n_ctx: int) -> None:
         self._free_context()
-        options = self.options
+        options = replace(self.options, cache_type_k=self._types[0], cache_type_v=self._types[1])
         if self._chooses and options.n_parallel > 1:
             raise ValueError(f"n_parallel = {options.n_parallel}: must be 1 where the layers are chosen for the prompt")
         api.set_model_spec(self.handle, self._context_spec)

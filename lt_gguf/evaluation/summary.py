@@ -15,6 +15,7 @@ import numpy as np
 from lt_gguf.evaluation.divergence import Divergence, Means, summarize
 from lt_gguf.evaluation.results import Records, write_text
 from lt_gguf.evaluation.retrieval import Question
+from lt_gguf.evaluation.variants import split_variant
 from lt_gguf.statistics import Estimate, mean_score, paired_difference, relative_loss
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Summary:
     def notes(self) -> list[str]:
         """Lines that belong below the tables: what the models' names stand for, and what is lost on average."""
         lines = [f"in brackets: {_INTERVALS}"] if self.tables() else []
-        lines += [f"{name}: {'no layer streams' if spec == FULL else spec}" for spec, name in self.names.items()]
+        lines += [f"{name}: {_described(spec)}" for spec, name in self.names.items()]
         for spec, loss in self.losses().items():
             lines.append(f"{self.names[spec]}: relative loss {_percent(loss)} %, the mean over tasks of 1 - score / full score")
         return lines
@@ -241,9 +242,15 @@ class Summary:
 
 def names_of(specs: Sequence[str]) -> dict[str, str]:
     """A short name for each spec: full, and hybrid, or hybrid 1, hybrid 2, ... where there are several."""
-    hybrids = [spec for spec in specs if spec != FULL]
-    numbered = {spec: f"hybrid {i}" if len(hybrids) > 1 else "hybrid" for i, spec in enumerate(hybrids, 1)}
-    return {spec: numbered.get(spec, "full") for spec in specs}
+    # note: with each type of cache they have the same names
+    streaming = list(dict.fromkeys(spec for spec, _ in map(split_variant, specs) if spec != FULL))
+    names = {spec: f"hybrid {i}" if len(streaming) > 1 else "hybrid" for i, spec in enumerate(streaming, 1)} | {FULL: "full"}
+    return {text: names[spec] + (f", {type_}" if type_ else "") for text in specs for spec, type_ in [split_variant(text)]}
+
+
+def _described(text: str) -> str:
+    spec, type_ = split_variant(text)
+    return ("no layer streams" if spec == FULL else spec) + (f", {type_} cache" if type_ else "")
 
 
 def _of_length(scores: Mapping[Question, float], length: int) -> dict[Question, float]:

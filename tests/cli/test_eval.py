@@ -104,6 +104,20 @@ def test_where_nothing_is_dropped_nothing_is_lost(evaluate, tmp_path):
     assert [s["difference"]["value"] for s in result(tmp_path / "out")["scores"] if s["spec"] == same] == [0, 0]
 
 
+def test_types_of_the_cache_are_compared(evaluate, tmp_path):
+    """Each with the full model and the hybrid, all beside the full model with --cache-type; and it goes on with what is there."""
+    types = ["--cache-types", "bf16,f16", "--out", tmp_path / "out"]
+    status, shown, err = evaluate(*ONE_TASK, *types)
+    assert (status, err) == (0, "")
+    assert {spec for spec, *_ in records(tmp_path / "out")} == {"off", OF_THE_FILE, "off@bf16", f"{OF_THE_FILE}@bf16"}
+    assert "full, bf16: no layer streams, bf16 cache" in shown.splitlines()
+    before = (tmp_path / "out" / "records.jsonl").read_text()
+    assert evaluate(*ONE_TASK, *types)[0] == 0 and (tmp_path / "out" / "records.jsonl").read_text() == before
+    assert evaluate(*ONE_TEXT, "--cache-types", "bf16", "--out", tmp_path / "text")[0] == 0
+    kl = {t["spec"]: t["divergence"]["kl"]["value"] for t in result(tmp_path / "text")["text"]}
+    assert kl["off"] == 0 < kl["off@bf16"] < kl[f"{OF_THE_FILE}@bf16"]
+
+
 # so that it is interrupted before it has measured everything, however busy the machine is
 SLOW_EVAL = """
 import time
@@ -281,6 +295,7 @@ def test_without_out_nothing_is_written(evaluate, text, tmp_path, monkeypatch):
         (["--streaming", "auto:2"], "fraction = 2.0: must be a number from 0 to 1"),
         (["--parallel", "0"], "n_parallel = 0: must be an integer from 1"),
         (["--cache-type", "f8"], 'cache type = "f8": must be one of'),
+        (["--cache-types", "q8_0,f8"], 'cache type = "f8": must be one of'),
         (["--text", "none.txt"], "none.txt: No such file"),
         ([*ONE_TEXT, "--lengths", "2000", "--text-samples", "9"], "text.txt: part 1 of 9 has"),
         (["--out", "TEXT"], "text.txt: is a file, must be a folder for the results"),

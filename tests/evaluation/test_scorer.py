@@ -446,3 +446,31 @@ def test_whose_prompts_are_shared(load):
     with pytest.raises(ValueError, match="layers"):
         scorer.shares("layers=9")
     assert scorer.spec is None and len(next(scorer.logprobs(ASKED_OF_ALL))) == 77
+
+
+# -- types of the cache
+
+
+@all_specs
+@pytest.mark.parametrize("reads_once", [False, True])
+def test_a_variant_has_a_cache_of_its_type(load, spec, reads_once):
+    """As a scorer that was made with that type; and the next one is again as if it hadn't been there."""
+    text = "off" if spec is None else str(spec)
+    requests = make_requests()[:4]
+    scorer = load("off", reads_once)
+    found = {}
+    for variant in (text, f"{text}@f16", text, f"{text}@bf16"):
+        scorer.with_streaming(variant)
+        assert (scorer.spec is None) == (spec is None)
+        found.setdefault(variant, []).append(list(scorer.logprobs(requests)))
+    for variant, runs in found.items():
+        type_ = variant.partition("@")[2] or "f32"
+        expected = list(load(spec, reads_once, cache_type_k=type_, cache_type_v=type_).logprobs(requests))
+        for run in runs:
+            assert all(np.array_equal(a, b) for a, b in zip(run, expected, strict=True)), variant
+    assert not np.array_equal(found[text][0][1], found[f"{text}@bf16"][0][1])
+
+
+def test_a_variant_of_no_type(load):
+    with pytest.raises(ValueError, match='cache type = "f8": must be one of'):
+        load("off").with_streaming("off@f8")
