@@ -162,7 +162,7 @@ def draw() -> str:
     drawing.text(WIDTH / 2, where + 152, "… layers 2 to 7, each as the spec says …", "q", "middle")
     drawing.text(MARGIN + PADDING, where + 177, f"After the last layer: the logits for token {N_TOKENS}.")
     drawing.arrow("log-probabilities and answers, full and hybrid")
-    drawing.box(["report", "evaluation", "bench", "analysis"], "What is lost, how fast it is, and why these layers")
+    drawing.box(["report", "evaluation", "bench", "analysis"], "What is lost, how fast it is, and why")
     drawing.arrow()
     drawing.box(
         ["documents", "chat", "llm_plugin", "server", "cli"],
