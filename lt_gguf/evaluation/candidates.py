@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from lt_gguf.calibration import Texts
 from lt_gguf.evaluation.divergence import kl_divergence
 from lt_gguf.evaluation.facts import CHOOSING, JUDGING
 from lt_gguf.evaluation.outcomes import KnownOutcomes
-from lt_gguf.evaluation.probes import QUESTIONS_OF_A_DOCUMENT, Document, Probe, Turn, make_documents
+from lt_gguf.evaluation.probes import Document, Probe, Turn, make_documents
 from lt_gguf.selection.evidence import Evidence, Measurement, Outcome
 from lt_gguf.spec import StreamingSpec
 
@@ -32,7 +33,8 @@ Progress = Callable[[str, int, int], None]  # what is being done, tokens done, o
 
 DEFAULT_QUESTIONS = 16  # conversations to choose by, and twice as many to judge by
 LONG_LENGTH = 16_384  # tokens of the conversations that the choice is judged by, too, where the model's context allows
-LONG_QUESTIONS = 4  # of these: reading one document takes as long as four short ones
+LONG_QUESTIONS = 16  # of these, at most: with four, one word is more than 1 %
+_OF_A_LONG_DOCUMENT = 8  # of these: reading one takes as long as four short ones, asking doesn't
 _SEED = 0
 _AT_ONCE = 8  # sets that are measured before they are written down: an interrupted measurement goes on with the next ones
 
@@ -105,6 +107,11 @@ class RuntimeBench:
         return sum(len(document.prefix) for document in self._documents)
 
     @property
+    def tokens_of_prompts(self) -> int:
+        """Of the first messages of all conversations, as if each were read for itself."""
+        return sum(len(document.prefix) + len(first.message) for document in self._documents for first, _ in document.conversations)
+
+    @property
     def tokens_of_a_set(self) -> int:
         """That are computed for each set."""
         n = sum(len(document.text) + sum(map(_n_tokens, document.conversations)) for document in self._documents)
@@ -139,20 +146,21 @@ class RuntimeBench:
             sets = [(), *(layers for layers in sets if layers)]  # what all are compared with
         outcomes: dict[Layers, list[Outcome]] = {layers: [] for layers in sets}
         probes = iter(self._shared.full)
-        for number, document in enumerate(self._documents):
+        n_before = accumulate((len(document.conversations) for document in self._documents), initial=0)
+        for conversation, document in zip(n_before, self._documents):
             full = [next(probes) for _ in range(document.n_probes)]
             prompts = self._context(document)
             if self._spec.prefill == "full":
                 self._recall(prompts, document)
                 for layers, found in self._ask_all(prompts, document, sets, read=True):
-                    outcomes[layers] += self._outcomes(layers, document, number, found, full)
+                    outcomes[layers] += self._outcomes(layers, document, conversation, found, full)
                 continue
             for layers in sets:  # each reads the document for itself
                 prompts.clear()
                 prompts.hide(self._hybrid(layers))
                 self._read(prompts, document.prefix)
                 for _, found in self._ask_all(prompts, document, [layers], read=False):
-                    outcomes[layers] += self._outcomes(layers, document, number, found, full)
+                    outcomes[layers] += self._outcomes(layers, document, conversation, found, full)
         for layers in sets:
             self._known.add(self._spec, layers, outcomes[layers])
 
@@ -194,13 +202,12 @@ class RuntimeBench:
             yield layers, found
 
     def _outcomes(
-        self, layers: Layers, document: Document, number: int, found: list[np.ndarray], full: list[np.ndarray]
+        self, layers: Layers, document: Document, conversation: int, found: list[np.ndarray], full: list[np.ndarray]
     ) -> Iterator[Outcome]:
         for i, (probe, log_probs, expected) in enumerate(zip(document.probes, found, full, strict=True)):
             if not layers:
                 expected[:] = log_probs
-            conversation = number * QUESTIONS_OF_A_DOCUMENT + max(0, i - 1) // 2
-            yield self._outcome(probe, document, conversation, log_probs, expected)
+            yield self._outcome(probe, document, conversation + max(0, i - 1) // 2, log_probs, expected)
 
     @staticmethod
     def _outcome(probe: Probe, document: Document, conversation: int, log_probs: np.ndarray, full: np.ndarray) -> Outcome:
@@ -294,8 +301,9 @@ class RuntimeCandidates:
         far = max((spec.window, *windows))
         choosing = make_documents(model, to_choose, CHOOSING, questions, length, far, [_SEED, 0])
         judging = make_documents(model, to_judge, JUDGING, 2 * questions, length, far, [_SEED, 1])
-        if length < LONG_LENGTH <= model.n_ctx_train:
-            judging += make_documents(model, to_judge, JUDGING, min(LONG_QUESTIONS, questions), LONG_LENGTH, far, [_SEED, 2])
+        self._n_long = min(LONG_QUESTIONS, questions) if length < LONG_LENGTH <= model.n_ctx_train else 0
+        if self._n_long:
+            judging += make_documents(model, to_judge, JUDGING, self._n_long, LONG_LENGTH, far, [_SEED, 2], _OF_A_LONG_DOCUMENT)
         self._lengths = tuple(sorted({document.length for document in [*choosing, *judging]}))
         self.choosing, self.judging = (
             RuntimeBench(model, options, spec, documents, KnownOutcomes.of(model.file, options, documents), self._count)
@@ -331,7 +339,7 @@ class RuntimeCandidates:
         """What has been measured until now, by both benches."""
         benches = self.choosing, self.judging
         read, computed, sets = (sum(getattr(bench, name) for bench in benches) for name in ("read", "computed", "sets"))
-        return Measurement(self._texts.name, self._texts.sha256, self._questions, self._lengths, sets, read, computed)
+        return Measurement(self._texts.name, self._texts.sha256, self._questions, self._lengths, sets, read, computed, self._n_long)
 
     def _count(self, n_tokens: int) -> None:
         self._done += n_tokens

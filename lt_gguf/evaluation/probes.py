@@ -93,7 +93,14 @@ class Document:
 
 
 def make_documents(
-    tokenizer: Tokenizer, texts: Texts, kinds: Mapping[str, FactKind | None], n: int, length: int, window: int, seed: Sequence[int]
+    tokenizer: Tokenizer,
+    texts: Texts,
+    kinds: Mapping[str, FactKind | None],
+    n: int,
+    length: int,
+    window: int,
+    seed: Sequence[int],
+    of_a_document: int = QUESTIONS_OF_A_DOCUMENT,
 ) -> list[Document]:
     """Documents with `n` conversations together.
 
@@ -104,6 +111,7 @@ def make_documents(
         length: most tokens of a document with one of its conversations.
         window: last tokens that a streaming layer sees; what is asked for stands before them.
         seed: of all that is drawn.
+        of_a_document: conversations about each, but for the last one's.
 
     Raises:
         ValueError: `length` is too small, or the model's chat template refuses a message.
@@ -113,7 +121,7 @@ def make_documents(
     asked = 0
     while asked < n:
         rng = np.random.default_rng([*seed, length, len(documents)])
-        n_asked = min(QUESTIONS_OF_A_DOCUMENT, n - asked)
+        n_asked = min(of_a_document, n - asked)
         # note: both questions of a conversation are of different kinds, and each kind is asked for in both places
         names = list(kinds)
         pairs = [(names[(asked + i) % len(names)], names[(asked + i + 1 + i // len(names)) % len(names)]) for i in range(n_asked)]

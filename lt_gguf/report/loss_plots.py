@@ -107,8 +107,7 @@ def _measured_on(report: Report, judging: bool) -> str:
     if found is None:
         return ""
     if judging:
-        lengths = " and ".join(f"{length:,}" for length in found.lengths)
-        asked = f"{2 * found.conversations} conversations of {lengths} tokens"
+        asked = f"conversations: {found.judged}"
     else:
         asked = f"{found.conversations} conversations of {found.lengths[0]:,} tokens"
     return f"sink {report.spec.sink}, window {report.spec.window}; {asked}"

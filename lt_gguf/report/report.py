@@ -293,7 +293,8 @@ def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:
         conversations = _get(described, "conversations", "an integer of at least 1", _is_count)
         lengths = tuple(_get(described, "lengths", "a list of integers", _is_integers))
         sets, read, computed = (_get(described, key, "an integer", _is_integer) for key in ("sets", "read", "computed"))
-        return Measurement(data[0], data[1], conversations, lengths, sets, read, computed)
+        long = _get({"long": 0, **described}, "long", "an integer", _is_integer)  # note: older reports don't say it
+        return Measurement(data[0], data[1], conversations, lengths, sets, read, computed, long)
     except ValueError as error:
         raise ValueError(f"measurement: {error}") from None
 

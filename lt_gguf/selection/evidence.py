@@ -169,10 +169,11 @@ class Measurement:
         data: name of the calibration text.
         sha256: of its bytes.
         conversations: with a text in the first message and two questions each, to choose by; twice as many others to judge by.
-        lengths: of them, in tokens.
+        lengths: of them, in tokens; of a second one are the `long` ones.
         sets: sets of layers that were measured, the full model included.
         read: tokens of prompts that were read with full attention, for all sets together.
         computed: tokens that were computed for the sets.
+        long: further conversations to judge by.
     """
 
     data: str
@@ -182,14 +183,19 @@ class Measurement:
     sets: int
     read: int
     computed: int
+    long: int = 0
+
+    @property
+    def judged(self) -> str:
+        """How many conversations there are to judge by, and of what length, in words."""
+        if not self.long:
+            return f"{2 * self.conversations} of {' and '.join(f'{length:,}' for length in self.lengths)} tokens"
+        return f"{2 * self.conversations} of {self.lengths[0]:,} and {self.long} of {self.lengths[-1]:,} tokens"
 
     def __str__(self) -> str:
-        lengths = " and ".join(f"{length:,}" for length in self.lengths)
-        return (
-            f"{self.conversations} conversations to choose by and {2 * self.conversations} others to judge by, of {lengths} "
-            f"tokens, from {self.data} (sha256 {self.sha256[:12]}); {self.sets} sets of layers, {self.read:,} tokens read and "
-            f"{self.computed:,} computed for the sets"
-        )
+        asked = f"{self.conversations} conversations to choose by, and {self.judged} to judge by"
+        computed = f"{self.sets} sets of layers, {self.read:,} tokens read and {self.computed:,} computed for the sets"
+        return f"{asked}, from {self.data} (sha256 {self.sha256[:12]}); {computed}"
 
 
 class Bench(Protocol):

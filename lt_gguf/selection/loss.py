@@ -1,14 +1,15 @@
 """`loss`: as many layers stream as the model can spare, measured on the hybrid itself.
 
-A lazy ratio says where a layer looks on average, not what the model loses: the one head that retrieves vanishes in a mean. So layers
-are ordered by what is lost when each streams alone; then they are added one after the other, and what all of them lose together
-decides how many stream. Losses don't add up: two layers may do each other's work, and only both together are missed.
+A lazy ratio says where a layer looks on average, not what the model loses: the one head that retrieves vanishes in a mean. So it is
+measured what is lost when each layer streams alone; then layers are added one after the other, each time the one with which least is
+lost together, and what all of them lose on other questions decides how many stream. Losses don't add up: two layers may do each
+other's work, and only both together are missed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lt_gguf.selection.base import Request, Selection, Strategy
@@ -16,11 +17,10 @@ from lt_gguf.selection.evidence import Bench, Candidate, Evidence
 from lt_gguf.selection.lazy_ratio import LazyRatio, laziest
 from lt_gguf.selection.windows import best_window
 
-# A layer is put aside if with it the loss is so many times what it was plus what the layer loses alone, and more than the least.
-STEP_BACK = 3.0
-STEP_BACK_LEAST = 0.01  # nats
-
-_AT_ONCE = 4  # layers that are added before all of them together are measured
+_COMPARED = 3  # layers that are tried before one of them is added
+_MOST_COMPARED = 5  # where each adds more than it was thought to
+_KNOWN_FOR = 3  # additions: for so long what a layer adds is taken for known
+_TRIED = 1.5  # layers that are tried for each that is added, as it came out on real models
 _JUDGED = 8  # sizes that are judged before the largest one within the tolerance is looked for
 
 
@@ -38,8 +38,7 @@ class Loss(Strategy):
     def runs(self, request: Request) -> tuple[int, int]:
         n, n_windows = request.model.n_layer_main, len({request.window, *request.windows})
         judged = 1 + _JUDGED + math.ceil(math.log2(n + 1))
-        # note: where two layers do each other's work there are more, up to n
-        return n_windows * (1 + n + math.ceil(n / _AT_ONCE)), n_windows * (judged if request.ratios is None else 2 * judged)
+        return n_windows * (1 + n + math.ceil(_TRIED * n)), n_windows * (judged if request.ratios is None else 2 * judged)
 
     def choose(self, request: Request) -> Selection:
         return best_window(request, self._choose) if request.windows else self._choose(request)
@@ -83,36 +82,40 @@ class Loss(Strategy):
 
 
 def grow(bench: Bench, alone: Sequence[float]) -> list[tuple[int, ...]]:
-    """Sets of 0, 1, 2, ... layers, each with all of the one before it.
+    """Sets of 0, 1, 2, ... layers, each with all of the one before it: each time the layer is added with which least is lost together.
 
-    Added is what loses least alone, several layers at a time; with which far more is lost together than before and alone, one of them
-    does the work of another, and they are looked at in halves until it is found. It comes last.
+    What a layer adds changes with the set, but not much with each layer of it. So those that seem to add least are tried where they
+    weren't lately, and the best of them is added: a greedy choice at the price of a few sets for each layer. A layer that does the
+    work of one that streams already falls behind by itself.
 
     Args:
         bench: measures sets.
         alone: the loss of each layer alone, in nats.
     """
-    # note: as elsewhere, of equal layers those with the lower numbers stay full
-    waiting = sorted(range(len(alone)), key=lambda il: (alone[il], -il))
+    adds = list(alone)  # to the set at hand, as was measured last
+    measured_at = [0] * len(alone)  # size of the set to which it was
     path: list[tuple[int, ...]] = [()]
-    put_aside: list[int] = []
-    loss, n = 0.0, _AT_ONCE
+    loss, waiting = 0.0, set(range(len(alone)))
+
+    def least(layers: Iterable[int], n: int) -> list[int]:
+        # note: as elsewhere, of equal layers those with the lower numbers stay full
+        return sorted(layers, key=lambda il: (adds[il], -il))[:n]
+
     while waiting:
-        added = waiting[:n]
-        together = bench.measure(tuple(sorted((*path[-1], *added)))).kl
-        if together > max(STEP_BACK * (loss + sum(alone[il] for il in added)), STEP_BACK_LEAST):
-            if len(added) > 1:
-                n = len(added) // 2
-                continue
-            put_aside += added
-        else:
-            for il in added:
-                path.append(tuple(sorted((*path[-1], il))))
-            loss = together
-        waiting = waiting[len(added) :]
-        n = min(2 * n, _AT_ONCE)
-    for il in put_aside:
-        path.append(tuple(sorted((*path[-1], il))))
+        size = len(path) - 1
+        tried: dict[int, float] = {}
+        while len(tried) < _MOST_COMPARED:
+            first, *others = least(waiting, _COMPARED)
+            to_try = [il for il in (first, *others) if il not in tried and (il == first or size - measured_at[il] > _KNOWN_FOR)]
+            if not to_try:
+                break
+            for il, found in zip(to_try, bench.measure_all([tuple(sorted((*path[-1], il))) for il in to_try])):
+                tried[il] = found.kl
+                adds[il], measured_at[il] = found.kl - loss, size
+        (added,) = least(tried, 1)
+        loss = tried[added]
+        path.append(tuple(sorted((*path[-1], added))))
+        waiting.remove(added)
     return path
 
 

@@ -36,12 +36,18 @@ class Tolerance:
         return f"{self.max_loss:.3g} of what it finds and {self.max_kl:.3g} nats"
 
     def allows(self, evidence: Evidence) -> bool:
-        """Whether a set loses no more: of what the full model finds, where it finds enough to say so, and in nats."""
+        """Whether a set loses no more: of what the full model finds, where it finds enough to say so, and in nats.
+
+        All conversations together lose no more, and those of each length aren't sure to: there may be few of a length, and of few one
+        word is a large share.
+        """
         if evidence.kl > self.max_kl:
             return False
-        # note: also at the length at which it loses most
-        losses = [evidence.of_length(length).loss.value for length in evidence.lengths]
-        return not evidence.is_informed or max(losses) <= self.max_loss
+        return not evidence.is_informed or (evidence.loss.value <= self.max_loss and not self._beyond(evidence))
+
+    def _beyond(self, evidence: Evidence) -> list[int]:
+        """The lengths whose conversations are sure to lose more."""
+        return [length for length in evidence.lengths if evidence.of_length(length).loss.low > self.max_loss]
 
     def warning(self, evidence: Evidence, n: int, within: int | None = None) -> str | None:
         """What somebody has to know whose `n` streaming layers lose more; `None`: they don't.
@@ -51,8 +57,16 @@ class Tolerance:
         """
         if (within is not None and n <= within) or self.allows(evidence):
             return None
-        lost = f"{evidence.loss.value:.1%} of what the full model finds" if evidence.is_informed else f"{evidence.kl:.2g} nats"
-        text = f"{n} streaming layers lose {lost} (KL {evidence.kl:.2g} nats); "
+        text = f"{n} streaming layers lose {self._lost(evidence)}; "
         if within is None:
             return text + f"tolerated are {self}: --select loss says how many layers are within that"
         return text + f"within the tolerance ({self}) are up to {within} layers"
+
+    def _lost(self, evidence: Evidence) -> str:
+        if not evidence.is_informed:
+            return f"{evidence.kl:.2g} nats"
+        text = f"{evidence.loss.value:.1%} of what the full model finds (KL {evidence.kl:.2g} nats)"
+        if evidence.loss.value <= self.max_loss and (beyond := self._beyond(evidence)):
+            loss = evidence.of_length(beyond[-1]).loss
+            text += f", {loss.value:.1%} ({loss.low:.1%} to {loss.high:.1%}) at {beyond[-1]:,} tokens"
+        return text

@@ -2,7 +2,7 @@
 
     python scripts/bench/choice.py [smollm2] [--questions 4] [--threads N] [--search-window]
 
-The conversations that the layers are chosen and judged by share their documents: four of them one. So there are two things to compare
+Several of the conversations that the layers are chosen and judged by share a document. So there are two things to compare
 with, both taken from the same run: reading each document once, and reading each conversation's prompt for itself, once, as somebody
 would who asked them of one model. Nothing that was measured before is used.
 """
@@ -20,7 +20,6 @@ import typer
 from lt_gguf import calibration
 from lt_gguf.evaluation.candidates import RuntimeBench, open_candidates
 from lt_gguf.evaluation.context import ScorerOptions
-from lt_gguf.evaluation.probes import QUESTIONS_OF_A_DOCUMENT
 from lt_gguf.gguf.file import read_model
 from lt_gguf.models import resolve
 from lt_gguf.models.package import CACHE_VARIABLE
@@ -64,15 +63,16 @@ def main(
             chosen = strategy("loss").select(Request(asked, candidates=candidates, windows=windows, n_ctx=n_ctx))
             sets = time.perf_counter() - begin
             measured = candidates.measurement
+            benches = candidates.choosing, candidates.judging
+            each = sum(bench.tokens_of_prompts for bench in benches) / sum(bench.tokens_to_read for bench in benches)
     total = reading + sets
-    per_conversation = reading * min(QUESTIONS_OF_A_DOCUMENT, questions)
     print(f"{file.name}: {measured}")
     print(f"chosen: {chosen.reason}")
     print(
         f"reading the documents once: {reading:.0f} s; {measured.sets} sets of layers: {sets:.0f} s, {sets / measured.sets:.1f} s each"
     )
     print(f"the whole choice: {total:.0f} s, {total / reading:.2f} of reading the documents once")
-    print(f"                  {total / per_conversation:.2f} of reading the prompt of each conversation once")
+    print(f"                  {total / (each * reading):.2f} of reading the prompt of each conversation once")
     print(f"as many sets, each reading the documents for itself: {measured.sets * reading / total:.1f} times as long, at least")
 
 

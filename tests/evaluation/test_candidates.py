@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from lt_gguf.calibration import Texts
+from lt_gguf.evaluation import candidates
 from lt_gguf.evaluation.candidates import RuntimeBench, RuntimeCandidates, open_candidates
 from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.facts import CHOOSING, JUDGING
@@ -184,6 +186,23 @@ def test_two_benches_with_other_questions(demo_gguf, model, texts, own_cache):
     assert (found.data, found.sha256, found.conversations, found.lengths, found.sets) == ("stories.txt", "ab" * 32, 2, (LENGTH,), 3)
     assert found.read == sum(len(document.prefix) for document in (*one, *other))
     assert len(list((own_cache / "measured").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_long_conversations_share_their_documents(demo_gguf, model, texts, own_cache, monkeypatch):
+    """Reading is what they cost; each still is a conversation of its own, and what is lost in them is told apart."""
+    monkeypatch.setattr(candidates, "LONG_LENGTH", 900)
+    settings = {"questions": 10, "length": LENGTH, "options": OPTIONS}
+    with open_candidates(demo_gguf, spec_of(model), texts, **settings) as measured:
+        long = [document for document in measured.judging._documents if document.length == 900]
+        assert [len(document.conversations) for document in long] == [8, 2]
+        found = measured.judging.measure((0,))
+        described = measured.measurement
+    assert found.lengths == described.lengths == (LENGTH, 900) and described.long == 10
+    assert "10 conversations to choose by, and 20 of 600 and 10 of 900 tokens to judge by" in str(described)
+    of_conversation = Counter(outcome.prompt for outcome in found.answers)
+    assert sorted(of_conversation) == list(range(30)) and set(of_conversation.values()) == {2}
+    assert len({outcome.prompt for outcome in found.of_length(900).outcomes}) == 10
 
 
 def test_a_document_is_kept_and_recalled(model, texts):

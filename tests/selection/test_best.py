@@ -97,7 +97,7 @@ def test_the_evidence_in_the_report_and_the_card():
     table = text.split("| candidate |")[1]
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.endswith("| streams |")] == ["lazy-ratio"]
     assert (
-        "3 conversations to choose by and 6 others to judge by, of 100 and 400 tokens, from book.txt (sha256 0123456789ab); 13 sets"
+        "3 conversations to choose by, and 6 of 100 and 2 of 400 tokens to judge by, from book.txt (sha256 0123456789ab); 13 sets"
         in text
     )
 

@@ -51,7 +51,7 @@ class FakeCandidates:
     @property
     def measurement(self) -> Measurement:
         sets = len(self.choosing.asked) + len(self.judging.asked)
-        return Measurement("book.txt", "0123456789abcdef", 3, (100, 400), sets, 500, 5 * sets)
+        return Measurement("book.txt", "0123456789abcdef", 3, (100, 400), sets, 500, 5 * sets, long=2)
 
 
 def candidates(choosing: Callable[[Layers], Evidence], judging: Callable[[Layers], Evidence] | None = None) -> FakeCandidates:
