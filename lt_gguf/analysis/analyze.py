@@ -11,8 +11,10 @@ from lt_gguf.analysis.subjects import Subject
 from lt_gguf.calibration import DEFAULT_FIELD, DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration
 from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS
 from lt_gguf.report.report import Report
-from lt_gguf.selection import Request, Strategy
+from lt_gguf.selection import DEFAULT_STRATEGY, Request, Strategy
+from lt_gguf.selection.caches import Caches, check_cache_types, measure_caches
 from lt_gguf.spec import DEFAULT_PREFILL, DEFAULT_W_LAST, StreamingSpec
+from lt_gguf.spec.cache_types import CacheTypes
 
 
 class Progress(Protocol):
@@ -37,6 +39,7 @@ class Settings:
         w_last: last tokens of each sample whose attention is measured.
         prefill: how a prompt is to be read, `full` or `stream`.
         all_ratios: also lazy ratios that the strategy doesn't need.
+        cache_types: of the KV cache, measured with the layers that `loss` chose, and without.
     """
 
     calibration: Path | None = None
@@ -47,6 +50,7 @@ class Settings:
     w_last: int = DEFAULT_W_LAST
     prefill: str = DEFAULT_PREFILL
     all_ratios: bool = True
+    cache_types: tuple[CacheTypes, ...] = ()
 
 
 def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings, progress: Progress) -> Report:
@@ -62,6 +66,11 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
     selection = None if chosen.measures else chosen.select(request)
     seen = selection or request  # note: a preset has its own, and its ratios must be those of what will stream
     measured: dict[str, Any] = {}
+    caches: Caches | None = None
+    if how.cache_types:
+        if not chosen.takes_tolerance:
+            raise ValueError(f"selection {chosen.name}: measures no cache types, only {DEFAULT_STRATEGY} does")
+        check_cache_types(how.cache_types, subject.kv_shape())
     if chosen.measures or how.all_ratios:
         length = how.length if how.length is not None else min(DEFAULT_LENGTH, subject.n_ctx)
         calibration.check_length(length, seen.sink, max(seen.window, *request.windows, 0))
@@ -88,6 +97,10 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
             with subject.candidates(texts, spec, **settings, progress=announce) as candidates:
                 try:
                     selection = chosen.select(replace(request, candidates=candidates))
+                    if how.cache_types:
+                        judge = candidates.with_window(selection.window)
+                        shape, tolerance = subject.kv_shape(), request.tolerance
+                        caches = measure_caches(how.cache_types, selection, subject.model.n_layer, shape, judge, tolerance)
                 except KeyboardInterrupt:
                     progress.announce("interrupted: what was measured is kept, the same command goes on")
                     raise
@@ -95,4 +108,6 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
     spec = selection.spec(subject.model.n_layer, how.prefill)
     if chosen.takes_tolerance and request.asked_count(subject.model.n_layer_main) is None:
         subject.remember(spec)
-    return Report(subject.name, subject.model.architecture, spec, selection, chosen.share(request.fraction), **measured)
+    return Report(
+        subject.name, subject.model.architecture, spec, selection, chosen.share(request.fraction), **measured, caches=caches
+    )

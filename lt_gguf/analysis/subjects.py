@@ -12,6 +12,7 @@ import numpy as np
 from lt_gguf import calibration
 from lt_gguf.calibration import DEFAULT_LENGTH, Texts
 from lt_gguf.gguf.file import check_can_stream, read_model
+from lt_gguf.memory.kv import KVShape
 from lt_gguf.models import remembered
 from lt_gguf.selection import Model
 from lt_gguf.selection.evidence import Candidates
@@ -34,6 +35,9 @@ class Subject(Protocol):
 
     def candidates(self, texts: Texts, spec: StreamingSpec, **settings: Any) -> AbstractContextManager[Candidates]:
         """What measures sets of layers on the hybrid itself. Raises ValueError: this can't be run."""
+
+    def kv_shape(self) -> KVShape:
+        """What a token takes in its cache. Raises ValueError: that isn't known."""
 
     def remember(self, spec: StreamingSpec) -> None:
         """Is told what it can spare."""
@@ -91,6 +95,9 @@ class GGUFFile:
 
         return open_candidates(Path(self._file), spec, texts, options=self._options, **settings)
 
+    def kv_shape(self) -> KVShape:
+        return read_model(self._file).kv_shape
+
     def remember(self, spec: StreamingSpec) -> None:
         with suppress(OSError):  # it saves time, and isn't worth an error
             remembered.remember(self._file, spec)
@@ -143,6 +150,9 @@ class Checkpoint:
 
     def candidates(self, texts: Texts, spec: StreamingSpec, **settings: Any) -> AbstractContextManager[Candidates]:
         raise ValueError(f"{self.name}: is a checkpoint, must be a GGUF file to run the hybrid itself")
+
+    def kv_shape(self) -> KVShape:
+        raise ValueError(f"{self.name}: is a checkpoint, must be a GGUF file to measure types of the KV cache")
 
     def remember(self, spec: StreamingSpec) -> None:
         pass  # the file that is made of it says it

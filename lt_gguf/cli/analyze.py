@@ -17,11 +17,12 @@ from lt_gguf.evaluation.candidates import DEFAULT_QUESTIONS, check_questions
 from lt_gguf.models.remembered import recall
 from lt_gguf.report import plots
 from lt_gguf.report.folder import check_destination, write_report
-from lt_gguf.report.tables import print_bars, print_candidates, print_warning
+from lt_gguf.report.tables import print_bars, print_caches, print_candidates, print_warning
 from lt_gguf.selection import DEFAULT_MAX_KL, DEFAULT_MAX_LOSS, LazyRatio, Request, asked_strategy, parse_share, strategies
 from lt_gguf.selection.base import LONGEST_COMPARED, SEARCH_HELP, SEARCHED_WINDOWS
 from lt_gguf.selection.tolerance import Tolerance
 from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAULT_W_LAST, DEFAULT_WINDOW, AutoSpec, StreamingSpec
+from lt_gguf.spec.cache_types import parse_cache_types
 
 
 @model_options.takes_options(model_options.LoadOptions)
@@ -89,6 +90,14 @@ def analyze(
         bool,
         typer.Option("--search-window", help=f"Try windows of {', '.join(map(str, SEARCHED_WINDOWS))}, too: {SEARCH_HELP} (loss)."),
     ] = False,
+    cache_types: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPES",
+            help="Types of the KV cache that are measured, too, with the chosen layers and with full attention, as in "
+            "q8_0,q8_0/q4_0,q4_0 (K/V); each reads the texts twice (loss).",
+        ),
+    ] = "",
     prefill: Annotated[
         str, typer.Option(help="How a prompt is to be read: stream, or full (full attention in all layers).")
     ] = DEFAULT_PREFILL,
@@ -143,6 +152,7 @@ def analyze(
         length=length,
         w_last=w_last,
         prefill=prefill,
+        cache_types=parse_cache_types(cache_types),
     )
     with ProgressBar("Measuring") as bar:
         report = measure_and_choose(subject, chosen, Request(subject.model, **asked, max_loss=tolerated, max_kl=max_kl), how, bar)
@@ -150,6 +160,7 @@ def analyze(
     if report.ratios is not None:
         print_bars(report)
     print_candidates(report.selection, report.spec)
+    print_caches(report)
     print_warning(report.selection)
     if is_file and chosen.takes_tolerance and recall(model) == report.spec:
         print(f"remembered: lt-gguf chat {asked_model} --streaming auto")

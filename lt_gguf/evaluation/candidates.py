@@ -1,32 +1,28 @@
 """Measures candidates, sets of layers that might stream, on the patched runtime: what strategies that measure are given.
 
-All are asked the same questions about the same documents. With `prefill = full` these are read once for all of them.
+All are asked the same questions about the same documents.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lt_gguf.calibration import Texts
-from lt_gguf.evaluation.divergence import kl_divergence
 from lt_gguf.evaluation.facts import CHOOSING, JUDGING
 from lt_gguf.evaluation.outcomes import KnownOutcomes
-from lt_gguf.evaluation.probes import Document, Probe, Turn, make_documents
-from lt_gguf.selection.evidence import Evidence, Measurement, Outcome
+from lt_gguf.evaluation.probes import make_documents
+from lt_gguf.evaluation.runtime_bench import Layers, RuntimeBench
+from lt_gguf.selection.evidence import Evidence, Measurement
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import CacheTypes
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.context import ScorerOptions
-    from lt_gguf.evaluation.shared_prompts import SharedPrompts
     from lt_gguf.runtime.text_model import TextModel
 
 Progress = Callable[[str, int, int], None]  # what is being done, tokens done, of how many
@@ -34,233 +30,8 @@ Progress = Callable[[str, int, int], None]  # what is being done, tokens done, o
 DEFAULT_QUESTIONS = 16  # conversations to choose by, and twice as many to judge by
 LONG_LENGTH = 16_384  # tokens of the conversations that the choice is judged by, too, where the model's context allows
 LONG_QUESTIONS = 16  # of these, at most: with four, one word is more than 1 %
-_OF_A_LONG_DOCUMENT = 8  # of these: reading one takes as long as four short ones, asking doesn't
+_OF_A_LONG_DOCUMENT = 16  # of these: reading one takes as long as four short ones, and what is kept of it as much memory
 _SEED = 0
-_AT_ONCE = 8  # sets that are measured before they are written down: an interrupted measurement goes on with the next ones
-
-Layers = tuple[int, ...]
-
-
-@dataclass
-class _Read:
-    """What has been read of some documents, whatever streams after it."""
-
-    prompts: dict[int, SharedPrompts] = field(default_factory=dict)  # by length
-    states: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # of documents
-    full: list[np.ndarray] | None = None  # for each probe: the full model's log-probabilities (compared tokens, n_vocab)
-    closing: ExitStack = field(default_factory=ExitStack)
-    windows: set[int] = field(default_factory=set)  # that are asked for
-    read: int = 0  # tokens
-    computed: int = 0
-
-
-class RuntimeBench:
-    """Compares hybrids with their full model on the same conversations.
-
-    The full model's log-probabilities are kept in a file that the system removes. A set of layers is measured once, however often
-    it is asked for.
-
-    Args:
-        model: whose layers.
-        options: how it is run.
-        spec: what a streaming layer sees, and how prompts are read; its layers don't count.
-        documents: at least one.
-        known: what has been measured of these documents before, and takes what is measured now.
-        done: is called with a number of tokens that were read or computed.
-    """
-
-    def __init__(
-        self,
-        model: TextModel,
-        options: ScorerOptions,
-        spec: StreamingSpec,
-        documents: Sequence[Document],
-        known: KnownOutcomes,
-        done: Callable[[int], None] = lambda n: None,
-    ) -> None:
-        self._model, self._options, self._spec, self._known, self._done = model, options, spec, known, done
-        self._documents = sorted(documents, key=lambda document: document.length)
-        self._shared = _Read(windows={spec.window})
-
-    def close(self) -> None:
-        """Frees the contexts."""
-        self._shared.closing.close()
-
-    @property
-    def read(self) -> int:
-        """Tokens of documents that have been read."""
-        return self._shared.read
-
-    @property
-    def computed(self) -> int:
-        """Tokens that have been computed for sets of layers."""
-        return self._shared.computed
-
-    @property
-    def sets(self) -> int:
-        """How many sets of layers have been measured, now or before, with all windows."""
-        return sum(self._known.count(replace(self._spec, window=window)) for window in self._shared.windows)
-
-    @property
-    def tokens_to_read(self) -> int:
-        """Of all documents, with `prefill = full` but once."""
-        return sum(len(document.prefix) for document in self._documents)
-
-    @property
-    def tokens_of_prompts(self) -> int:
-        """Of the first messages of all conversations, as if each were read for itself."""
-        return sum(len(document.prefix) + len(first.message) for document in self._documents for first, _ in document.conversations)
-
-    @property
-    def tokens_of_a_set(self) -> int:
-        """That are computed for each set."""
-        n = sum(len(document.text) + sum(map(_n_tokens, document.conversations)) for document in self._documents)
-        return n + (self.tokens_to_read if self._spec.prefill == "stream" else 0)
-
-    def with_window(self, window: int) -> RuntimeBench:
-        """The same documents, as they have been read, for streaming layers with another window; to be closed together."""
-        spec = replace(self._spec, window=window)
-        other = RuntimeBench(self._model, self._options, spec, self._documents, self._known, self._done)
-        other._shared = self._shared
-        self._shared.windows.add(window)
-        return other
-
-    def measure(self, layers: Layers) -> Evidence:
-        """Asks everything with these streaming layers; with none, it is the full model.
-
-        Raises:
-            ValueError: the model can't stream so, or a conversation doesn't fit the context.
-        """
-        return self.measure_all([layers])[0]
-
-    def measure_all(self, sets: Sequence[Layers]) -> list[Evidence]:
-        """The same for many sets, for which a question is read once."""
-        missing = [layers for layers in dict.fromkeys(sets) if not self._known.has(self._spec, layers)]
-        for begin in range(0, len(missing), _AT_ONCE):
-            self._measure(missing[begin : begin + _AT_ONCE])
-        return [Evidence(self._known.get(self._spec, layers)) for layers in sets]
-
-    def _measure(self, sets: list[Layers]) -> None:
-        if self._shared.full is None:
-            self._shared.full = self._room()
-            sets = [(), *(layers for layers in sets if layers)]  # what all are compared with
-        outcomes: dict[Layers, list[Outcome]] = {layers: [] for layers in sets}
-        probes = iter(self._shared.full)
-        n_before = accumulate((len(document.conversations) for document in self._documents), initial=0)
-        for conversation, document in zip(n_before, self._documents):
-            full = [next(probes) for _ in range(document.n_probes)]
-            prompts = self._context(document)
-            if self._spec.prefill == "full":
-                self._recall(prompts, document)
-                for layers, found in self._ask_all(prompts, document, sets, read=True):
-                    outcomes[layers] += self._outcomes(layers, document, conversation, found, full)
-                continue
-            for layers in sets:  # each reads the document for itself
-                prompts.clear()
-                prompts.hide(self._hybrid(layers))
-                self._read(prompts, document.prefix)
-                for _, found in self._ask_all(prompts, document, [layers], read=False):
-                    outcomes[layers] += self._outcomes(layers, document, conversation, found, full)
-        for layers in sets:
-            self._known.add(self._spec, layers, outcomes[layers])
-
-    def _ask_all(
-        self, prompts: SharedPrompts, document: Document, sets: Sequence[Layers], read: bool
-    ) -> Iterator[tuple[Layers, list[np.ndarray]]]:
-        """All that is asked about a document which has been read, for some sets: log-probabilities for each of its probes.
-
-        `read`: the first messages are read once for all sets, with full attention.
-        """
-        n_prefix = prompts.n_past()
-        texts: dict[Layers, np.ndarray] = {}
-        for layers in sets:
-            prompts.hide(self._hybrid(layers))
-            (rows,) = prompts.decode([document.text])
-            texts[layers] = rows[:-1]
-            prompts.cut([n_prefix])
-            self._count(len(document.text))
-        conversations = document.conversations
-        prompts.share(len(conversations))
-        first_messages = [first.message for first, _ in conversations]
-        if read:
-            prompts.hide(None)
-            prompts.read(first_messages)
-            self._count(sum(map(len, first_messages)))
-        n_past = [prompts.n_past(seq) for seq in range(len(conversations))]
-        for layers in sets:
-            prompts.hide(self._hybrid(layers))
-            if not read:
-                prompts.read(first_messages)
-            first = prompts.decode([turn.answer for turn, _ in conversations])
-            prompts.read([turn.message for _, turn in conversations])
-            later = prompts.decode([turn.answer for _, turn in conversations])
-            prompts.cut(n_past)
-            self._count(sum(map(_n_tokens, conversations)))
-            found = [texts[layers]]
-            for turns, both in zip(conversations, zip(first, later)):
-                found += [row[turn.span[0] - 1 : turn.span[1] - 1] for turn, row in zip(turns, both)]
-            yield layers, found
-
-    def _outcomes(
-        self, layers: Layers, document: Document, conversation: int, found: list[np.ndarray], full: list[np.ndarray]
-    ) -> Iterator[Outcome]:
-        for i, (probe, log_probs, expected) in enumerate(zip(document.probes, found, full, strict=True)):
-            if not layers:
-                expected[:] = log_probs
-            yield self._outcome(probe, document, conversation + max(0, i - 1) // 2, log_probs, expected)
-
-    @staticmethod
-    def _outcome(probe: Probe, document: Document, conversation: int, log_probs: np.ndarray, full: np.ndarray) -> Outcome:
-        expected = np.asarray(probe.expected)
-        weights = np.exp(
-            full[np.arange(len(expected)), expected].astype(np.float64)
-        )  # what the full model doesn't know counts little
-        known, found = (float((weights * (rows.argmax(axis=1) == expected)).mean()) for rows in (full, log_probs))
-        hit = bool((log_probs.argmax(axis=1) == expected).all())
-        kl = float(kl_divergence(full, log_probs).mean())
-        return Outcome(probe.where, probe.kind, document.length, conversation, kl, known, found, hit)
-
-    def _hybrid(self, layers: Layers) -> StreamingSpec | None:
-        return replace(self._spec, layers=layers) if layers else None
-
-    def _context(self, document: Document) -> SharedPrompts:
-        if document.length not in self._shared.prompts:
-            from lt_gguf.evaluation.shared_prompts import SharedPrompts
-
-            alike = [other for other in self._documents if other.length == document.length]
-            n_ctx, n_seq = max(other.n_tokens for other in alike), max(len(other.conversations) for other in alike)
-            self._shared.prompts[document.length] = self._shared.closing.enter_context(
-                SharedPrompts(self._model, self._options, n_ctx, n_seq)
-            )
-        return self._shared.prompts[document.length]
-
-    def _recall(self, prompts: SharedPrompts, document: Document) -> None:
-        """Lets a context hold a document, as it was read with full attention."""
-        if document.prefix in self._shared.states:
-            prompts.restore(self._shared.states[document.prefix], len(document.prefix))
-            return
-        prompts.clear()
-        prompts.hide(None)
-        self._read(prompts, document.prefix)
-        self._shared.states[document.prefix] = prompts.save()
-
-    def _read(self, prompts: SharedPrompts, prefix: tuple[int, ...]) -> None:
-        step = self._options.n_batch
-        for begin in range(0, len(prefix), step):  # note: so that somebody who waits sees that it goes on
-            part = prefix[begin : begin + step]
-            prompts.read([part])
-            self._shared.read += len(part)
-            self._done(len(part))
-
-    def _count(self, n: int) -> None:
-        self._shared.computed += n
-        self._done(n)
-
-    def _room(self) -> list[np.ndarray]:
-        n_tokens = [len(probe.expected) for document in self._documents for probe in document.probes]
-        # note: 0.6 MB a token with a vocabulary of 150,000
-        everything = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(sum(n_tokens), self._model.n_vocab))  # noqa: SIM115 (closed with the array)
-        return np.split(everything, np.cumsum(n_tokens)[:-1])
 
 
 class RuntimeCandidates:
@@ -320,6 +91,25 @@ class RuntimeCandidates:
         other = copy(self)
         other.choosing, other.judging = self.choosing.with_window(window), self.judging.with_window(window)
         return other
+
+    def judge_with_cache(self, types: CacheTypes, layers: Layers) -> Evidence:
+        """What these streaming layers, in 16 bits, lose with other types of the KV cache in the others, on the questions to judge by.
+
+        Raises:
+            ValueError: the model can't be run so.
+        """
+        bench = self.judging.with_cache(types, layers)
+        try:
+            return bench.measure(layers)
+        finally:
+            bench.close()
+
+    def announce_caches(self, n: int) -> None:
+        """Tells the progress display that so many times everything to judge by is read again."""
+        bench = self.judging
+        self._announced = f"cache types: {n} times the conversations to judge by are read"
+        self._to_do = self._done + n * (bench.tokens_to_read + bench.tokens_of_a_set)
+        self._progress(self._announced, self._done, self._to_do)
 
     def announce(self, choosing: int, judging: int) -> None:
         """Tells the progress display about how much is to be done."""
@@ -388,8 +178,3 @@ def check_questions(questions: int) -> None:
     """Raises ValueError if so many can't be asked."""
     if questions < 1:
         raise ValueError(f"questions = {questions}: must be at least 1")
-
-
-def _n_tokens(conversation: tuple[Turn, Turn]) -> int:
-    first, later = conversation
-    return len(first.answer) + len(later.message) + len(later.answer)

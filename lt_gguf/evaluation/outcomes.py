@@ -41,11 +41,16 @@ class KnownOutcomes:
             self._load(path)
 
     @classmethod
-    def of(cls, file: Path, options: ScorerOptions, documents: Sequence[Document]) -> KnownOutcomes:
-        """Those of a GGUF file, asked about these documents."""
+    def of(
+        cls, file: Path, options: ScorerOptions, documents: Sequence[Document], beside: ScorerOptions | None = None
+    ) -> KnownOutcomes:
+        """Those of a GGUF file, asked about these documents; `beside`: how the full model was run that they were compared with, if that
+        was otherwise."""
         said = [_VERSION, fingerprint(file), options.cache_type_k, options.cache_type_v, options.flash_attn]
         if options.cache_keep is not None:
             said.append(options.cache_keep)
+        if beside is not None:
+            said.append([beside.cache_type_k, beside.cache_type_v, beside.flash_attn])
         digest = hashlib.sha256(json.dumps([*said, [asdict(document) for document in documents]]).encode()).hexdigest()
         return cls(user_cache() / _FOLDER / f"{digest[:32]}.jsonl")
 

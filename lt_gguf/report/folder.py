@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lt_gguf.gguf.unfinished import unfinished_folder
 from lt_gguf.report import loss_plots, plots
+from lt_gguf.report.caches import loss_over_memory
 from lt_gguf.report.model_card import streaming_section
 from lt_gguf.report.report import Report
 
@@ -16,7 +17,9 @@ BARS = "lazy_ratio"
 HEAT_MAP = "lazy_ratio_by_sample"
 LOSS = "loss"
 LOSS_BY_LAYER = "loss_by_layer"
-FILES = (*(f"{stem}.{suffix}" for stem in (BARS, HEAT_MAP, LOSS, LOSS_BY_LAYER) for suffix in ("png", "svg")), SECTION, REPORT)
+LOSS_OVER_MEMORY = "loss_over_memory"
+_PICTURES = (BARS, HEAT_MAP, LOSS, LOSS_BY_LAYER, LOSS_OVER_MEMORY)
+FILES = (*(f"{stem}.{suffix}" for stem in _PICTURES for suffix in ("png", "svg")), SECTION, REPORT)
 
 
 def write_report(report: Report, folder: Path, overwrite: bool = False) -> list[Path]:
@@ -66,6 +69,8 @@ def _write_into(report: Report, folder: Path) -> list[str]:
     if loss_plots.pictures_of_loss(report):
         plots.save(loss_plots.loss_curve(report), folder / LOSS)
         plots.save(loss_plots.loss_strip(report), folder / LOSS_BY_LAYER)
+    if report.caches is not None:
+        plots.save(loss_over_memory(report, report.caches), folder / LOSS_OVER_MEMORY)
     (folder / SECTION).write_text(streaming_section(report), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return [name for name in FILES if (folder / name).exists()]

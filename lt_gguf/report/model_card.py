@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 from lt_gguf.memory.kv import KVShape, cache_types_text, kv_memory
 from lt_gguf.memory.sizes import format_bytes
+from lt_gguf.report.caches import HEADS, cache_rows
 from lt_gguf.report.loss_plots import pictures_of_loss
 from lt_gguf.report.report import Report
+from lt_gguf.selection.base import LONGEST_COMPARED
+from lt_gguf.selection.caches import Caches
 from lt_gguf.selection.evidence import WHERE, Candidate
 from lt_gguf.spec import StreamingSpec, format_layers
 from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
@@ -112,6 +115,12 @@ def streaming_section(report: Report, folder: str = "") -> str:
                 f"![Loss of each layer alone]({path}loss_by_layer.png)",
             ]
         parts += [_compared(report), _candidate_table(chosen.candidates, spec)]
+    if report.caches is not None:
+        parts += [
+            f"Types of the KV cache, of {LONGEST_COMPARED:,} tokens, in the layers whose cache grows; those that stream keep 16 bits:",
+            f"![Loss over the memory of the KV cache]({path}loss_over_memory.png)",
+            _cache_table(report, report.caches),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,6 +159,11 @@ def _compared(report: Report) -> str:
     )
     measured = report.selection.measurement
     return text if measured is None else f"{text} Measured on {_plain(str(measured))}."
+
+
+def _cache_table(report: Report, caches: Caches) -> str:
+    lines = [f"| {' | '.join(HEADS)} |", f"| --- | --- |{' --: |' * (len(HEADS) - 3)} --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cache_rows(report, caches))])
 
 
 def _candidate_table(candidates: Sequence[Candidate], spec: StreamingSpec) -> str:

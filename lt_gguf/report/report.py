@@ -9,19 +9,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lt_gguf.calibration import Calibration
+from lt_gguf.report.fields import get, is_count, is_fraction, is_integer, is_integers, is_string, short
+from lt_gguf.report.measured import (
+    describe_caches,
+    describe_candidate,
+    describe_measurement,
+    read_caches,
+    read_candidates,
+    read_measurement,
+)
 from lt_gguf.selection.base import Selection, fit_ratios, mean_over_samples
-from lt_gguf.selection.evidence import TEXT, WHERE, Candidate, Evidence, Measurement, Outcome
+from lt_gguf.selection.caches import Caches
 from lt_gguf.spec import Provenance, StreamingSpec
 
 FORMAT_VERSION = 1
-_OUTCOME = tuple(field.name for field in fields(Outcome))
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Report:
         ratios: lazy ratios (samples, layers), NaN where a layer wasn't measured; `None` if none were. Layers at the end
             may be left out.
         calibration: what they were measured on.
+        caches: what was measured of types of the KV cache; `None` if nothing was.
 
     Raises:
         ValueError: the parts contradict each other; one line.
@@ -51,6 +60,7 @@ class Report:
     w_last: int | None = None
     ratios: tuple[tuple[float, ...], ...] | None = None
     calibration: Calibration | None = None
+    caches: Caches | None = None
 
     def __post_init__(self) -> None:
         spec, chosen = self.spec, self.selection
@@ -98,8 +108,9 @@ class Report:
             "lazy_ratio": None if mean is None else _without_nan(mean),
             "lazy_ratio_by_sample": None if self.ratios is None else list(map(_without_nan, self.ratios)),
             "calibration": None if self.calibration is None else self._described_calibration(),
-            "candidates": [_describe(candidate) for candidate in self.selection.candidates] or None,
-            "measurement": None if measured is None else asdict(measured) | {"lengths": list(measured.lengths)},
+            "candidates": [describe_candidate(candidate) for candidate in self.selection.candidates] or None,
+            "measurement": None if measured is None else describe_measurement(measured),
+            "cache_types": None if self.caches is None else describe_caches(self.caches),
         }
 
     @classmethod
@@ -112,25 +123,26 @@ class Report:
         if not isinstance(content, Mapping):
             raise ValueError("is no JSON object, must be a report of lt-gguf")
         if content.get("version") != FORMAT_VERSION:
-            raise ValueError(f"version = {_short(content.get('version'))}: must be {FORMAT_VERSION}, in a report of lt-gguf")
-        layers = _get(content, "streaming_layers", "a list of layers", _is_integers)
-        sink, window = (_get(content, key, "an integer", _is_integer) for key in ("sink", "window"))
-        n_layer = _get(content, "n_layer", "an integer", _is_integer)
-        prefill = _get(content, "prefill", '"full" or "stream"', _is_string)
+            raise ValueError(f"version = {short(content.get('version'))}: must be {FORMAT_VERSION}, in a report of lt-gguf")
+        layers = get(content, "streaming_layers", "a list of layers", is_integers)
+        sink, window = (get(content, key, "an integer", is_integer) for key in ("sink", "window"))
+        n_layer = get(content, "n_layer", "an integer", is_integer)
+        prefill = get(content, "prefill", '"full" or "stream"', is_string)
         spec = StreamingSpec(tuple(layers), n_layer, sink, window, prefill)
-        strategy, reason = (_get(content, key, "a string", _is_string) for key in ("strategy", "reason"))
+        strategy, reason = (get(content, key, "a string", is_string) for key in ("strategy", "reason"))
         if content.get("streaming", str(spec)) != str(spec):
-            raise ValueError(f'streaming = {_short(content["streaming"])}: contradicts the other keys, which say "{spec}"')
-        measured = _read_candidates(content, n_layer), _read_measurement(content)
+            raise ValueError(f'streaming = {short(content["streaming"])}: contradicts the other keys, which say "{spec}"')
+        measured = read_candidates(content, n_layer), read_measurement(content)
         report = cls(
-            _get(content, "model", "a string", _is_string),
-            _get(content, "architecture", "a string", _is_string),
+            get(content, "model", "a string", is_string),
+            get(content, "architecture", "a string", is_string),
             spec,
             Selection(strategy, spec.layers, reason, sink, window, None, *measured, _read_warning(content)),
-            _get(content, "fraction", "a number from 0 to 1, or null", _is_fraction),
-            _get(content, "w_last", "an integer of at least 1, or null", lambda value: value is None or _is_count(value)),
+            get(content, "fraction", "a number from 0 to 1, or null", is_fraction),
+            get(content, "w_last", "an integer of at least 1, or null", lambda value: value is None or is_count(value)),
             _read_ratios(content, n_layer),
             _read_calibration(content),
+            read_caches(content, n_layer),
         )
         mean = report.mean_ratios
         if mean is not None and not _agree(content.get("lazy_ratio"), mean):
@@ -171,61 +183,8 @@ def _without_nan(ratios: tuple[float, ...]) -> list[float | None]:
     return [None if math.isnan(ratio) else ratio for ratio in ratios]
 
 
-def _get(content: Mapping[str, Any], key: str, allowed: str, is_right: Any) -> Any:
-    if key not in content:
-        raise ValueError(f"{key}: is missing, must be {allowed}")
-    if not is_right(content[key]):
-        raise ValueError(f"{key} = {_short(content[key])}: must be {allowed}")
-    return content[key]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _is_string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and value >= 1
-
-
-def _is_integers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_integer, value))
-
-
-def _is_fraction(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_outcomes(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_outcome, value)) and any(outcome[0] != TEXT for outcome in value)
-
-
-def _is_outcome(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != len(_OUTCOME):
-        return False
-    where, kind, length, prompt, kl, known, found, hit = value
-    are_right = where in WHERE and _is_string(kind) and _is_count(length) and _is_integer(prompt) and isinstance(hit, bool)
-    return are_right and _is_number(kl) and all(share is not None and _is_fraction(share) for share in (known, found))
-
-
-def _is_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
 def _is_ratios(value: Any) -> bool:
-    return isinstance(value, list) and all(ratio is None or _is_fraction(ratio) for ratio in value)
+    return isinstance(value, list) and all(ratio is None or is_fraction(ratio) for ratio in value)
 
 
 def _read_ratios(content: Mapping[str, Any], n_layer: int) -> tuple[tuple[float, ...], ...] | None:
@@ -235,74 +194,25 @@ def _read_ratios(content: Mapping[str, Any], n_layer: int) -> tuple[tuple[float,
         return isinstance(value, list) and bool(value) and all(_is_ratios(row) and len(row) == n_layer for row in value)
 
     allowed = f"null, or for each sample a list of {n_layer} numbers from 0 to 1, null where a layer wasn't measured"
-    rows = _get(content, "lazy_ratio_by_sample", allowed, is_right)
+    rows = get(content, "lazy_ratio_by_sample", allowed, is_right)
     if rows is None:
         return None
     return tuple(tuple(math.nan if ratio is None else float(ratio) for ratio in row) for row in rows)
 
 
 def _read_calibration(content: Mapping[str, Any]) -> Calibration | None:
-    described = _get(content, "calibration", "an object, or null", lambda value: value is None or isinstance(value, dict))
+    described = get(content, "calibration", "an object, or null", lambda value: value is None or isinstance(value, dict))
     if described is None:
         return None
-    data, sha256 = (_get(described, key, "a string", _is_string) for key in ("data", "sha256"))
-    samples, length = (_get(described, key, "an integer of at least 1", _is_count) for key in ("samples", "length"))
+    data, sha256 = (get(described, key, "a string", is_string) for key in ("data", "sha256"))
+    samples, length = (get(described, key, "an integer of at least 1", is_count) for key in ("samples", "length"))
     return Calibration(data, sha256, samples, length)
-
-
-def _describe(candidate: Candidate) -> dict[str, Any]:
-    evidence = candidate.evidence
-    kl = {f"kl_{where}": _or_null(evidence.kl_where(where).value) for where in WHERE}
-    said = {"loss": [_or_null(number) for number in evidence.loss], "accuracy": evidence.accuracy, **kl}
-    outcomes = [list(astuple(outcome)) for outcome in evidence.outcomes]
-    return {"name": candidate.name, "layers": list(candidate.layers), **said, "outcomes": outcomes}
-
-
-def _or_null(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _read_candidates(content: Mapping[str, Any], n_layer: int) -> tuple[Candidate, ...]:
-    # note: older reports have no such key
-    if content.get("candidates") is None:
-        return ()
-    listed = _get(content, "candidates", "null, or a list of objects", _is_objects)
-    # note: older reports don't say what became of each question; their layers are as good
-    return tuple(_read_candidate(described, n_layer) for described in listed if "outcomes" in described)
-
-
-def _read_candidate(described: Mapping[str, Any], n_layer: int) -> Candidate:
-    try:
-        name = _get(described, "name", "a string", _is_string)
-        layers = StreamingSpec(tuple(_get(described, "layers", "a list of layers", _is_integers)), n_layer).layers
-        listed = _get(described, "outcomes", f"a list of lists of {', '.join(_OUTCOME)}", _is_outcomes)
-    except ValueError as error:
-        raise ValueError(f"candidates: {error}") from None
-    return Candidate(name, layers, Evidence(tuple(Outcome(*outcome) for outcome in listed)))
-
-
-def _read_measurement(content: Mapping[str, Any]) -> Measurement | None:
-    described = content.get("measurement")
-    if described is None:
-        return None
-    _get(content, "measurement", "an object, or null", lambda value: isinstance(value, dict))
-    if "conversations" not in described:  # an older report
-        return None
-    try:
-        data = [_get(described, key, "a string", _is_string) for key in ("data", "sha256")]
-        conversations = _get(described, "conversations", "an integer of at least 1", _is_count)
-        lengths = tuple(_get(described, "lengths", "a list of integers", _is_integers))
-        sets, read, computed = (_get(described, key, "an integer", _is_integer) for key in ("sets", "read", "computed"))
-        long = _get({"long": 0, **described}, "long", "an integer", _is_integer)  # note: older reports don't say it
-        return Measurement(data[0], data[1], conversations, lengths, sets, read, computed, long)
-    except ValueError as error:
-        raise ValueError(f"measurement: {error}") from None
 
 
 def _read_warning(content: Mapping[str, Any]) -> str | None:
     warning = content.get("warning")  # note: older reports have no such key
-    if warning is not None and not _is_string(warning):
-        raise ValueError(f"warning = {_short(warning)}: must be a string, or null")
+    if warning is not None and not is_string(warning):
+        raise ValueError(f"warning = {short(warning)}: must be a string, or null")
     return warning
 
 

@@ -8,9 +8,11 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from lt_gguf.report.caches import HEADS, cache_rows
 from lt_gguf.report.model_card import number
 from lt_gguf.report.report import Report
 from lt_gguf.selection import Selection
+from lt_gguf.selection.base import LONGEST_COMPARED
 from lt_gguf.selection.evidence import WHERE
 from lt_gguf.selection.preset import Preset
 from lt_gguf.selection.trained import Trained
@@ -58,6 +60,23 @@ def print_candidates(selection: Selection, spec: StreamingSpec) -> None:
     console.print(table)
     if selection.measurement is not None:
         console.print(f"measured on {selection.measurement}", soft_wrap=True, markup=False)
+
+
+def print_caches(report: Report) -> None:
+    """Prints what types of the KV cache cost with the chosen layers and without, if that was measured."""
+    if report.caches is None:
+        return
+    console = Console(highlight=False)
+    heads, *rows = (
+        (row.cache, row.streaming, row.memory, row.kl, row.lost, row.note) for row in (HEADS, *cache_rows(report, report.caches))
+    )
+    table = Table(*heads, box=None)
+    for column in table.columns[2:-1]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row, style="green" if row[-1] == "recommended" else None)
+    console.print(table)
+    console.print(f"KV cache of {LONGEST_COMPARED:,} tokens; layers that stream keep 16 bits", soft_wrap=True, markup=False)
 
 
 def print_warning(selection: Selection) -> None:

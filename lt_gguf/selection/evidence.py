@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from lt_gguf.spec.cache_types import CacheTypes
 from lt_gguf.statistics import Estimate, lost_share, mean_interval
 
 TEXT, FIRST, LATER = "text", "first", "later"
@@ -224,6 +225,12 @@ class Candidates(Protocol):
 
     def announce(self, choosing: int, judging: int) -> None:
         """Says about how many sets will be measured, before they are."""
+
+    def judge_with_cache(self, types: CacheTypes, layers: tuple[int, ...]) -> Evidence:
+        """What these layers lose on the questions to judge by when the cache of the others has these types."""
+
+    def announce_caches(self, n: int) -> None:
+        """Says how many times that will be measured, before it is."""
 
     @property
     def measurement(self) -> Measurement:

@@ -58,3 +58,34 @@ def kept_cache_type(other: str) -> str:
         ValueError: llama.cpp takes no such type for a KV cache.
     """
     return other if cache_type(other).block == 1 else DEFAULT_CACHE_TYPE
+
+
+class CacheTypes(NamedTuple):
+    """The types of K and V in the layers whose cache grows."""
+
+    k: str
+    v: str
+
+    def __str__(self) -> str:
+        return self.k if self.k == self.v else f"{self.k}/{self.v}"
+
+    @property
+    def needs_flash_attn(self) -> bool:
+        """llama.cpp reads a quantized V in flash attention only."""
+        return cache_type(self.v).block > 1
+
+
+PLAIN = CacheTypes(DEFAULT_CACHE_TYPE, DEFAULT_CACHE_TYPE)
+
+
+def parse_cache_types(text: str) -> tuple[CacheTypes, ...]:
+    """Reads `q8_0,q8_0/q4_0`: types of K and V, or of both. Raises ValueError: that isn't one."""
+    found: dict[CacheTypes, None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        k, slash, v = part.partition("/")
+        types = CacheTypes(k, v if slash else k)
+        for name in types:
+            cache_type(name)
+        if types != PLAIN:  # note: it is measured anyway
+            found[types] = None
+    return tuple(found)

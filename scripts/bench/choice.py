@@ -18,8 +18,9 @@ from typing import Annotated
 import typer
 
 from lt_gguf import calibration
-from lt_gguf.evaluation.candidates import RuntimeBench, open_candidates
+from lt_gguf.evaluation.candidates import open_candidates
 from lt_gguf.evaluation.context import ScorerOptions
+from lt_gguf.evaluation.runtime_bench import RuntimeBench
 from lt_gguf.gguf.file import read_model
 from lt_gguf.models import resolve
 from lt_gguf.models.package import CACHE_VARIABLE

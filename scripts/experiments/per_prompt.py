@@ -29,12 +29,12 @@ import typer
 from rich.progress import track
 
 from lt_gguf import calibration
-from lt_gguf.evaluation.candidates import RuntimeBench
 from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.facts import JUDGING
 from lt_gguf.evaluation.outcomes import KnownOutcomes
 from lt_gguf.evaluation.probes import Document, make_documents
 from lt_gguf.evaluation.results import write_text
+from lt_gguf.evaluation.runtime_bench import RuntimeBench
 from lt_gguf.runtime.log import captured_errors
 from lt_gguf.runtime.text_model import TextModel
 from lt_gguf.selection.evidence import FIRST, LATER, TEXT, Evidence, Outcome

@@ -11,7 +11,7 @@ import pytest
 import lt_gguf
 from lt_gguf import analysis, calibration
 from lt_gguf.analysis import choose
-from lt_gguf.evaluation.candidates import RuntimeBench
+from lt_gguf.evaluation.runtime_bench import RuntimeBench
 from lt_gguf.gguf.file import read_model
 from lt_gguf.models.remembered import recall
 from lt_gguf.report.report import Report

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lt_gguf.conversion import ConversionError, convert
-from lt_gguf.evaluation.candidates import RuntimeBench
+from lt_gguf.evaluation.runtime_bench import RuntimeBench
 from lt_gguf.gguf.file import read_model
 from lt_gguf.report.report import Report
 

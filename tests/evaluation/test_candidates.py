@@ -10,17 +10,19 @@ import pytest
 
 from lt_gguf.calibration import Texts
 from lt_gguf.evaluation import candidates
-from lt_gguf.evaluation.candidates import RuntimeBench, RuntimeCandidates, open_candidates
+from lt_gguf.evaluation.candidates import RuntimeCandidates, open_candidates
 from lt_gguf.evaluation.context import ScorerOptions
 from lt_gguf.evaluation.facts import CHOOSING, JUDGING
 from lt_gguf.evaluation.outcomes import KnownOutcomes
 from lt_gguf.evaluation.probes import Document, make_documents
+from lt_gguf.evaluation.runtime_bench import RuntimeBench
 from lt_gguf.evaluation.shared_prompts import SharedPrompts
 from lt_gguf.evaluation.stories import story
 from lt_gguf.evaluation.words import keys
 from lt_gguf.runtime.text_model import TextModel
 from lt_gguf.selection.evidence import FIRST, LATER, TEXT
 from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec.cache_types import CacheTypes
 
 SINK, WINDOW, LENGTH = 4, 60, 600
 OPTIONS = ScorerOptions(n_threads=1, flash_attn=False)
@@ -114,6 +116,32 @@ def test_the_numbers_are_those_of_a_run_by_hand(demo_gguf, model, texts, prefill
     assert found.kl_answer > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(), (1, 3)], ids=["full", "hybrid"])
+def test_a_quantized_cache_is_compared_with_one_in_16_bits(demo_gguf, model, texts, own_cache, layers):
+    """As lt_gguf.Llama runs it: the prompt is read with that cache, and layers that stream keep 16 bits."""
+    import lt_gguf
+
+    (document,) = documents_of(model, texts)
+    bench = RuntimeBench(model, EXACT, spec_of(model), [document], KnownOutcomes())
+    quantized = bench.with_cache(CacheTypes("q8_0", "q4_0"), layers)
+    found = quantized.measure(layers)
+    quantized.close()
+    settings = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    exact = {"type_k": 0, "type_v": 0, "flash_attn": False}  # f32
+    full = read_by_hand(lt_gguf.Llama(str(demo_gguf), streaming="off", **settings, **exact), document)
+    streaming = spec_of(model, layers) if layers else "off"
+    types = {"type_k": 8, "type_v": 2, "flash_attn": True}  # q8_0, q4_0
+    other = read_by_hand(lt_gguf.Llama(str(demo_gguf), streaming=streaming, **settings, **types), document)
+    for outcome, p, q in zip(found.outcomes, full, other, strict=True):
+        assert outcome.kl == pytest.approx((np.exp(p) * (p - q)).sum(axis=1).mean(), rel=0.1, abs=1e-5)
+    assert found.kl_text > 1e-5
+    # written down apart from what is measured beside a full model with the same cache
+    again = bench.with_cache(CacheTypes("q8_0", "q4_0"), layers)
+    assert again.measure(layers) == found and again.read == 0
+    assert KnownOutcomes.of(model.file, quantized._options, [document]).count(spec_of(model)) == 0
+
+
 def test_what_was_measured_before_is_not_measured_again(model, texts, own_cache):
     documents = documents_of(model, texts)
     path = own_cache / "known.jsonl"
@@ -195,7 +223,7 @@ def test_long_conversations_share_their_documents(demo_gguf, model, texts, own_c
     settings = {"questions": 10, "length": LENGTH, "options": OPTIONS}
     with open_candidates(demo_gguf, spec_of(model), texts, **settings) as measured:
         long = [document for document in measured.judging._documents if document.length == 900]
-        assert [len(document.conversations) for document in long] == [8, 2]
+        assert [len(document.conversations) for document in long] == [10]
         found = measured.judging.measure((0,))
         described = measured.measurement
     assert found.lengths == described.lengths == (LENGTH, 900) and described.long == 10

@@ -76,6 +76,7 @@ def test_what_is_in_it():
         },
         "candidates": None,
         "measurement": None,
+        "cache_types": None,
     }
 
 

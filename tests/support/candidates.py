@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lt_gguf.selection.evidence import FIRST, TEXT, Evidence, Measurement, Outcome
+from lt_gguf.spec.cache_types import CacheTypes
 
 Layers = tuple[int, ...]
 
@@ -43,6 +44,16 @@ class FakeCandidates:
 
     def with_window(self, window: int) -> FakeCandidates:
         return self.others[window]
+
+    with_cache: Callable[[CacheTypes, Layers], Evidence] | None = None
+    caches_announced: int = 0
+
+    def judge_with_cache(self, types: CacheTypes, layers: Layers) -> Evidence:
+        assert self.with_cache is not None
+        return self.with_cache(types, layers)
+
+    def announce_caches(self, n: int) -> None:
+        self.caches_announced = n
 
     def announce(self, choosing: int, judging: int) -> None:
         assert not self.choosing.asked and not self.judging.asked
