@@ -155,10 +155,12 @@ def open_candidates(
         ValueError: as `TextModel` and `RuntimeCandidates` do.
     """
     from lt_gguf.evaluation.context import ScorerOptions
+    from lt_gguf.runtime.build_info import has_gpu
     from lt_gguf.runtime.text_model import TextModel
 
     options = options or ScorerOptions()
-    if options.n_gpu_layers == 0 and options.cache_type_v in ("f16", "bf16", "f32"):
+    runs_on_gpu = options.n_gpu_layers != 0 and has_gpu()
+    if not runs_on_gpu and options.cache_type_v in ("f16", "bf16", "f32"):
         # a CPU computes the few tokens of a candidate faster without it, 2.7 times at 4,096 tokens
         options = replace(options, flash_attn=False)
     model = TextModel(file, options.n_gpu_layers)

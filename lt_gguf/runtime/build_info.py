@@ -15,6 +15,7 @@ _COMMIT = (
     "_Z12llama_commitv"  # llama_commit() of llama.cpp's common/build-info.h; it is C++, whose names look so on Linux and macOS
 )
 _FEATURES = b"ggml_backend_get_features"  # of ggml-backend.h
+_GPU_DEVICES = (1, 2)  # enum ggml_backend_dev_type: GPUs with memory of their own, and those that share the computer's
 
 
 class _Feature(ctypes.Structure):
@@ -66,6 +67,12 @@ def backends() -> list[Backend]:
     return found
 
 
+def has_gpu() -> bool:
+    """Whether layers can run on anything but the CPU. (`llama_supports_gpu_offload` says so of any build that knows RPC.)"""
+    load_llama_cpp().llama_cpp.llama_backend_init()
+    return any(_ggml().ggml_backend_dev_by_type(kind) for kind in _GPU_DEVICES)
+
+
 def _ggml() -> ctypes.CDLL:
     """The library with ggml's registry of backends, which libllama has loaded already."""
     ggml = ctypes.CDLL(str(library_dir() / LIBRARY.replace("libllama.", "libggml.")))
@@ -77,6 +84,7 @@ def _ggml() -> ctypes.CDLL:
         ("ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t),
         ("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
         ("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p),
+        ("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int),
     ):
         function = getattr(ggml, name)
         function.restype, function.argtypes = result, arguments

@@ -19,6 +19,7 @@ from lt_gguf.evaluation.runtime_bench import RuntimeBench
 from lt_gguf.evaluation.shared_prompts import SharedPrompts
 from lt_gguf.evaluation.stories import story
 from lt_gguf.evaluation.words import keys
+from lt_gguf.runtime import build_info
 from lt_gguf.runtime.text_model import TextModel
 from lt_gguf.selection.evidence import FIRST, LATER, TEXT
 from lt_gguf.spec import StreamingSpec
@@ -258,3 +259,13 @@ def test_what_cannot_be_measured(model, texts, changes, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         RuntimeCandidates(model, OPTIONS, spec_of(model), texts, **settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("n_gpu_layers, gpu, flash_attn", [(0, True, False), (-1, False, False), (-1, True, True)])
+def test_flash_attention_is_for_gpus(demo_gguf, texts, own_cache, monkeypatch, n_gpu_layers, gpu, flash_attn):
+    """On a CPU the few tokens of a candidate are faster without it; by default all layers would run on a GPU, if there were one."""
+    monkeypatch.setattr(build_info, "has_gpu", lambda: gpu)
+    options = ScorerOptions(n_threads=1, n_gpu_layers=n_gpu_layers)
+    every = StreamingSpec((), 12, SINK, WINDOW)
+    with open_candidates(demo_gguf, every, texts, questions=1, length=LENGTH, options=options) as measured:
+        assert measured.choosing._options.flash_attn is flash_attn
