@@ -198,7 +198,7 @@ def show(results: Results) -> None:
             previous = row[0]
         console.print(shown)
     for note in results.notes():
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(note, soft_wrap=not console.is_terminal, markup=False)  # whole words in a terminal, whole lines elsewhere
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

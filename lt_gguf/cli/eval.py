@@ -232,7 +232,7 @@ def show(summary: Summary) -> None:
             previous = row
         console.print(shown)
     for note in summary.notes():
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(note, soft_wrap=not console.is_terminal, markup=False)  # whole words in a terminal, whole lines elsewhere
 
 
 def how_to_go_on(journal: Journal, specs: list[str], plan: Plan, out: Path | None) -> str:
