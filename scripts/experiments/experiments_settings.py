@@ -10,7 +10,11 @@ FRACTIONS = (0.25, 0.5, 0.75)
 W_LAST = (8, 16, 32, 64)
 N_RANDOM = 5
 CACHE_TYPES, WEIGHT_TYPES = ("q8_0", "q4_0"), ("Q8_0", "Q4_K_M")  # besides f16
-TRAINED = ("frequency", "interleave-odd")  # the paper's choice of layers; and one that hurts, to see what training mends
+TRAINED = (
+    "frequency",
+    "loss",
+    "interleave-odd",
+)  # the paper's choice of layers, ours, and one that hurts, to see what training mends
 AGREEMENT_SAMPLES = 40  # of each task
 
 # the runtime chooses at the end of each prompt: as the paper does, and by the single look
