@@ -392,7 +392,7 @@ void lt_kv_ops::take_memory(llama_kv_cache & kv, int32_t il, std::vector<ggml_ba
     const size_t size = lt_size(buft, k, it->v);
 
     const auto it_spare = std::find_if(spare.begin(), spare.end(), [&](const auto & cur) {
-        return ggml_backend_buffer_get_type(cur.get()) == buft && ggml_backend_buffer_get_size(cur.get()) >= size;
+        return ggml_backend_buffer_get_type(cur.get()) == buft && ggml_backend_buffer_get_size(cur.get()) == size;
     });
 
     ggml_backend_buffer_ptr taken;
@@ -401,6 +401,11 @@ void lt_kv_ops::take_memory(llama_kv_cache & kv, int32_t il, std::vector<ggml_ba
         taken = std::move(*it_spare);
         spare.erase(it_spare);
     } else {
+        // note: one of another size would stay too large for this layer, or be held beside it
+        if (!spare.empty()) {
+            spare.pop_back();
+        }
+
         taken = lt_alloc(buft, size);
     }
 

@@ -75,8 +75,8 @@ struct lt_kv_ops {
     // caches that have a buffer for each layer
     //
 
-    // give memory to a layer of a cache that was made without: one of the spare buffers if one fits, whose cells have values, else a
-    // new one. throws std::runtime_error if there is none
+    // give memory to a layer of a cache that was made without: one of the spare buffers if one has its size, whose cells have values,
+    // else a new one in place of one of them. throws std::runtime_error if there is none
     static void take_memory(llama_kv_cache & kv, int32_t il, std::vector<ggml_backend_buffer_ptr> & spare);
 
     // the other way round

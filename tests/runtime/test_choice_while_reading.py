@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.families import COMMON, FAMILIES
 from support.lazy import laziest, lazy_ratios
-from support.native import FULL, PARTIAL, PROMPT, STREAMING, DecodeError, Model, api
+from support.native import FULL, KV_BYTES, PARTIAL, PROMPT, STREAMING, DecodeError, Model, api
 from support.oracle import EXACT, Subject, difference, random_tokens
 from support.talkie import write_talkie
 from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
@@ -156,6 +156,42 @@ def test_the_limit_is_for_what_the_layers_take_that_come_to_stream(model, n_batc
             context.read_prompt(random_tokens(n))
             assert len(chosen(context)) == n_lazy
         context.decode_one_by_one(random_tokens(20), n_tokens)
+
+
+@pytest.mark.parametrize("n_batch", [N_UBATCH, N_CTX])
+@pytest.mark.parametrize("kv", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kept", [(), (0,), (5,), (1, 6), tuple(range(N_LAYER))])
+def test_layers_in_16_bits_count_as_such(model, kv, kept, n_batch):
+    """In what a prompt is said to need, in which way it is read therefore, in what it takes, and in what is left of it."""
+    n_tokens, n_lazy = 1500, N_LAYER // 2
+    values = LAYER_BYTES // 4
+    token_bytes = [int(values * KV_BYTES["f16" if il in kept else kv]) for il in range(N_LAYER)]
+    few = N_FEW * sum(token_bytes)
+    # as a whole one layer at a time, and any may be the one; in batches all of them, before the laziest go
+    whole, batches = N_CTX * max(token_bytes) + n_tokens * HIDDEN_BYTES, 1536 * sum(token_bytes)
+    by_layer = n_batch == N_CTX and whole + few < batches  # small layers take less than the hidden states of the tokens
+    needed = whole if by_layer else batches
+    spec = f"{auto(0.5)};cache_keep={','.join(map(str, kept)) or 'none'}"
+    settings = {"n_ctx": N_CTX, "n_ubatch": N_UBATCH, "n_batch": n_batch, "kv": kv, "flash": True}
+    with model.context(spec, **settings) as context, watched(context) as seen:
+        assert context.kv_bytes(FULL) == few
+        context.set_prompt_limit(needed - 1)
+        with pytest.raises(ValueError, match="a prompt of 1500 tokens needs"):
+            context.prompt_begin(n_tokens)
+        assert (context.kv_bytes(FULL), context.kv_bytes(PROMPT)) == (few, 0)
+        context.set_prompt_limit(needed)
+        context.prompt_begin(n_tokens)
+        context.read_prompt(random_tokens(n_tokens))
+        assert (len(seen) > 2 * -(-n_tokens // N_UBATCH)) == by_layer
+        layers = chosen(context)
+        assert len(layers) == n_lazy
+        full = sum(token_bytes[il] for il in range(N_LAYER) if il not in layers)
+        streaming = sum(token_bytes[il] for il in layers)
+        assert [context.kv_bytes(part) for part in (FULL, STREAMING, PROMPT)] == [N_CTX * full, N_FEW * streaming, 0]
+        if by_layer:
+            most = N_CTX * sum(sorted(token_bytes)[-n_lazy - 1 :]) + n_tokens * HIDDEN_BYTES
+            assert max(map(sum, seen)) <= most + few + N_FEW * streaming
+        assert np.isfinite(context.decode_one_by_one(random_tokens(20), n_tokens)).all()
 
 
 @fractions
