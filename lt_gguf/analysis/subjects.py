@@ -76,7 +76,7 @@ class GGUFFile:
             llm = Llama(
                 self._file,
                 streaming="off",
-                cache_keep=options.cache_keep,
+                cache_keep="none" if options.cache_keep is None else options.cache_keep,  # whatever the file recommends
                 n_ctx=min(options.n_batch, self.n_ctx or options.n_batch),
                 n_batch=options.n_batch,
                 n_gpu_layers=options.n_gpu_layers,

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from lt_gguf.chat.conversation import Conversation, Fit
 from lt_gguf.chat.screen import format_seconds
 from lt_gguf.chat.turns import Answer
+from lt_gguf.memory.kv import cache_types_text
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.runtime.state_store import describe_limit
-from lt_gguf.spec import format_layers
+from lt_gguf.spec import StreamingSpec, format_layers
+from lt_gguf.spec.cache_types import PLAIN
 
 if TYPE_CHECKING:
     from lt_gguf.runtime.llama import Llama
@@ -23,10 +25,18 @@ FullKV = Callable[[], int]
 def describe_memory(llm: Llama, full_kv: FullKV) -> str:
     """The KV memory of this context, beside that of the same model without streaming layers."""
     used = llm.kv_bytes()["total"]
+    types = "" if llm.cache_types == PLAIN else f", {cache_types(llm)}"
     if llm.streaming is None:
-        return f"KV {format_bytes(used)}, no layer streams{' yet' if llm.auto else ''}"
+        return f"KV {format_bytes(used)}, no layer streams{' yet' if llm.auto else ''}{types}"
     chosen = f", layers {format_layers(llm.streaming.layers)} stream" if llm.auto else ""
-    return f"KV {format_bytes(used)} hybrid, {format_bytes(full_kv())} full ({1 - used / full_kv():.0%} saved){chosen}"
+    return f"KV {format_bytes(used)} hybrid, {format_bytes(full_kv())} full ({1 - used / full_kv():.0%} saved){types}{chosen}"
+
+
+def cache_types(llm: Llama) -> str:
+    """The types of this context's cache, as in `K q8_0, V q4_0, f16 in streaming layers`."""
+    full = StreamingSpec((), llm._n_layer(), cache_keep=llm.cache_keep)
+    # note: layers that are chosen for the prompt keep the types that they had
+    return cache_types_text(str(llm.cache_types), full if llm.auto or llm.streaming is None else llm.streaming)
 
 
 def describe_answer(conversation: Conversation, answer: Answer) -> str:
@@ -83,6 +93,7 @@ def stats(conversation: Conversation, full_kv: FullKV) -> list[tuple[str, str]]:
             "",
             f"full layers {format_bytes(kv['full'])}, streaming {format_bytes(kv['streaming'])}, a prompt {format_bytes(kv['prompt'])}",
         ),
+        ("cache", cache_types(llm)),
         ("documents", "; ".join(document.describe() for document in conversation.documents) or "none"),
         ("questions", str(len(conversation.turns))),
         ("computed", f"{llm.n_read} tokens read, {llm.n_decoded} generated"),

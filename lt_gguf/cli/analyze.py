@@ -25,7 +25,7 @@ from lt_gguf.spec import DEFAULT_FRACTION, DEFAULT_PREFILL, DEFAULT_SINK, DEFAUL
 from lt_gguf.spec.cache_types import parse_cache_types
 
 
-@model_options.takes_options(model_options.LoadOptions)
+@model_options.takes_options(model_options.MeasureOptions)
 def analyze(
     model: Annotated[
         str,
@@ -106,7 +106,7 @@ def analyze(
     dtype: Annotated[str, typer.Option(help="Type that a checkpoint is measured in: auto, float32, bfloat16, float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     *,
-    options: model_options.LoadOptions,
+    options: model_options.MeasureOptions,
 ) -> None:
     """Measure which layers of a model are lazy: which attend almost only to the first tokens and the last ones.
 

@@ -80,7 +80,7 @@ def chat(
         def full_kv() -> int:
             described = read_model(file)
             full = StreamingSpec((), described.n_layer, cache_keep=llm.cache_keep)
-            types: dict[str, Any] = {"type_k": options.cache_type, "flash_attn": options.flash_attn}
+            types: dict[str, Any] = {"type_k": llm.cache_types.k, "type_v": llm.cache_types.v, "flash_attn": options.flash_attn}
             return kv_memory(described.kv_shape, full, llm.n_ctx(), **types).total
 
         screen = make_screen(plain, STDIN in words, asks=not ask, sessions=sessions)

@@ -91,6 +91,8 @@ def _print_layers(converted: Converted) -> None:
         f"{len(spec.layers)} of {spec.n_layer} layers stream{layers}: "
         f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
     )
+    if converted.recommended is not None:
+        print(f"recommended for the KV cache: {converted.recommended}")
     print(f"{selection.strategy}: {selection.reason}")
     print_candidates(selection, spec)
     print_warning(selection)

@@ -37,7 +37,7 @@ DEFAULT_PARALLEL = 4
 WIDTH_OF_A_FILE = 120  # columns, where the output is no terminal
 
 
-@model_options.takes_options(model_options.LoadOptions)
+@model_options.takes_options(model_options.MeasureOptions)
 def eval(  # noqa: A001 - a command's function has its name
     file: model_options.ModelFile,
     tasks: Annotated[str, typer.Option(metavar="TASKS", help="What is measured.")] = DEFAULT_TASKS,
@@ -92,7 +92,7 @@ def eval(  # noqa: A001 - a command's function has its name
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     parallel: Annotated[int, typer.Option(help="Prompts that are worked on at a time; 1 with auto.")] = DEFAULT_PARALLEL,
     *,
-    options: model_options.LoadOptions,
+    options: model_options.MeasureOptions,
 ) -> None:
     """Measure what a hybrid loses: tasks that need the far context, and how it predicts texts, beside the full model."""
     from lt_gguf.evaluation.results import Journal, model_hash
@@ -128,7 +128,7 @@ def eval(  # noqa: A001 - a command's function has its name
 
 
 def measure(
-    file: str, specs: list[str], plan: Plan, texts: Texts, journal: Journal, options: model_options.LoadOptions, parallel: int
+    file: str, specs: list[str], plan: Plan, texts: Texts, journal: Journal, options: model_options.MeasureOptions, parallel: int
 ) -> None:
     """Loads the model and measures what the journal doesn't have. Raises ValueError, OSError."""
     from lt_gguf.evaluation.evaluate import evaluate

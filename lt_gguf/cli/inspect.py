@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from lt_gguf.cli.model import CacheKeep, CacheType, ModelFile, Streaming, find, streaming_of
+from lt_gguf.cli.model import CacheKeepOrRecommended, CacheTypeOrRecommended, ModelFile, Streaming, cache_of, find
 from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.report.inspection import describe, draw, print_tables
 from lt_gguf.spec import StreamingSpec
-from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 
 
 def inspect(
@@ -21,19 +20,20 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the lazy ratios, as .png or .svg.", show_default=False)
     ] = None,
-    cache_type: CacheType = DEFAULT_CACHE_TYPE,
-    cache_keep: CacheKeep = None,
+    cache_type: CacheTypeOrRecommended = None,
+    cache_keep: CacheKeepOrRecommended = None,
     streaming: Streaming = None,
 ) -> None:
     """Show which layers of a GGUF model stream, how they were chosen, and the memory of its KV cache with and without that."""
     model = read_model(find(file))
     spec = model.spec
-    if (asked := streaming_of(str(model.path), streaming, cache_keep)) is not None:
-        spec = StreamingSpec.parse(str(asked), model.n_layer, model.spec)
+    cache = cache_of(model, streaming, cache_type, cache_keep)
+    if cache.streaming is not None:
+        spec = StreamingSpec.parse(str(cache.streaming), model.n_layer, model.spec)
         check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
     if plot is not None:
         draw(model, spec, plot)
     if as_json:
-        print(json.dumps(describe(model, spec, cache_type), indent=2))
+        print(json.dumps(describe(model, spec, str(cache.types)), indent=2))
     else:
-        print_tables(model, spec, cache_type)
+        print_tables(model, spec, str(cache.types))

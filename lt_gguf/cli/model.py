@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -12,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lt_gguf import models
-from lt_gguf.gguf.file import read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.memory.sizes import parse_size
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime.cpu import usable_cores
-from lt_gguf.spec import AutoSpec, StreamingSpec, parse_layers, with_cache_keep
-from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE
-from lt_gguf.spec.cache_types import cache_type as cache_type_of
+from lt_gguf.spec import AutoSpec, CacheTypes, StreamingSpec, parse_layers
+from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE, cache_type
 
 if TYPE_CHECKING:
     from lt_gguf.evaluation.context import ScorerOptions
+    from lt_gguf.runtime.cache_choice import CacheChoice
     from lt_gguf.runtime.llama import Llama
 
 MODEL_HELP = (
@@ -56,14 +57,17 @@ PromptLimit = Annotated[
         "as in 512MiB; 0: no limit.",
     ),
 ]
-CacheType = Annotated[
-    str, typer.Option(help=f"Type of the KV cache: {', '.join(CACHE_TYPES)}.", autocompletion=one_of(CACHE_TYPES))
-]
-CacheKeep = Annotated[
+_CACHE_TYPE: dict[str, Any] = {"metavar": "TYPE", "autocompletion": one_of(CACHE_TYPES)}
+_CACHE_TYPE_HELP = f"Type of the KV cache: {', '.join(CACHE_TYPES)}; or those of K and V, as in q8_0/q4_0"
+CacheType = Annotated[str, typer.Option(**_CACHE_TYPE, help=f"{_CACHE_TYPE_HELP}.")]
+CacheTypeOrRecommended = Annotated[
     str | None,
-    typer.Option(
-        metavar="LAYERS", help="Layers whose KV cache stays in 16 bits whatever --cache-type is, as in 0,2-3, all or none."
-    ),
+    typer.Option(**_CACHE_TYPE, help=f"{_CACHE_TYPE_HELP}. By default what the file recommends, else {DEFAULT_CACHE_TYPE}."),
+]
+_CACHE_KEEP_HELP = "Layers whose KV cache stays in 16 bits whatever --cache-type is, as in 0,2-3, all or none"
+CacheKeep = Annotated[str | None, typer.Option(metavar="LAYERS", help=f"{_CACHE_KEEP_HELP}.")]
+CacheKeepOrRecommended = Annotated[
+    str | None, typer.Option(metavar="LAYERS", help=f"{_CACHE_KEEP_HELP}. By default those that the file recommends.")
 ]
 Context = Annotated[
     int, typer.Option("--ctx", "-c", help="Context size in tokens, at most what the model was trained for; 0: as much.")
@@ -99,8 +103,6 @@ DEFAULT_BATCH_SIZE = 512
 class LoadOptions:
     """How a model is loaded: the options of the commands that take one, see `takes_options`."""
 
-    cache_type: CacheType = DEFAULT_CACHE_TYPE
-    cache_keep: CacheKeep = None
     threads: Threads = 0
     n_gpu_layers: GpuLayers = -1
     batch_size: BatchSize = DEFAULT_BATCH_SIZE
@@ -116,9 +118,19 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureOptions(LoadOptions):
+    """The same for commands that measure, where what isn't asked for is f16, whatever a file recommends."""
+
+    cache_type: CacheType = DEFAULT_CACHE_TYPE
+    cache_keep: CacheKeep = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextOptions(LoadOptions):
     """The same for commands that generate text."""
 
+    cache_type: CacheTypeOrRecommended = None
+    cache_keep: CacheKeepOrRecommended = None
     streaming: Streaming = None
     prompt_limit: PromptLimit = None
     seed: Seed = -1
@@ -175,14 +187,31 @@ def find(model: str | None) -> str:
     return str(models.resolve(model))
 
 
-def streaming_of(file: str, streaming: str | None, cache_keep: str | None = None) -> str | StreamingSpec | AutoSpec | None:
-    """What `--streaming` and `--cache-keep` mean for a file: of auto what was chosen for it; if that isn't known, it is said, and
-    nothing streams. Raises ValueError: the model has no such layers as are to be kept in 16 bits."""
-    check_cache_keep(cache_keep, file)
+def streaming_of(file: str, streaming: str | None) -> str | StreamingSpec | AutoSpec | None:
+    """What `--streaming` means for a file: of auto what was chosen for it; if that isn't known, it is said, and nothing streams."""
     found, unknown = chosen_for(file, streaming)
     if unknown:
         print(unknown, file=sys.stderr)
-    return with_cache_keep(found, cache_keep)
+    return found
+
+
+def cache_of(
+    described: GGUFModel, streaming: str | None, cache_type: str | None, cache_keep: str | None, flash_attn: bool = True
+) -> CacheChoice:
+    """What `--streaming`, `--cache-type`, `--cache-keep` and `--no-flash-attn` mean for a model; what has to be known of it is said.
+
+    Raises:
+        ValueError: there is no such type, or the model has no such layers as are to be kept in 16 bits.
+    """
+    from lt_gguf.runtime.cache_choice import choose_cache
+
+    file = str(described.path)
+    check_cache_keep(cache_keep, file)
+    types = None if cache_type is None else CacheTypes.parse(cache_type)
+    choice = choose_cache(described, streaming_of(file, streaming), types, cache_keep, flash_attn)
+    for note in choice.notes:
+        print(note, file=sys.stderr)
+    return choice
 
 
 def check_cache_keep(cache_keep: str | None, file: str) -> None:
@@ -197,45 +226,49 @@ def load(file: str, options: RunOptions | ChatOptions, snapshot_limit: str | Non
     Raises:
         ValueError: an option is out of range, or the file can't be loaded so.
     """
+    from lt_gguf.runtime.cache_choice import CacheTypeWarning
     from lt_gguf.runtime.llama import Llama
 
     if options.ctx is not None and options.ctx < 0:
         raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
     _check_batch_size(options)
-    n_ctx_train = read_model(file).n_ctx_train
-    streaming = streaming_of(file, options.streaming, options.cache_keep)
-    ggml_type = cache_type_of(options.cache_type).ggml_type
+    described = read_model(file)
+    n_ctx_train = described.n_ctx_train
+    cache = cache_of(described, options.streaming, options.cache_type, options.cache_keep, options.flash_attn)
     settings: dict[str, Any] = {"n_threads": options.n_threads, "n_threads_batch": options.n_threads}
     if options.prompt_limit is not None:
         settings["prompt_limit"] = size_of("--prompt-limit", options.prompt_limit)
     if snapshot_limit is not None:
         settings["snapshot_limit"] = size_of("--snapshot-limit", snapshot_limit)
-    return Llama(
-        file,
-        n_ctx="auto" if options.ctx is None else min(options.ctx or n_ctx_train, n_ctx_train or options.ctx),
-        streaming=streaming,
-        n_batch=options.batch_size,
-        n_gpu_layers=options.n_gpu_layers,
-        flash_attn=options.flash_attn,
-        type_k=ggml_type,
-        type_v=ggml_type,
-        seed=options.seed,
-        verbose=options.verbose,
-        **settings,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CacheTypeWarning)  # said already, without Python's words around it
+        return Llama(
+            file,
+            n_ctx="auto" if options.ctx is None else min(options.ctx or n_ctx_train, n_ctx_train or options.ctx),
+            streaming=cache.streaming,
+            n_batch=options.batch_size,
+            n_gpu_layers=options.n_gpu_layers,
+            flash_attn=options.flash_attn,
+            type_k=cache_type(cache.types.k).ggml_type,
+            type_v=cache_type(cache.types.v).ggml_type,
+            seed=options.seed,
+            verbose=options.verbose,
+            **settings,
+        )
 
 
-def scorer_options(options: LoadOptions, **more: Any) -> ScorerOptions:
+def scorer_options(options: MeasureOptions, **more: Any) -> ScorerOptions:
     """The same for `evaluation.scorer.Scorer`; `more` are fields of its own. Raises ValueError: an option is out of range."""
     from lt_gguf.evaluation.context import ScorerOptions
 
     _check_batch_size(options)
+    types = CacheTypes.parse(options.cache_type)
     return ScorerOptions(
         n_batch=options.batch_size,
         n_threads=options.n_threads,
         n_gpu_layers=options.n_gpu_layers,
-        cache_type_k=options.cache_type,
-        cache_type_v=options.cache_type,
+        cache_type_k=types.k,
+        cache_type_v=types.v,
         cache_keep=options.cache_keep,
         flash_attn=options.flash_attn,
         **more,

@@ -13,7 +13,9 @@ import typer
 
 from lt_gguf.cli import model
 from lt_gguf.gguf.file import GGUFModel, read_model
-from lt_gguf.spec import AutoSpec, StreamingSpec, runtime_text
+from lt_gguf.memory.kv import cache_types_text
+from lt_gguf.spec import AutoSpec, CacheTypes, StreamingSpec, runtime_text
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE, cache_type
 from lt_gguf.spec.fields import is_auto
 
 if TYPE_CHECKING:
@@ -77,7 +79,9 @@ def serve(
             print(line, file=sys.stderr, flush=True)
 
         def when_ready() -> None:
-            say(f"{info['model']}: context of {info['n_ctx']} tokens{f' for each of {parallel}' if parallel > 1 else ''}")
+            context = f"context of {info['n_ctx']} tokens{f' for each of {parallel}' if parallel > 1 else ''}"
+            types = "" if info["cache"] == DEFAULT_CACHE_TYPE else f", KV cache {info['cache']}"
+            say(f"{info['model']}: {context}{types}")
             print(address, flush=True)
             say(f"the page is there; for programs: {address}/v1 (Ctrl-C ends it)")
             if open_page:
@@ -91,19 +95,19 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
     """What llama-server runs with, and what the page is told. Raises ValueError: an option is out of range."""
     from lt_gguf.runtime.context_size import ContextSize, known_spec, largest_size
     from lt_gguf.server.llama_server import ServerSettings
-    from lt_gguf.spec.cache_types import cache_type
 
     described = read_model(file)
-    streaming = model.streaming_of(file, options.streaming, options.cache_keep)
+    cache = model.cache_of(described, options.streaming, options.cache_type, options.cache_keep, options.flash_attn)
+    streaming = cache.streaming
     if isinstance(streaming, str):
         check_spec(streaming, described)
     text = None if streaming is None else runtime_text(streaming)
-    type_ = cache_type(options.cache_type).ggml_type
     most = described.n_ctx_train
     if options.ctx is not None and options.ctx < 0:
         raise ValueError(f"--ctx = {options.ctx}: must be at least 0")
     if options.ctx is None:
-        kind: dict[str, Any] = {"type_k": type_, "type_v": type_, "flash_attn": options.flash_attn}
+        type_k, type_v = (cache_type(name).ggml_type for name in cache.types)
+        kind: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": options.flash_attn}
         size = largest_size(file, streaming, **kind, n_sequences=n_slots)
     else:
         size = ContextSize(min(options.ctx or most, most or options.ctx), 0)
@@ -117,7 +121,7 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
         n_slots,
         streaming=text,
         prompt_limit=limit,
-        cache_type=options.cache_type,
+        cache_types=cache.types,
         n_threads=options.n_threads,
         n_gpu_layers=options.n_gpu_layers,
         n_batch=options.batch_size,
@@ -125,7 +129,7 @@ def prepare(file: str, n_slots: int, more: list[str], options: model.ChatOptions
         saves_slot=saves_slot and not any(word.startswith("--slot-save-path") for word in more),
         more=["--alias", described.path.stem, "--cache-ram", str(_SWITCHING), *more],
     )
-    return settings, describe(described, spec, text, size.n_ctx, n_slots, options.cache_type)
+    return settings, describe(described, spec, text, size.n_ctx, n_slots, cache.types)
 
 
 def check_spec(text: str, described: GGUFModel) -> None:
@@ -140,7 +144,7 @@ def check_spec(text: str, described: GGUFModel) -> None:
 
 
 def describe(
-    described: GGUFModel, spec: StreamingSpec | None, text: str | None, n_ctx: int, n_slots: int, cache_type: str
+    described: GGUFModel, spec: StreamingSpec | None, text: str | None, n_ctx: int, n_slots: int, types: CacheTypes
 ) -> dict[str, Any]:
     """What `GET /lt/info` says."""
     shape = described.kv_shape if described.why_not_streaming is None else None
@@ -148,10 +152,15 @@ def describe(
     n_cached = len(shape.n_head_kv) if shape else 0
     # note: of each layer, as if it didn't stream and as if it did; which ones do may be chosen for the prompt
     full = StreamingSpec.off(described.n_layer) if spec is None else spec.without_streaming()
-    within = replace(full, layers=tuple(range(described.n_layer)), type=streams.type if streams else None)
+    is_chosen = text is not None and is_auto(text)  # they keep the types that they had
+    within = full if is_chosen else replace(full, layers=tuple(range(described.n_layer)), type=streams.type if streams else None)
+
+    is_quantized = types.is_quantized or (streams is not None and streams.type is not None and cache_type(streams.type).block > 1)
 
     def token_bytes(of: StreamingSpec) -> list[int] | None:
-        return [shape.token_bytes(il, of.cache_type(il, cache_type)) for il in range(n_cached)] if shape else None
+        if shape is None:
+            return None
+        return [shape.token_bytes(il, of.cache_type(il, types.k), of.cache_type(il, types.v)) for il in range(n_cached)]
 
     return {
         "model": described.name,
@@ -163,7 +172,11 @@ def describe(
         "streaming": None
         if streams is None
         else {"layers": list(streams.layers), "sink": streams.sink, "window": streams.window, "prefill": streams.prefill},
-        "auto": text if text is not None and is_auto(text) else None,
+        "auto": text if is_chosen else None,
+        "cache_type_k": types.k,
+        "cache_type_v": types.v,
+        "cache_keep": list(full.cache_keep) if is_quantized else [],
+        "cache": cache_types_text(str(types), full if streams is None else spec),
         "token_bytes": token_bytes(full),
         "streaming_token_bytes": token_bytes(within),
         "version": metadata.version("lt-gguf"),

@@ -23,7 +23,7 @@ from lt_gguf import calibration
 from lt_gguf.calibration import Calibration, Texts
 from lt_gguf.checkpoint import resolver
 from lt_gguf.checkpoint.folder import CARD, check_weights, license_of, read_config
-from lt_gguf.conversion import quantization
+from lt_gguf.conversion import naming, quantization
 from lt_gguf.conversion.options import Options
 from lt_gguf.conversion.running import flag_converted, open_converted
 from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
@@ -41,14 +41,12 @@ from lt_gguf.selection.base import LONGEST_COMPARED
 from lt_gguf.selection.evidence import Candidates
 from lt_gguf.selection.trained import Trained
 from lt_gguf.selection.within_budget import select_within
-from lt_gguf.spec import Provenance, StreamingSpec
+from lt_gguf.spec import CacheRecommendation, Provenance, StreamingSpec
 from lt_gguf.spec.in_config import read_spec
 
 __all__ = ["ConversionError", "Converted", "Progress", "convert"]
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much (0: unknown)
-
-_PART = r"-\d{5}-of-\d{5}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Converted:
         selection: the layers that stream and why; `None` in a dry run if they would have to be measured.
         spec: what the files say; `None` as `selection`.
         report_folder: where the report and the model card are, if there are any.
+        recommended: what the files recommend for the KV cache, `None`: nothing.
     """
 
     files: tuple[Path, ...]
@@ -68,6 +67,7 @@ class Converted:
     selection: Selection | None = None
     spec: StreamingSpec | None = None
     report_folder: Path | None = None
+    recommended: CacheRecommendation | None = None
 
 
 def convert(
@@ -132,23 +132,26 @@ class _Conversion:
                 plan = upstream.plan()
                 names = self._check_plan(plan)
                 files = tuple(self.folder / name for name in names)
+                recommended = self._recommended(plan.model)
                 if self.strategy.measures and self.options.dry_run:
-                    return Converted(files, plan)
+                    return Converted(files, plan, recommended=recommended)
                 if self.strategy.measures_hybrid:
                     self._check_measurable(plan.model)
                     metadata = {}
                 else:
                     result = self._choose(plan.model, measured)
                     if self.options.dry_run:
-                        return Converted(files, plan, result.selection, result.spec)
+                        return Converted(files, plan, result.selection, result.spec, recommended=recommended)
                     metadata = result.spec.to_metadata(plan.model.architecture) | self._provenance(result).to_metadata()
+                    metadata |= {} if recommended is None else recommended.to_metadata(plan.model.architecture)
                 upstream.write(metadata, partial(self.progress, "Converting"))
             finished = hidden / "converted"
             if self.strategy.measures_hybrid:
                 first = finished / plan.files[0].name
                 result = self._choose_by_running(first, plan.model, measured)
                 with self._named_errors():
-                    finished = flag_converted(first, result.spec, self._provenance(result), partial(self.progress, "Copying"))
+                    copying = partial(self.progress, "Copying")
+                    finished = flag_converted(first, result.spec, self._provenance(result), recommended, copying)
             if self.type_name is not None:
                 finished = self._quantize(finished, plan, names)
             # note: the first one last, without it the others are no model
@@ -157,7 +160,7 @@ class _Conversion:
         folder = self._report_folder(self.folder, names[0])
         if folder is not None:
             self._write_report(folder, result, files, plan.model)
-        return Converted(files, plan, result.selection, result.spec, folder)
+        return Converted(files, plan, result.selection, result.spec, folder, recommended)
 
     def _prepare_measuring(self) -> None:
         """Reads the calibration texts, and raises what is wrong whatever the model is."""
@@ -181,6 +184,7 @@ class _Conversion:
         with hidden_folder(self.folder, ".converting-") as hidden, self._start_upstream(hidden) as upstream:
             plan = upstream.plan()
         self._check_plan(plan)
+        self._recommended(plan.model)
         self._check_measurable(plan.model)
         length = self._length(plan.model)
         tokenize, first = analysis.load_tokenizer(self.checkpoint)
@@ -228,7 +232,10 @@ class _Conversion:
 
     def _check_plan(self, plan: Plan) -> list[str]:
         """The names of the files to write. Raises OSError or ValueError if something is in the way of a file or the report."""
-        names = [self._final_name(file.name) for file in plan.files]
+        # note: where upstream chose the name, it says the type of the weights
+        names = [file.name for file in plan.files]
+        if self.type_name is not None and not self.file_name:
+            names = [naming.with_type(name, self.type_name) for name in names]
         for name in names:
             self._check_absent(self.folder / name)
         self._check_report(self.folder, names[0])
@@ -246,6 +253,13 @@ class _Conversion:
     def _check_can_stream(self, model: GGUFModel, spec: StreamingSpec) -> None:
         with self._named_errors():
             check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+
+    def _recommended(self, model: GGUFModel) -> CacheRecommendation | None:
+        """What the files are to recommend for the cache. Raises ConversionError: the model can't have such a cache."""
+        with self._named_errors():
+            found = self.options.recommended(model.n_layer, model.n_layer_main)
+            model.check_recommended(found)
+            return found
 
     def _check_budget(self, model: GGUFModel) -> None:
         """Refuses a budget that no number of layers keeps, before anything is measured."""
@@ -270,6 +284,9 @@ class _Conversion:
         selection = self._select(model, measured, candidates)
         spec = selection.spec(model.n_layer, self.options.prefill)
         self._check_can_stream(model, spec)
+        if recommended := self._recommended(model):
+            with self._named_errors():
+                recommended.check(spec)
         return self._report(model, spec, selection, measured)
 
     def _choose_by_running(self, file: Path, model: GGUFModel, measured: _Measured | None) -> Report:
@@ -319,7 +336,7 @@ class _Conversion:
         with self._named_errors():
             quantization.quantize(
                 converted / plan.files[0].name,
-                quantized / re.sub(rf"{_PART}(?=[.]gguf$)", "", names[0]) if len(names) > 1 else quantized / names[0],
+                quantized / (naming.whole(names[0]) if len(names) > 1 else names[0]),
                 self.type_name,
                 imatrix=self.options.imatrix,
                 is_split=len(names) > 1,
@@ -351,15 +368,16 @@ class _Conversion:
             return self.options.report
         if self.options.no_report or not self.strategy.measures:
             return None
-        return beside / f"{re.sub(rf'({_PART})?[.]gguf$', '', first_file)}-report"
+        return beside / f"{naming.whole(first_file).removesuffix('.gguf')}-report"
 
     def _write_report(self, folder: Path, result: Report, files: tuple[Path, ...], model: GGUFModel) -> None:
         self.progress("Writing the report", 0, 0)
         write_report(result, folder, self.options.overwrite)
         said = str(self.config.get("_name_or_path", ""))
         base_model = self.hub_id or (said if hub.is_hub_id(said) else self.checkpoint.resolve().name)
-        rows = kv_rows(model.kv_shape, result.spec) if model.why_not_streaming is None else ()
-        card = model_card(result, files, base_model, license_of(self.checkpoint), rows)
+        recommended = self._recommended(model)
+        rows = kv_rows(model.kv_shape, result.spec, recommended=recommended) if model.why_not_streaming is None else ()
+        card = model_card(result, files, base_model, license_of(self.checkpoint), rows, recommended=recommended)
         unfinished = folder / f".{CARD}.{os.getpid()}"
         try:
             unfinished.write_text(card, encoding="utf-8")
@@ -375,7 +393,7 @@ class _Conversion:
         if not outfile.parent.is_dir():
             raise ValueError(f"{outfile}: the folder {outfile.parent} doesn't exist")
         # note: before quantization upstream knows only the type that it is quantized from
-        name = outfile.name if self.type_name is None else _fill(outfile.name, self.type_name)
+        name = outfile.name if self.type_name is None else naming.fill(outfile.name, self.type_name)
         if not self.options.is_split and not re.search(r"[{}]", name):
             self._check_absent(outfile.parent / name)
             self._check_report(outfile.parent, name)
@@ -390,12 +408,6 @@ class _Conversion:
         if folder is not None:
             check_destination(folder, self.options.overwrite)
 
-    def _final_name(self, name: str) -> str:
-        """What a file is called that upstream calls `name`: where it chose the name, that says the type of the weights."""
-        if self.type_name is None or self.file_name:
-            return name
-        return re.sub(rf"(?:-(?:F32|F16|BF16))?(?=(?:{_PART})?[.]gguf$)", f"-{self.type_name}", name, count=1)
-
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         """Puts the checkpoint's name before what is wrong with it."""
@@ -405,12 +417,3 @@ class _Conversion:
             raise
         except ValueError as error:
             raise ConversionError(f"{self.name}: {error}") from None
-
-
-def _fill(name: str, weights: str) -> str:
-    """Upstream's `fill_templated_filename`: the type of the weights for {ftype}, {outtype} or {}, {FTYPE} in capitals."""
-    lower, upper = weights.lower(), weights.upper()
-    try:
-        return name.format(lower, ftype=lower, outtype=lower, FTYPE=upper, OUTTYPE=upper)
-    except (KeyError, IndexError, ValueError):
-        raise ValueError(f"{name}: a name with braces must have {{ftype}} in them, the type of the weights") from None

@@ -24,11 +24,11 @@ from lt_gguf.spec import (
     DEFAULT_W_LAST,
     DEFAULT_WINDOW,
     AutoSpec,
+    CacheRecommendation,
     StreamingSpec,
     parse_layers,
 )
 from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
-from lt_gguf.spec.cache_types import cache_type as check_cache_type
 from lt_gguf.spec.in_config import KEY
 
 OUTPUT_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
@@ -105,10 +105,22 @@ class Options:
     ] = None
     ctx: Annotated[int | None, typer.Option("--ctx", "-c", metavar="TOKENS", help="Context size for --kv-budget.")] = None
     cache_type: Annotated[
-        str | None, typer.Option(help=f"Type of the KV cache for --kv-budget; {DEFAULT_CACHE_TYPE} by default.")
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Type of the KV cache that the file recommends, and that --kv-budget counts with, as in q8_0, or q8_0/q4_0 for K and V; "
+            f"it recommends none by default, and {DEFAULT_CACHE_TYPE} counts.",
+        ),
     ] = None
     cache_keep: Annotated[
-        str | None, typer.Option(metavar="LAYERS", help="Layers whose KV cache stays in 16 bits for --kv-budget, as in 0,2-3.")
+        str | None,
+        typer.Option(metavar="LAYERS", help="Layers whose KV cache stays in 16 bits, likewise: as in 0,2-3, all or none."),
+    ] = None
+    cache_breaks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPES", help="Types of the KV cache that break the model, to warn of: as in q4_0,q8_0/q4_0, or none."
+        ),
     ] = None
 
     calibration: Annotated[
@@ -235,6 +247,15 @@ class Options:
     def kv_cache_type(self) -> str:
         return self.cache_type or DEFAULT_CACHE_TYPE
 
+    def recommended(self, n_layer: int = _MOST_LAYERS, n_layer_main: int = _MOST_LAYERS) -> CacheRecommendation | None:
+        """What a file of so many layers, the first ones of them in the main graph, recommends for the cache, `None`: nothing.
+
+        Raises:
+            ValueError: there is no such type or layer, or what is recommended breaks the model.
+        """
+        keep = None if self.cache_keep is None else self.kept_layers(n_layer_main)
+        return CacheRecommendation.changed(None, n_layer, self.cache_type, keep, self.cache_breaks)
+
     def kept_layers(self, n_layer: int = _MOST_LAYERS) -> tuple[int, ...]:
         """`cache_keep` of a model of `n_layer` layers. Raises ValueError if it has no such layers."""
         return () if self.cache_keep is None else parse_layers(self.cache_keep, n_layer, "--cache-keep")
@@ -261,6 +282,7 @@ class Options:
         Tolerance(self.tolerated_loss, self.max_kl)
         self._check_selection()
         self._check_budget()
+        self.recommended()
         if self.quantize is None and self.imatrix is not None:
             raise ValueError("--imatrix is for --quantize: give both or none")
         if self.quantize is not None and self.outtype not in _QUANTIZABLE:
@@ -291,8 +313,8 @@ class Options:
 
     def _check_budget(self) -> None:
         if self.budget is None:
-            if self.ctx is not None or self.cache_type is not None or self.cache_keep is not None:
-                raise ValueError("--ctx, --cache-type and --cache-keep are for --kv-budget, which is missing")
+            if self.ctx is not None:
+                raise ValueError("--ctx is for --kv-budget, which is missing")
             return
         if self.ctx is None:
             raise ValueError("--kv-budget needs --ctx, the number of tokens that the KV cache is to hold, as in 131072")
@@ -300,8 +322,6 @@ class Options:
             raise ValueError(f"--ctx = {self.ctx}: must be at least 1")
         if self.fraction is not None:
             raise ValueError("--kv-budget chooses how many layers stream: must not have --streaming-fraction beside it")
-        check_cache_type(self.kv_cache_type)
-        self.kept_layers()
 
     def upstream_arguments(self) -> list[str]:
         """The options that upstream's converter gets; not among them the checkpoint and --outfile."""

@@ -12,7 +12,7 @@ from lt_gguf.calibration import Texts
 from lt_gguf.conversion.options import Options
 from lt_gguf.gguf.flagging import flag
 from lt_gguf.selection.evidence import Candidates
-from lt_gguf.spec import Provenance, StreamingSpec
+from lt_gguf.spec import CacheRecommendation, Provenance, StreamingSpec
 
 
 def open_converted(
@@ -36,13 +36,20 @@ def open_converted(
     return open_candidates(file, spec, texts, **numbers, options=how, progress=show)
 
 
-def flag_converted(first: Path, spec: StreamingSpec, provenance: Provenance, progress: Callable[[int, int], None]) -> Path:
-    """Says in a model, given by its first file, which layers stream; returns the folder of the new files.
+def flag_converted(
+    first: Path,
+    spec: StreamingSpec,
+    provenance: Provenance,
+    recommended: CacheRecommendation | None,
+    progress: Callable[[int, int], None],
+) -> Path:
+    """Says in a model, given by its first file, which layers stream and what is recommended for its cache; returns the folder of the
+    new files.
 
     The folder of the old ones, which must hold nothing else, is gone then.
     """
     flagged = first.parent.with_name("flagged")
     flagged.mkdir()
-    flag(first, flagged / first.name, spec, provenance, progress)
+    flag(first, flagged / first.name, spec, provenance, progress, recommended=recommended)
     shutil.rmtree(first.parent)
     return flagged

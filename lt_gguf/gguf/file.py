@@ -12,8 +12,9 @@ from typing import Any
 from lt_gguf.gguf.architectures import LayerCount, layer_count, why_not_streaming
 from lt_gguf.gguf.header import GGUFHeader, read_header
 from lt_gguf.memory.kv import KVShape
-from lt_gguf.spec import Provenance, StreamingSpec, Typed, format_layers
+from lt_gguf.spec import CacheRecommendation, Provenance, StreamingSpec, Typed, format_layers
 from lt_gguf.spec.fields import CACHE_KEEP
+from lt_gguf.spec.keys import cache_prefix
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -39,6 +40,7 @@ class GGUFModel:
         spec: the file's streaming spec, `None` for an ordinary model.
         provenance: how its streaming layers were chosen, if the file says so.
         why_not_streaming: the reason for which this model can't have streaming layers, `None` if it can.
+        recommended: types of the KV cache that the file recommends, `None` if it recommends none.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class GGUFModel:
     spec: StreamingSpec | None
     provenance: Provenance | None
     why_not_streaming: str | None
+    recommended: CacheRecommendation | None = None
 
     @property
     def kv_shape(self) -> KVShape:
@@ -74,9 +77,25 @@ class GGUFModel:
         n_cached = self.n_layer if self.architecture == "graniteswitch" else self.n_layer_main
         return KVShape(self.n_head_kv[:n_cached], max(self.n_head_kv), self.head_size_k, self.head_size_v)
 
+    def check_recommended(self, recommended: CacheRecommendation | None) -> None:
+        """Raises ValueError if the file can't recommend this for the cache of its model."""
+        if recommended is None:
+            return
+        if self.why_not_streaming:
+            raise ValueError(
+                f"no types of the cache can be recommended for the architecture {self.architecture}: {self.why_not_streaming}"
+            )
+        keeps = StreamingSpec((), self.n_layer, cache_keep=recommended.keep)
+        check_can_stream(self.architecture, keeps, self.n_layer_main, self.why_not_streaming)
+        # note: llama.cpp switches flash attention off for Grok
+        self.kv_shape.check(*recommended.types, flash_attn=self.architecture != "grok")
 
-def read_model(path: str | os.PathLike[str]) -> GGUFModel:
+
+def read_model(path: str | os.PathLike[str], takes_recommended: bool = True) -> GGUFModel:
     """Reads the description of the model at `path` (the first file of a split one).
+
+    Args:
+        takes_recommended: what the file recommends for its cache is read and checked; else it is as if there were nothing.
 
     Raises:
         OSError: a file can't be opened.
@@ -84,11 +103,11 @@ def read_model(path: str | os.PathLike[str]) -> GGUFModel:
             the file, the key and what is allowed.
     """
     path = Path(path)
-    return describe_model(path, read_header(path))
+    return describe_model(path, read_header(path), takes_recommended)
 
 
-def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
-    """The description of the model whose first file is at `path` and has this header, or is to have it.
+def describe_model(path: Path, header: GGUFHeader, takes_recommended: bool = True) -> GGUFModel:
+    """The description of the model whose first file is at `path` and has this header, or is to have it; the arguments are `read_model`'s.
 
     Raises:
         ValueError: as `read_model` does.
@@ -105,7 +124,7 @@ def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
         spec = StreamingSpec.from_metadata(metadata, arch, layers.all)
         reason = why_not_streaming(arch, metadata)
         check_can_stream(arch, spec, layers.main, reason)
-        return GGUFModel(
+        model = GGUFModel(
             path=path,
             architecture=arch,
             name=str(metadata.get("general.name", Typed("string", path.stem)).value),
@@ -122,7 +141,15 @@ def describe_model(path: Path, header: GGUFHeader) -> GGUFModel:
             spec=spec,
             provenance=Provenance.from_metadata(metadata),
             why_not_streaming=reason,
+            recommended=CacheRecommendation.from_metadata(metadata, arch, layers.all) if takes_recommended else None,
         )
+        try:
+            model.check_recommended(model.recommended)
+            if model.recommended is not None:
+                model.recommended.check(spec)
+        except ValueError as error:
+            raise ValueError(f"{cache_prefix(arch)}*: {error}") from None
+        return model
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Adds, changes or removes the streaming metadata of a GGUF file without touching its tensors.
+"""Adds, changes or removes our metadata of a GGUF file, what streams and what is recommended for the cache, without touching its tensors.
 
 A new file has the old one's keys in their order, byte for byte: ours are replaced where they stand, or come after the
 others. The tensors' offsets count from where the tensors begin, so what the file says of them is copied as it is too, and
@@ -23,8 +23,8 @@ from pathlib import Path
 from lt_gguf.gguf.file import describe_model, model_files, split_files
 from lt_gguf.gguf.header import GGUFLayout, encode_pair, read_layout
 from lt_gguf.gguf.unfinished import unfinished_folder
-from lt_gguf.spec import Provenance, StreamingSpec, Typed
-from lt_gguf.spec.keys import VERSION_KEY, streaming_keys
+from lt_gguf.spec import CacheRecommendation, Provenance, StreamingSpec, Typed
+from lt_gguf.spec.keys import VERSION_KEY, cache_prefix, streaming_keys
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -47,16 +47,18 @@ def flag(
     provenance: Provenance | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    recommended: CacheRecommendation | None = None,
 ) -> list[Path]:
     """Writes the model `source` to `destination` with another streaming spec.
 
     Args:
         source: GGUF file, the first one of a split model.
         destination: file to write, the first one of a split model, or a folder, in which it has the source's name.
-        spec: which layers stream, `None`: an ordinary model without any of our keys.
+        spec: which layers stream, `None`: an ordinary model.
         provenance: how the layers were chosen. `None`: the file doesn't say.
         progress: is told from time to time how far the copy is.
         overwrite: replace existing files.
+        recommended: types of the KV cache. `None`: the file recommends none.
 
     Returns:
         The files written.
@@ -67,7 +69,7 @@ def flag(
     """
     source = Path(source)
     layout = read_layout(source)
-    metadata = _new_metadata(source, layout, spec, provenance)
+    metadata = _new_metadata(source, layout, spec, provenance, recommended)
     sources = model_files(source, layout.header)
     destinations = _destinations(sources, Path(destination), overwrite)
     header = _new_header(layout, metadata)
@@ -88,8 +90,13 @@ def flag(
     return destinations
 
 
-def flag_in_place(path: str | os.PathLike[str], spec: StreamingSpec | None, provenance: Provenance | None = None) -> bool:
-    """Changes the streaming metadata of the model at `path` where it stands, if that is safe; the arguments are `flag`'s.
+def flag_in_place(
+    path: str | os.PathLike[str],
+    spec: StreamingSpec | None,
+    provenance: Provenance | None = None,
+    recommended: CacheRecommendation | None = None,
+) -> bool:
+    """Changes our metadata of the model at `path` where it stands, if that is safe; the arguments are `flag`'s.
 
     It is safe if nothing moves and all that changes lies in one sector of the disk: a single write of it can't be
     interrupted by a signal, and a disk that loses its power has written all of it or nothing. So at any moment the file is
@@ -105,7 +112,7 @@ def flag_in_place(path: str | os.PathLike[str], spec: StreamingSpec | None, prov
     """
     path = Path(path)
     layout = read_layout(path)
-    metadata = _new_metadata(path, layout, spec, provenance)
+    metadata = _new_metadata(path, layout, spec, provenance, recommended)
     pieces = _new_header(layout, metadata)
     with open(path, "rb") as file:
         old = file.read(layout.data.start)
@@ -132,23 +139,31 @@ def flag_in_place(path: str | os.PathLike[str], spec: StreamingSpec | None, prov
     return True
 
 
-def _new_metadata(source: Path, layout: GGUFLayout, spec: StreamingSpec | None, provenance: Provenance | None) -> dict[str, Typed]:
-    """Our keys in the model at `source` when it has the new spec.
+def _new_metadata(
+    source: Path,
+    layout: GGUFLayout,
+    spec: StreamingSpec | None,
+    provenance: Provenance | None,
+    recommended: CacheRecommendation | None,
+) -> dict[str, Typed]:
+    """Our keys in the model at `source` when it says all that is new.
 
     Raises:
-        ValueError: the spec doesn't fit the model, or the model is malformed.
+        ValueError: that doesn't fit the model, or the model is malformed.
     """
     arch = str(layout.header.metadata.get("general.architecture", Typed("string", "")).value)
     ours = {} if spec is None else spec.to_metadata(arch)
     if provenance is not None and spec is not None:
         ours |= provenance.to_metadata()
+    if recommended is not None:
+        ours |= recommended.to_metadata(arch)
     others = {key: value for key, value in layout.header.metadata.items() if not _is_ours(key, arch)}
     describe_model(source, replace(layout.header, metadata=others | ours))  # raises what would be wrong with the new file
     return ours
 
 
 def _is_ours(key: str, arch: str) -> bool:
-    return key in streaming_keys(arch) or key.startswith(_PROVENANCE_PREFIX)
+    return key in streaming_keys(arch) or key.startswith((_PROVENANCE_PREFIX, cache_prefix(arch)))
 
 
 def _new_header(layout: GGUFLayout, ours: dict[str, Typed]) -> list[bytes | range]:

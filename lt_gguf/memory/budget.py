@@ -14,7 +14,7 @@ from typing import Any
 from lt_gguf.memory.kv import DEFAULT_N_UBATCH, KVShape, kv_memory
 from lt_gguf.memory.prompt import prompt_memory
 from lt_gguf.spec import DEFAULT_PREFILL, StreamingSpec
-from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
+from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE, CacheTypes
 
 SMALLEST_CONTEXT = 1024  # tokens; what is tried even where it doesn't fit
 
@@ -46,6 +46,7 @@ def smallest_number(
         n_ctx: context size in tokens.
         n_embd: elements of a hidden state.
         n_layer_main: the layers 0 to n_layer_main - 1 may stream.
+        cache_type: of the layers with full attention, as `CacheTypes.parse` reads it.
         cache_keep: layers whose cache isn't quantized.
 
     Raises:
@@ -57,7 +58,10 @@ def smallest_number(
     settings: dict[str, Any] = {"sink": sink, "window": window, "prefill": prefill, "cache_type": cache_type, "n_ubatch": n_ubatch}
     settings |= {"n_ctx": n_ctx, "n_embd": n_embd, "cache_keep": cache_keep}
     full = StreamingSpec((), len(shape.n_head_kv), cache_keep=tuple(cache_keep))
-    by_saving = sorted(range(n_layer_main), key=lambda il: (-shape.token_bytes(il, full.cache_type(il, cache_type)), il))
+    types = CacheTypes.parse(cache_type)
+    each = [(full.cache_type(il, types.k), full.cache_type(il, types.v)) for il in range(n_layer_main)]
+    token_bytes = [shape.token_bytes(il, k, v) for il, (k, v) in enumerate(each)]
+    by_saving = sorted(range(n_layer_main), key=lambda il: (-token_bytes[il], il))
     for n in range(n_layer_main + 1):
         if peak_bytes(shape, by_saving[:n], **settings) <= budget:
             return n
@@ -86,8 +90,10 @@ def peak_bytes(
     """Bytes that a context of one sequence allocates for K, V and a prompt that fills it and comes as a whole, if `layers` stream.
     Raises ValueError as `kv_memory`."""
     spec = StreamingSpec(tuple(layers), len(shape.n_head_kv), sink, window, prefill, cache_keep=tuple(cache_keep))
-    kv = kv_memory(shape, spec, n_ctx, type_k=cache_type, n_ubatch=n_ubatch)
-    return kv.total + prompt_memory(shape, spec, n_ctx, n_embd=n_embd, type_k=cache_type, n_ubatch=n_ubatch).whole
+    types = CacheTypes.parse(cache_type)
+    settings: dict[str, Any] = {"type_k": types.k, "type_v": types.v, "n_ubatch": n_ubatch}
+    kv = kv_memory(shape, spec, n_ctx, **settings)
+    return kv.total + prompt_memory(shape, spec, n_ctx, n_embd=n_embd, **settings).whole
 
 
 def format_mib(n_bytes: int) -> str:

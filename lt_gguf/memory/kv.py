@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lt_gguf.spec import StreamingSpec, format_layers
-from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE, cache_type, kept_cache_type, streaming_cache_type
+from lt_gguf.spec.cache_types import (
+    CACHE_TYPES,
+    DEFAULT_CACHE_TYPE,
+    CacheTypes,
+    cache_type,
+    kept_cache_type,
+    streaming_cache_type,
+)
 
 DEFAULT_N_UBATCH = 512  # llama.cpp's own
 
@@ -37,6 +44,12 @@ class KVShape:
             ValueError: an unknown cache type, or one that llama.cpp refuses for this model.
         """
         type_v = type_v or type_k
+        self.check(type_k, type_v, flash_attn)
+        n_head_kv_v = self.n_head_kv[il] if flash_attn else self.n_head_kv_max
+        return _row_bytes(type_k, self.n_head_kv[il] * self.head_size_k) + _row_bytes(type_v, n_head_kv_v * self.head_size_v)
+
+    def check(self, type_k: str, type_v: str, flash_attn: bool = True) -> None:
+        """Raises ValueError: an unknown cache type, or one that llama.cpp refuses for this model."""
         block_k, block_v = cache_type(type_k).block, cache_type(type_v).block
         for name, block, head_size in ((type_k, block_k, self.head_size_k), (type_v, block_v, self.head_size_v)):
             if head_size % block:
@@ -45,8 +58,6 @@ class KVShape:
                 )
         if block_v > 1 and not flash_attn:
             raise ValueError(f"cache type = {type_v}: a quantized V cache needs flash attention")
-        n_head_kv_v = self.n_head_kv[il] if flash_attn else self.n_head_kv_max
-        return _row_bytes(type_k, self.n_head_kv[il] * self.head_size_k) + _row_bytes(type_v, n_head_kv_v * self.head_size_v)
 
 
 class KVMemory(NamedTuple):
@@ -112,17 +123,27 @@ def streaming_cells(
 
 
 def cache_types_text(cache_type: str, spec: StreamingSpec | None) -> str:
-    """`q8_0`, or `q8_0, f16 in streaming layers`, or `q8_0, f16 in layers 0,2-3`, or both."""
+    """`q8_0`, or `q8_0, f16 in streaming layers`, or `K q8_0, V q4_0, f16 in layers 0,2-3`, or both.
+
+    Args:
+        cache_type: of the layers with full attention, as `CacheTypes.parse` reads it.
+    """
+    types = CacheTypes.parse(cache_type)
     if spec is None:
-        return cache_type
-    parts = [cache_type]
-    streaming = streaming_cache_type(cache_type, spec.type) if spec.layers else cache_type
-    if streaming != cache_type:
-        parts.append(f"{streaming} in streaming layers")
+        return types.said
+    parts = [types.said]
+    streaming = CacheTypes(*(streaming_cache_type(name, spec.type) for name in types)) if spec.layers else types
+    if streaming != types:
+        parts.append(f"{streaming.said} in streaming layers")
     # those that would have another type if they weren't kept
-    kept = [il for il in spec.cache_keep if spec.cache_type(il, cache_type) != (streaming if spec.is_streaming(il) else cache_type)]
+    kept = [
+        il
+        for il in spec.cache_keep
+        if CacheTypes(*(spec.cache_type(il, name) for name in types)) != (streaming if spec.is_streaming(il) else types)
+    ]
     if kept:
-        parts.append(f"{kept_cache_type(cache_type)} in layer{'s' if len(kept) > 1 else ''} {format_layers(kept)}")
+        in_16_bits = CacheTypes(*map(kept_cache_type, types))
+        parts.append(f"{in_16_bits.said} in layer{'s' if len(kept) > 1 else ''} {format_layers(kept)}")
     return ", ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lt_gguf.memory.kv import KVMemory, cache_types_text, kv_memory
 from lt_gguf.memory.prompt import PromptMemory, prompt_memory
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.report import plots
-from lt_gguf.spec import StreamingSpec, format_layers
+from lt_gguf.spec import CacheTypes, StreamingSpec, format_layers
 from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
 from lt_gguf.spec.keys import LAZY_RATIO_KEY
 
@@ -26,6 +27,9 @@ BAR_WIDTH = 10
 
 def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEFAULT_CACHE_TYPE) -> dict[str, Any]:
     """What `lt-gguf inspect --json` prints. Sizes are in bytes, contexts in tokens; a lazy ratio that wasn't measured is null.
+
+    Args:
+        cache_type: of the layers with full attention, as `CacheTypes.parse` reads it.
 
     Raises:
         ValueError: the cache type is unknown or doesn't fit the model.
@@ -43,6 +47,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
         "head_size_v": model.head_size_v,
         "cache_type": cache_type,
         "cache_keep": list(spec.cache_keep) if spec else [],
+        "cache_recommended": _describe_recommended(model),
         "streaming": _describe_spec(model, spec),
         "why_not_streaming": model.why_not_streaming,
         "provenance": {"selection": model.provenance.selection, "calibration": _calibration(model)} if model.provenance else None,
@@ -81,6 +86,8 @@ def print_tables(model: GGUFModel, spec: StreamingSpec | None, cache_type: str =
     console.print(f"[bold]{escape(model.name)}[/bold]: {model.architecture}, {size}")
     for line in (_summary(model, spec), *_provenance(model)):
         console.print(line, markup=False)
+    if model.recommended is not None:
+        console.print(f"recommended for the KV cache: {model.recommended}")
 
     ratios = _lazy_ratios(model)
     types = cache_types_text(cache_type, spec)
@@ -151,17 +158,30 @@ def _summary(model: GGUFModel, spec: StreamingSpec | None) -> str:
         return f"can't have streaming layers: {model.why_not_streaming}"
     if spec is None or not spec.layers:
         return "no layer streams: an ordinary model"
-    chosen = f", chosen by {model.provenance.selection}" if model.provenance and spec == model.spec else ""
+    chosen = f", chosen by {model.provenance.selection}" if model.provenance and _is_the_files(model, spec) else ""
     return (
         f"{len(spec.layers)} layers stream{chosen}: {format_layers(spec.layers)}; "
         f"sink {spec.sink}, window {spec.window}, prefill {spec.prefill}"
     )
 
 
+def _is_the_files(model: GGUFModel, spec: StreamingSpec) -> bool:
+    """Whether a spec says of what streams what the file says."""
+    return replace(spec, cache_keep=()) == model.spec
+
+
+def _describe_recommended(model: GGUFModel) -> dict[str, Any] | None:
+    found = model.recommended
+    if found is None:
+        return None
+    breaks = [str(types) for types in found.breaks]
+    return {"type_k": found.types.k, "type_v": found.types.v, "keep": list(found.keep), "breaks": breaks}
+
+
 def _describe_spec(model: GGUFModel, spec: StreamingSpec | None) -> dict[str, Any] | None:
     if spec is None:
         return None
-    provenance = model.provenance if spec == model.spec else None
+    provenance = model.provenance if _is_the_files(model, spec) else None
     return {
         "spec": str(spec),
         "layers": list(spec.layers),
@@ -232,10 +252,10 @@ def _token_bytes(model: GGUFModel, spec: StreamingSpec | None, il: int, cache_ty
     """KV bytes that a token takes in a layer, `None` where there is no plain KV cache."""
     if model.why_not_streaming:
         return None
-    if spec is not None:
-        cache_type = spec.cache_type(il, cache_type)
+    types = CacheTypes.parse(cache_type)
+    k, v = types if spec is None else (spec.cache_type(il, name) for name in types)
     shape = model.kv_shape
-    return shape.token_bytes(il, cache_type) if il < len(shape.n_head_kv) else None
+    return shape.token_bytes(il, k, v) if il < len(shape.n_head_kv) else None
 
 
 def _memory(model: GGUFModel, spec: StreamingSpec | None, cache_type: str) -> list[tuple[int, KVMemory, KVMemory, PromptMemory]]:
@@ -243,13 +263,14 @@ def _memory(model: GGUFModel, spec: StreamingSpec | None, cache_type: str) -> li
     if model.why_not_streaming:
         return []
     shape = model.kv_shape
+    types = CacheTypes.parse(cache_type)
     ordinary = None if spec is None else spec.without_streaming()
     return [
         (
             n_ctx,
-            kv_memory(shape, ordinary, n_ctx, type_k=cache_type),
-            kv_memory(shape, spec, n_ctx, type_k=cache_type),
-            prompt_memory(shape, spec, n_ctx, n_embd=model.n_embd, type_k=cache_type),
+            kv_memory(shape, ordinary, n_ctx, type_k=types.k, type_v=types.v),
+            kv_memory(shape, spec, n_ctx, type_k=types.k, type_v=types.v),
+            prompt_memory(shape, spec, n_ctx, n_embd=model.n_embd, type_k=types.k, type_v=types.v),
         )
         for n_ctx in CONTEXTS
     ]

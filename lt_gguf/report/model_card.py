@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from lt_gguf.report.report import Report
 from lt_gguf.selection.base import LONGEST_COMPARED
 from lt_gguf.selection.caches import Caches
 from lt_gguf.selection.evidence import WHERE, Candidate
-from lt_gguf.spec import StreamingSpec, format_layers
-from lt_gguf.spec.cache_types import DEFAULT_CACHE_TYPE
+from lt_gguf.spec import CacheRecommendation, CacheTypes, StreamingSpec, format_layers
+from lt_gguf.spec.cache_types import PLAIN
 
 CONTEXTS = (4096, 32768, 131072)
 PAPER = "[arXiv 2410.13846](https://arxiv.org/abs/2410.13846)"
@@ -33,19 +34,22 @@ class KVRow(NamedTuple):
     hybrid: int
 
 
-def kv_rows(shape: KVShape, spec: StreamingSpec, n_ctx_train: int = 0, cache_type: str = DEFAULT_CACHE_TYPE) -> list[KVRow]:
+def kv_rows(
+    shape: KVShape, spec: StreamingSpec, n_ctx_train: int = 0, *, recommended: CacheRecommendation | None = None
+) -> list[KVRow]:
     """The rows of a card's table of memory, up to the context size that the model was trained for, if that is known.
+
+    Args:
+        recommended: what the file recommends for the cache, `None`: nothing, so that it is f16.
 
     Raises:
         ValueError: as `kv_memory` does.
     """
     contexts = [*(n_ctx for n_ctx in CONTEXTS if n_ctx < n_ctx_train), n_ctx_train] if n_ctx_train else CONTEXTS
+    types, hybrid = _cache(spec, recommended)
+    full = hybrid.without_streaming()
     return [
-        KVRow(
-            n_ctx,
-            kv_memory(shape, None, n_ctx, type_k=cache_type).total,
-            kv_memory(shape, spec, n_ctx, type_k=cache_type).total,
-        )
+        KVRow(n_ctx, *(kv_memory(shape, of, n_ctx, type_k=types.k, type_v=types.v).total for of in (full, hybrid)))
         for n_ctx in contexts
     ]
 
@@ -57,7 +61,7 @@ def model_card(
     license_id: str | None,
     kv: Sequence[KVRow] = (),
     *,
-    cache_type: str = DEFAULT_CACHE_TYPE,
+    recommended: CacheRecommendation | None = None,
     folder: str = "",
 ) -> str:
     """A README.md for the hub, ready to publish.
@@ -67,7 +71,7 @@ def model_card(
         base_model: hub id of the checkpoint, as in `org/name`; anything else is named in the text only.
         license_id: of the checkpoint, as its own card says; left out if unknown.
         kv: rows of the table of memory.
-        cache_type: type of the KV cache that they are for.
+        recommended: what the files recommend for the KV cache, which `kv` is of then; else it is of an f16 cache.
         folder: where the report's pictures lie, seen from the card; beside it if empty.
     """
     title = f"{base_model.rstrip('/').rsplit('/', 1)[-1] if base_model else Path(report.model).stem}, hybrid"
@@ -82,7 +86,10 @@ def model_card(
         streaming_section(report, folder).rstrip(),
     ]
     if kv:
-        parts += ["## Memory", _kv_table(kv, cache_types_text(cache_type, report.spec))]
+        types, spec = _cache(report.spec, recommended)
+        parts += ["## Memory", _kv_table(kv, cache_types_text(str(types), spec))]
+    if recommended is not None:
+        parts.append(f"Recommended for the KV cache: {_plain(str(recommended))}. lt-gguf takes it where nothing else is asked for.")
     parts += ["## Files", _files_list(files), "## Run it", _how_to_run(first)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -219,6 +226,13 @@ def _kv_table(rows: Sequence[KVRow], cache_types: str) -> str:
         saved = f"{1 - row.hybrid / row.full:.0%}" if row.full else "-"
         lines.append(f"| {row.n_ctx:,} | {format_bytes(row.full)} | {format_bytes(row.hybrid)} | {saved} |")
     return "\n".join(lines)
+
+
+def _cache(spec: StreamingSpec, recommended: CacheRecommendation | None) -> tuple[CacheTypes, StreamingSpec]:
+    """The types of K and V in the layers with full attention, and the spec with the layers that stay in 16 bits."""
+    if recommended is None:
+        return PLAIN, spec
+    return recommended.types, replace(spec, cache_keep=recommended.keep)
 
 
 def _files_list(files: Sequence[Path]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from lt_gguf.models import local_path, resolve, resolve_on_hub
 from lt_gguf.models.remembered import chosen_for
 from lt_gguf.runtime import api, context_size, crash, disk_cache, lazy_ratios
+from lt_gguf.runtime.cache_choice import CacheTypeWarning, choose_cache, recommending, types_of
 from lt_gguf.runtime.context_size import ContextSize
 from lt_gguf.runtime.cpu import usable_cores
 from lt_gguf.runtime.log import captured_errors
@@ -26,12 +27,13 @@ from lt_gguf.spec import (
     DEFAULT_W_LAST,
     DEFAULT_WINDOW,
     AutoSpec,
+    CacheTypes,
     Lazy,
     StreamingSpec,
     runtime_text,
-    with_cache_keep,
 )
 from lt_gguf.spec.cache_keep import Layers
+from lt_gguf.spec.cache_types import cache_type
 from lt_gguf.spec.fields import INT32_MAX, check_size
 
 # note: llama_cpp.Llama.__init__ turns the process's stdout away for a moment; two that do so at once wouldn't bring it back
@@ -54,14 +56,17 @@ class Llama(ReadingLlama):
             file says, else what was chosen for it by measuring it once (`lt_gguf.choose_streaming`, or `lt-gguf analyze`); where
             nothing is known, a warning says so, and all layers have full attention.
         cache_keep: layers whose KV cache stays in 16 bits where `type_k` and `type_v` quantize it: their numbers, or a text as in
-            `"0,2-3"`, in place of what a spec says. `None`: what the spec says, else none.
+            `"0,2-3"`, in place of what a spec says. `None`: what the spec says, else what the file recommends, else none.
         prompt_limit: most bytes that streaming layers may take besides their cache while a long prompt is read with
             full attention (`prefill = full`); 0: no limit; `None`: what the environment variable LT_PROMPT_LIMIT says.
         snapshot_limit: most bytes of snapshots, with which a conversation goes back to an earlier prompt without
             reading it again; the oldest go first. 0: none is kept.
         timeout: seconds for which a call waits while other threads' calls have the model, then it raises TimeoutError; 0:
             not at all; `None`: without limit. Each method that uses the model takes it, too, for one call.
-        kwargs: as for `llama_cpp.Llama`. `n_ctx="auto"`: as large as the model was trained for and memory allows, the weights, the
+        kwargs: as for `llama_cpp.Llama`. `type_k` and `type_v`, both left out: what the file recommends, as long as the layers stream
+            that it lets stream, else f16; a V that needs flash attention switches it on, or is f16 where `flash_attn=False` says
+            that it stays off, and a CacheTypeWarning says so. Another one says that the file calls a type one that breaks the
+            model. `n_ctx="auto"`: as large as the model was trained for and memory allows, the weights, the
             cache and a prompt that fills it counted; `prompt_limit` is then what that leaves for prompts, unless it is given.
             `swa_full` has no effect on streaming layers. `n_threads` and `n_threads_batch`: `None` is the number of physical cores
             that the process may use (`lt_gguf.runtime.cpu.usable_cores`).
@@ -83,11 +88,21 @@ class Llama(ReadingLlama):
         verbose: bool = True,
         **kwargs: Any,
     ) -> None:
+        if streaming is not None and not isinstance(streaming, (str, StreamingSpec, AutoSpec)):
+            raise ValueError(f'streaming = {streaming!r}: must be a StreamingSpec, an AutoSpec, a string, "off" or None')
         model_path = local_path(model_path)
         chosen, unknown = chosen_for(model_path, streaming)
-        self._streaming_argument = with_cache_keep(chosen, cache_keep)
         if unknown:
             warnings.warn(unknown, RuntimeWarning, stacklevel=2)
+        asked = types_of(kwargs.get("type_k"), kwargs.get("type_v"))
+        cache = choose_cache(recommending(model_path), chosen, asked, cache_keep, kwargs.get("flash_attn"))
+        for note in cache.notes:
+            warnings.warn(note, CacheTypeWarning, stacklevel=2)
+        self._streaming_argument = cache.streaming
+        if asked is None:
+            kwargs |= {"type_k": cache_type(cache.types.k).ggml_type, "type_v": cache_type(cache.types.v).ggml_type}
+        if cache.flash_attn is not None:
+            kwargs["flash_attn"] = cache.flash_attn
         self._prompt_limit = None if prompt_limit is None else check_size("prompt_limit", prompt_limit)
         check_size("snapshot_limit", snapshot_limit)
         is_largest = isinstance(kwargs.get("n_ctx"), str) and kwargs["n_ctx"] == context_size.AUTO
@@ -180,8 +195,6 @@ class Llama(ReadingLlama):
         spec = self._streaming_argument
         if spec is None:
             return
-        if not isinstance(spec, (str, StreamingSpec, AutoSpec)):
-            raise ValueError(f'streaming = {spec!r}: must be a StreamingSpec, an AutoSpec, a string, "off" or None')
         if isinstance(spec, StreamingSpec) and spec.n_layer != self._n_layer():
             raise ValueError(f"streaming: is for a model of {spec.n_layer} layers, must be for {self._n_layer()}")
         self._set_model_spec(spec)
@@ -213,6 +226,13 @@ class Llama(ReadingLlama):
     def cache_keep(self) -> tuple[int, ...]:
         """The layers of this context whose KV cache stays in 16 bits where that of the others is quantized."""
         return self._spec.cache_keep
+
+    @property
+    def cache_types(self) -> CacheTypes:
+        """The types of K and V in the layers of this context that have full attention and aren't among `cache_keep`."""
+        found = types_of(self.context_params.type_k, self.context_params.type_v)
+        assert found is not None
+        return found
 
     @takes_moment
     def kv_bytes(self) -> dict[str, int]:

@@ -22,6 +22,8 @@ from lt_gguf.models.package import user_cache
 from lt_gguf.runtime import supervised
 from lt_gguf.runtime.crash import describe_death
 from lt_gguf.runtime.library import tool_path
+from lt_gguf.spec import CacheTypes
+from lt_gguf.spec.cache_types import PLAIN
 
 # A child that dies so often within so many seconds isn't started again.
 MOST_DEATHS, WITHIN = 3, 120.0
@@ -55,7 +57,7 @@ class ServerSettings:
         n_slots: conversations at a time.
         streaming: the spec's text, as LT_STREAMING takes it; `None`: what the file says.
         prompt_limit: most bytes that a long prompt may take besides the cache; 0: no limit.
-        cache_type: of the KV cache.
+        cache_types: of K and V in the KV cache.
         n_threads: CPU threads.
         n_gpu_layers: layers on the GPU; -1: all.
         n_batch: tokens of a prompt that are read at once.
@@ -69,7 +71,7 @@ class ServerSettings:
     n_slots: int = 1
     streaming: str | None = None
     prompt_limit: int = 0
-    cache_type: str = "f16"
+    cache_types: CacheTypes = PLAIN
     n_threads: int = 1
     n_gpu_layers: int = -1
     n_batch: int = 512
@@ -89,7 +91,7 @@ class ServerSettings:
             *("--model", self.model, "--host", str(address), "--no-ui", "--offline", "--metrics", "--slots"),
             *(("--slot-save-path", str(states)) if self.saves_slot else ()),
             *("--ctx-size", str(self.n_ctx), "--parallel", str(self.n_slots), "--fit", "off"),
-            *("--cache-type-k", self.cache_type, "--cache-type-v", self.cache_type),
+            *("--cache-type-k", self.cache_types.k, "--cache-type-v", self.cache_types.v),
             *("--threads", str(self.n_threads), "--n-gpu-layers", gpu_layers, "--batch-size", str(self.n_batch)),
             *("--flash-attn", "on" if self.flash_attn else "off"),
             *self.more,

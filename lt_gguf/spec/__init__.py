@@ -5,6 +5,8 @@ Everything else in the package is built on this, so it imports nothing of it.
 
 from lt_gguf.spec.auto import DEFAULT_AUTO_W_LAST, MAX_W_LAST, AutoSpec, Lazy, parse_running, runtime_text
 from lt_gguf.spec.cache_keep import with_cache_keep
+from lt_gguf.spec.cache_recommendation import CacheRecommendation
+from lt_gguf.spec.cache_types import CacheTypes
 from lt_gguf.spec.keys import Typed
 from lt_gguf.spec.layers import format_layers, parse_layers
 from lt_gguf.spec.provenance import Provenance
@@ -30,6 +32,8 @@ __all__ = [
     "MAX_W_LAST",
     "PREFILL_MODES",
     "AutoSpec",
+    "CacheRecommendation",
+    "CacheTypes",
     "Lazy",
     "Provenance",
     "StreamingSpec",

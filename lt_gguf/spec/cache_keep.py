@@ -35,9 +35,21 @@ def with_cache_keep(
     text = layers if isinstance(layers, str) else _text_of(layers)
     if isinstance(streaming, StreamingSpec):
         return replace(streaming, cache_keep=parse_layers(text, streaming.n_layer, CACHE_KEEP))
-    said = os.environ.get(ENVIRONMENT_VARIABLE, "") if streaming is None else str(streaming)
-    items = [item for item in said.split(";") if item.strip() and item.partition("=")[0].strip() != CACHE_KEEP]
+    items = [item for item in _said(streaming).split(";") if item.strip() and not _is_cache_keep(item)]
     return ";".join([*items, f"{CACHE_KEEP}={text.strip() or 'none'}"])
+
+
+def says_cache_keep(streaming: StreamingSpec | AutoSpec | str | None) -> bool:
+    """Whether it says itself which layers are kept in 16 bits; `None`: whether the environment variable LT_STREAMING does."""
+    return any(_is_cache_keep(item) for item in _said(streaming).split(";"))
+
+
+def _said(streaming: StreamingSpec | AutoSpec | str | None) -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "") if streaming is None else str(streaming)
+
+
+def _is_cache_keep(item: str) -> bool:
+    return item.partition("=")[0].strip() == CACHE_KEEP
 
 
 def _text_of(layers: Iterable[int]) -> str:

@@ -24,7 +24,7 @@ CACHE_TYPES = {
     "q5_0": CacheType(6, 32, 22),
     "q5_1": CacheType(7, 32, 24),
 }
-DEFAULT_CACHE_TYPE = "f16"
+DEFAULT_CACHE_TYPE = "f16"  # of K and V where nobody says another
 
 
 def cache_type(name: str) -> CacheType:
@@ -61,13 +61,33 @@ def kept_cache_type(other: str) -> str:
 
 
 class CacheTypes(NamedTuple):
-    """The types of K and V in the layers whose cache grows."""
+    """The types of K and V in the layers whose cache grows. As a text: `q8_0`, or `q8_0/q4_0` where they differ."""
 
     k: str
     v: str
 
+    @classmethod
+    def parse(cls, text: str) -> CacheTypes:
+        """Reads `q8_0` or `q8_0/q4_0`. Raises ValueError: it is neither, or llama.cpp takes no such type for a KV cache."""
+        names = [name.strip() for name in text.split("/")]
+        if len(names) > 2:
+            raise ValueError(f'cache type = "{text}": must be one type, or those of K and of V, as in q8_0/q4_0')
+        for name in names:
+            cache_type(name)
+        return cls(names[0], names[-1])
+
     def __str__(self) -> str:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
+
+    @property
+    def said(self) -> str:
+        """`q8_0`, or `K q8_0, V q4_0`, as in a sentence."""
+        return self.k if self.k == self.v else f"K {self.k}, V {self.v}"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether that of K or that of V has less than 16 bits."""
+        return any(cache_type(name).block > 1 for name in self)
 
     @property
     def needs_flash_attn(self) -> bool:
@@ -80,12 +100,5 @@ PLAIN = CacheTypes(DEFAULT_CACHE_TYPE, DEFAULT_CACHE_TYPE)
 
 def parse_cache_types(text: str) -> tuple[CacheTypes, ...]:
     """Reads `q8_0,q8_0/q4_0`: types of K and V, or of both. Raises ValueError: that isn't one."""
-    found: dict[CacheTypes, None] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        k, slash, v = part.partition("/")
-        types = CacheTypes(k, v if slash else k)
-        for name in types:
-            cache_type(name)
-        if types != PLAIN:  # note: it is measured anyway
-            found[types] = None
-    return tuple(found)
+    found = dict.fromkeys(CacheTypes.parse(part) for part in text.split(",") if part.strip())
+    return tuple(types for types in found if types != PLAIN)  # note: that is measured anyway

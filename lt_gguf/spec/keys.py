@@ -9,6 +9,7 @@ SELECTION_KEY = "lighttransfer.selection"
 LAZY_RATIO_KEY = "lighttransfer.lazy_ratio"
 CALIBRATION_KEY = "lighttransfer.calibration"
 FORMAT_VERSION = 1
+CACHE_VERSION = 1  # of what a file recommends for the cache
 
 
 class Typed(NamedTuple):
@@ -37,3 +38,8 @@ def prefill_key(arch: str) -> str:
 def streaming_keys(arch: str) -> tuple[str, str, str, str]:
     """The keys that make a file a hybrid one; a file has all of them or none."""
     return layers_key(arch), sink_key(arch), window_key(arch), prefill_key(arch)
+
+
+def cache_prefix(arch: str) -> str:
+    """What the keys begin with that recommend types of the KV cache, those of later versions too."""
+    return f"{arch}.attention.cache."

@@ -43,7 +43,7 @@ class StreamingSpec:
         type: of these layers' KV cache when it runs, as in `f16` or `q8_0`; `None` for that of the other layers where it isn't
             quantized, else f16. It isn't part of a file.
         cache_keep: indices of layers, streaming or not, whose KV cache is f16 where it would be quantized, kept sorted and unique.
-            They aren't part of a file either.
+            They aren't part of a spec in a file either: that may recommend them (`CacheRecommendation`).
 
     Raises:
         ValueError: a field is out of range; the message names it and says what is allowed.
@@ -163,7 +163,7 @@ class StreamingSpec:
         """The GGUF metadata of this spec, in the order in which it is written.
 
         Raises:
-            ValueError: it says something of the cache's types, which a file has no key for.
+            ValueError: it says something of the cache's types, which isn't part of it in a file.
         """
         if self.type is not None:
             raise ValueError(
@@ -171,7 +171,9 @@ class StreamingSpec:
             )
         if self.cache_keep:
             keep = format_layers(self.cache_keep)
-            raise ValueError(f"{CACHE_KEEP} = {keep}: a file has no key for it, must be given when it runs (--cache-keep {keep})")
+            raise ValueError(
+                f"{CACHE_KEEP} = {keep}: a file's spec has no key for it, must be given when it runs or recommended (--cache-keep {keep})"
+            )
 
         return {
             layers_key(arch): Typed("array of bool", [self.is_streaming(il) for il in range(self.n_layer)]),

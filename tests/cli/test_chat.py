@@ -18,6 +18,7 @@ from lt_gguf.chat import figures
 from lt_gguf.chat.screen import PlainScreen
 from lt_gguf.cli import chat
 from lt_gguf.runtime import available_memory, context_size
+from lt_gguf.spec.cache_types import PLAIN
 
 QUICK = ["--threads", "1", "--batch-size", "64"]
 SMALL = [*QUICK, "--ctx", "512"]
@@ -78,7 +79,7 @@ def test_no_layer_streams_yet(lt_gguf_command, hybrid_file, monkeypatch):
 
 def test_no_formula_is_needed_where_no_layer_streams():
     """Models with a memory of their own have none."""
-    llm = SimpleNamespace(kv_bytes=lambda: {"total": 1024}, streaming=None, auto=None)
+    llm = SimpleNamespace(kv_bytes=lambda: {"total": 1024}, streaming=None, auto=None, cache_types=PLAIN)
     assert figures.describe_memory(llm, lambda: pytest.fail("asked")) == "KV 1.00 KiB, no layer streams"
 
 

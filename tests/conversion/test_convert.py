@@ -163,7 +163,7 @@ def broken(llama: Path, folder: Path, **changes: object) -> Path:
         ({"calibration_length": 1024}, "calibration length = 1024: must be more than sink + window = 1024, else every lazy ratio"),
         ({"kv_budget": "4GiB"}, "--kv-budget needs --ctx"),
         ({"kv_budget": "much", "ctx": 1}, '--kv-budget: size = "much": must be a number of bytes'),
-        ({"ctx": 1}, "--ctx, --cache-type and --cache-keep are for --kv-budget"),
+        ({"ctx": 1}, "--ctx is for --kv-budget, which is missing"),
         ({"kv_budget": "4GiB", "ctx": 1, "fraction": 0.5}, "must not have --streaming-fraction"),
         ({"kv_budget": "4GiB", "ctx": 1, "cache_type": "q9"}, 'cache type = "q9": must be one of f32'),
         ({"report": "x", "no_report": True}, "--report and --no-report: give one"),

@@ -52,10 +52,12 @@ def test_kl(stories_file, tmp_path):
 @pytest.mark.slow
 def test_auto_quantized_and_split(stories_file, tmp_path):
     settings = MEASURED | {"calibration": stories_file, "select": "auto", "quantize": "Q8_0", "split_max_tensors": 40}
+    settings |= {"cache_type": "q8_0/q4_0", "cache_keep": "0", "cache_breaks": "q4_0"}
     converted = convert(DEMO, tmp_path / "m.gguf", **settings)
     assert len(converted.files) > 1 and names(tmp_path) == [*(file.name for file in converted.files), "m-report"]
     model, report = read_model(converted.files[0]), Report.read(tmp_path / "m-report" / "report.json")
     assert model.provenance.selection == "auto" and model.spec == report.spec
+    assert str(model.recommended) == "K q8_0, V q4_0, 16 bits in layer 0; q4_0 breaks the model"
     assert model.provenance.lazy_ratio is not None and report.ratios is not None
     candidates = report.selection.candidates
     tried = ["lazy-ratio", "frequency", "interleave-odd", "interleave-even", "kl"]

@@ -18,10 +18,11 @@ from lt_gguf.gguf import flagging
 from lt_gguf.gguf.file import read_model
 from lt_gguf.gguf.flagging import SECTOR, flag, flag_in_place
 from lt_gguf.gguf.header import read_layout
-from lt_gguf.spec import Provenance, StreamingSpec, Typed
+from lt_gguf.spec import CacheRecommendation, CacheTypes, Provenance, StreamingSpec, Typed
 
 SPEC = StreamingSpec((1, 3), N_LAYER, sink=2, window=30)
 MANUAL = Provenance("manual")
+CACHE = CacheRecommendation(N_LAYER, CacheTypes("f32", "bf16"), (0, 2), (CacheTypes("q8_0", "q4_0"),))
 MEASURED = Provenance("lazy-ratio", (0.5, 0.75, 0.25, 1.0), json.dumps({"data": "a text", "samples": 2}))
 
 SHAPES = {
@@ -40,7 +41,7 @@ def digest(path: Path, start: int = 0) -> str:
 
 
 def is_ours(key: str) -> bool:
-    return ".attention.streaming." in key or key.startswith("lighttransfer.")
+    return ".attention.streaming." in key or ".attention.cache." in key or key.startswith("lighttransfer.")
 
 
 def assert_only_our_keys_differ(old: Path, new: Path) -> None:
@@ -65,13 +66,13 @@ def assert_only_our_keys_differ(old: Path, new: Path) -> None:
 def test_only_our_keys_change_and_off_takes_them_out_again(tmp_path, shape):
     old = write_small(tmp_path / "old.gguf", **SHAPES[shape])
     before = list(map(digest, old))
-    new = flag(old[0], tmp_path / FINAL[len(old)], SPEC, MEASURED)
+    new = flag(old[0], tmp_path / FINAL[len(old)], SPEC, MEASURED, recommended=CACHE)
     assert [path.exists() for path in new] == [True] * len(old)
     assert_only_our_keys_differ(old[0], new[0])
     assert list(map(digest, new[1:])) == before[1:]
     assert not any(path.samefile(other) for path, other in zip(new, old))  # nor hard links
     model = read_model(new[0])
-    assert (model.spec, model.provenance, model.n_files) == (SPEC, MEASURED, len(old))
+    assert (model.spec, model.provenance, model.recommended, model.n_files) == (SPEC, MEASURED, CACHE, len(old))
     back = flag(new[0], tmp_path / FINAL[len(old)].replace("new", "back"), None)
     assert list(map(digest, back)) == before == list(map(digest, old))
     assert len(list(tmp_path.iterdir())) == 3 * len(old)
@@ -82,7 +83,7 @@ def test_the_runtime_streams(tmp_path, shape):
     from support.native import STREAMING, Model, api
 
     old = write_small(tmp_path / "old.gguf", **SHAPES[shape])
-    new = flag(old[0], tmp_path / FINAL[len(old)], SPEC, MANUAL)
+    new = flag(old[0], tmp_path / FINAL[len(old)], SPEC, MANUAL, recommended=CACHE)
     logits = []
     for path, spec in ((old[0], "off"), (new[0], str(SPEC))):
         with Model(path) as model, model.context(n_ctx=512, n_batch=64) as context:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lt_gguf.gguf.file import check_can_stream, read_model
 from lt_gguf.gguf.header import LONGEST_ARRAY_READ, read_header
 from lt_gguf.memory.kv import KVMemory, KVShape, kv_memory
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import CacheRecommendation, CacheTypes, StreamingSpec
 from lt_gguf.spec.cache_types import CACHE_TYPES
 
 N_LAYER = 4
@@ -78,8 +78,9 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, size):
 def test_a_damaged_file_never_gives_anything_but_a_clear_error(tmp_path, data):
     path = tmp_path / "a.gguf"
     if not path.exists():
-        write_gguf(path, spec=StreamingSpec((1,), N_LAYER))
-    header = bytearray(path.read_bytes()[:1200])
+        recommended = CacheRecommendation(N_LAYER, CacheTypes("f32", "bf16"), (1,), (CacheTypes("q4_0", "q4_0"),))
+        write_gguf(path, spec=StreamingSpec((1,), N_LAYER), **cache(recommended))
+    header = bytearray(path.read_bytes()[:1500])
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(header) - 8))
         number = data.draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1))
@@ -154,6 +155,59 @@ def test_layers_that_predict_ahead_cannot_stream(tmp_path):
         read_model(write_gguf(tmp_path / "b.gguf", "glm4moe", spec=StreamingSpec((3,), N_LAYER), **keys))
     with pytest.raises(ValueError, match="cache_keep = 2-3: must be layers from 0 to 2"):
         check_can_stream("glm4moe", StreamingSpec((), N_LAYER, cache_keep=(2, 3)), 3, None)
+
+
+def cache(recommended: CacheRecommendation, arch: str = "llama", **changed: object) -> dict[str, object]:
+    """Its keys for `write_gguf`."""
+    keys = {key.removeprefix(f"{arch}.").replace(".", "__"): value for key, (_, value) in recommended.to_metadata(arch).items()}
+    return keys | {f"attention__cache__{key}": value for key, value in changed.items()}
+
+
+def test_what_is_recommended_for_the_cache(tmp_path):
+    types, breaks = CacheTypes("q8_0", "q4_0"), (CacheTypes("q4_0", "q4_0"),)
+    recommended = CacheRecommendation(N_LAYER, types, (1,), breaks)
+    path = write_gguf(tmp_path / "a.gguf", attention__key_length=64, attention__value_length=64, **cache(recommended))
+    assert read_model(path).recommended == recommended and read_model(path).spec is None
+    assert read_model(path, takes_recommended=False).recommended is None
+    assert read_model(write_gguf(tmp_path / "b.gguf")).recommended is None
+
+
+@pytest.mark.parametrize(
+    "arch, recommended, changed, complaint",
+    [
+        ("llama", CacheRecommendation(N_LAYER), {"version": 2}, "llama.attention.cache.version = 2: is of a newer lt-gguf"),
+        ("llama", CacheRecommendation(N_LAYER), {"type_k": "q3"}, 'llama.attention.cache.type_k = "q3": must be one of f32'),
+        (
+            "llama",
+            CacheRecommendation(3, keep=(1,)),
+            {},
+            "cache.keep = [array of 3 bool]: must be an array of bool, one for each of the 4",
+        ),
+        (
+            "llama",
+            CacheRecommendation(N_LAYER, CacheTypes("q8_0", "f16")),
+            {},
+            "llama.attention.cache.*: cache type = q8_0: its blocks",
+        ),
+        ("llama", CacheRecommendation(N_LAYER, CacheTypes("f16", "q4_0")), {}, "elements don't divide this model's heads of 16"),
+        (
+            "gemma2",
+            CacheRecommendation(N_LAYER),
+            {},
+            "no types of the cache can be recommended for the architecture gemma2: it has a sl",
+        ),
+        ("glm4moe", CacheRecommendation(N_LAYER, keep=(3,)), {}, "cache_keep = 3: must be layers from 0 to 2"),
+        ("grok", CacheRecommendation(N_LAYER, CacheTypes("f16", "q8_0")), {}, "a quantized V cache needs flash attention"),
+    ],
+)
+def test_what_cannot_be_recommended(tmp_path, arch, recommended, changed, complaint):
+    more = {"nextn_predict_layers": 1} if arch == "glm4moe" else {}
+    more |= {"attention__key_length": 64, "attention__value_length": 64} if arch == "grok" else {}
+    path = write_gguf(tmp_path / "a.gguf", arch, **cache(recommended, arch, **changed), **more)
+    with pytest.raises(ValueError) as error:
+        read_model(path)
+    assert str(error.value).startswith(f"{path}: ") and complaint in str(error.value) and "\n" not in str(error.value)
+    assert read_model(path, takes_recommended=False).recommended is None
 
 
 def test_split_model(tmp_path):

@@ -52,6 +52,8 @@ def test_layers_that_are_kept_in_16_bits_count_as_such():
     assert smallest_number(SHAPE, HELD + 3 * quantized, 1024, **kept, **SMALL) == 1
     settings = {"n_ctx": 1024, "n_ubatch": 64, **SEEN, **AFTER, **kept}
     assert peak_bytes(SHAPE, (2,), **settings) == HELD + 3 * quantized
+    assert peak_bytes(SHAPE, (2,), **settings | {"cache_type": "f16/q4_0"}) == HELD + 3 * (quantized + 1024 * TOKEN) // 2
+    assert smallest_number(SHAPE, 2 * (quantized + 1024 * TOKEN), 1024, cache_type="f16/q4_0", **SMALL) == 0
 
 
 def test_a_prompt_that_is_read_with_full_attention_counts():

@@ -51,6 +51,13 @@ def test_layers_that_are_kept_count_in_16_bits():
         ("q4_0", StreamingSpec((1,), 4, cache_keep=(0, 1, 2)), "q4_0, f16 in streaming layers, f16 in layers 0,2"),
         ("q4_0", StreamingSpec((1,), 4, type="q4_0", cache_keep=(0, 1)), "q4_0, f16 in layers 0-1"),
         ("f16", StreamingSpec((1,), 4, cache_keep=(0, 1)), "f16"),
+        ("q8_0/q4_0", None, "K q8_0, V q4_0"),
+        ("q8_0/q4_0", StreamingSpec((1,), 4, cache_keep=(0, 1)), "K q8_0, V q4_0, f16 in streaming layers, f16 in layer 0"),
+        (
+            "f32/q4_0",
+            StreamingSpec((1,), 4, cache_keep=(0,)),
+            "K f32, V q4_0, K f32, V f16 in streaming layers, K f32, V f16 in layer 0",
+        ),
     ],
 )
 def test_what_is_said_of_them(cache_type, spec, expected):

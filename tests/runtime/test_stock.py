@@ -16,6 +16,7 @@ from support.gguf_edit import add_metadata, encode
 from support.oracle import Subject, difference
 
 from lt_gguf.runtime.library import library_dir
+from lt_gguf.spec import CacheRecommendation, CacheTypes
 
 ROOT = Path(__file__).parents[2]
 CHILD = ROOT / "tests" / "support" / "decode_child.py"
@@ -83,6 +84,8 @@ def test_our_files_run_there_with_full_attention(subjects, stock, family, tmp_pa
 def streaming_keys(subject: Subject) -> list[bytes]:
     from lt_gguf.gguf.file import read_model
 
-    arch = read_model(subject.native.path).architecture
-    metadata = subject.spec(4, 20, [1, 2]).to_metadata(arch)
+    described = read_model(subject.native.path)
+    arch = described.architecture
+    recommended = CacheRecommendation(described.n_layer, CacheTypes("q8_0", "q4_0"), (0,), (CacheTypes("q4_0", "q4_0"),))
+    metadata = subject.spec(4, 20, [1, 2]).to_metadata(arch) | recommended.to_metadata(arch)
     return [encode(key, typed.type, typed.value) for key, typed in metadata.items()]

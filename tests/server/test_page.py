@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -51,3 +52,34 @@ def test_each_script_is_one(script, tmp_path):
     module.write_text(script.read_text())
     done = subprocess.run(["node", "--check", module], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_all_elements_that_are_asked_for_by_name_are_there():
+    there = set(re.findall(r'\bid="([^"]+)"', (PAGE / "index.html").read_text()))
+    for script in SCRIPTS:
+        asked = set(re.findall(r'\$\("([^"]+)"\)', script.read_text()))
+        assert asked <= there, f"{script.name}: {asked - there}"
+    assert "cache-types" in there  # which panel.js fills
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
+def test_layers_that_are_kept_in_16_bits_are_named(tmp_path):
+    for script in SCRIPTS:
+        shutil.copy(script, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "asked.mjs").write_text("""
+        import { cacheBytes, describe, fullBytes, heldByLayer } from "./layers.js";
+        const info = { n_layer: 3, streaming: { layers: [1], sink: 2, window: 8, prefill: "full" }, cache_keep: [0],
+          token_bytes: [8, 2, 2], streaming_token_bytes: [8, 8, 8] };
+        const held = heldByLayer(info, 100);
+        console.log(JSON.stringify([held.map((layer, i) => describe(layer, i, 100)), cacheBytes(info, held), fullBytes(info, 100)]));
+    """)
+    done = subprocess.run(["node", tmp_path / "asked.mjs"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, hybrid, full = json.loads(done.stdout)
+    assert said == [
+        "layer 0: full, holds 100 tokens, kept in 16 bits",
+        "layer 1: streaming, holds 10 of 100 tokens",
+        "layer 2: full, holds 100 tokens",
+    ]
+    assert (hybrid, full) == (100 * 8 + 10 * 8 + 100 * 2, 100 * (8 + 2 + 2))

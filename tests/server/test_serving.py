@@ -16,7 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 from support.serve import serving, start
-from support.tiny_checkpoint import hybrid_file  # noqa: F401 - a fixture
+from support.tiny_checkpoint import N_LAYER, hybrid_file, write_checkpoint  # noqa: F401 - a fixture
+
+from lt_gguf.conversion import convert
+from lt_gguf.gguf.flagging import flag
+from lt_gguf.spec import CacheRecommendation, CacheTypes, StreamingSpec
 
 QUICK = ["--threads", "1", "--ctx", "1024"]
 STREAMS = ["--streaming", "layers=0-3;sink=2;window=60;prefill=full"]
@@ -238,6 +242,31 @@ def test_the_key_and_several_at_a_time(hybrid_file):
 def test_the_context_is_as_large_as_can_be(hybrid_file):
     with serving(hybrid_file, "--threads", "1") as served:
         assert json.loads(served.ask("/lt/info"))["n_ctx"] == 2048  # what it was trained for
+
+
+@pytest.mark.slow
+def test_llama_server_has_the_cache_that_the_file_recommends(tmp_path):
+    plain = convert(write_checkpoint(tmp_path, head_dim=32), tmp_path / "plain.gguf", outtype="f32", layers="none", no_report=True)
+    recommended = CacheRecommendation(N_LAYER, CacheTypes("q8_0", "q4_0"), (0,), (CacheTypes("q4_0", "q4_0"),))
+    (file,) = flag(plain.files[0], tmp_path / "hybrid.gguf", StreamingSpec((1, 3), N_LAYER, 2, 60), recommended=recommended)
+    text = "K q8_0, V q4_0, f16 in streaming layers, f16 in layer 0"
+    with serving(file, *QUICK) as served:
+        assert json.loads(served.ask("/lt/info"))["cache"] == text
+        command = served.child().cmdline()
+        assert [command[command.index(f"--cache-type-{name}") + 1] for name in "kv"] == ["q8_0", "q4_0"]
+        assert served.child().environ()["LT_STREAMING"] == "cache_keep=0"
+        assert served.chat(WORDS * 15)["usage"]["completion_tokens"] == 5
+        _, said = served.end()
+    assert f", KV cache {text}" in said
+    assert "cache.type_k" in refusal(edited(file, tmp_path / "bad.gguf"), *QUICK)
+
+
+def edited(file: Path, bad: Path) -> Path:
+    """The file with a type of K that there isn't."""
+    raw = file.read_bytes()
+    assert raw.count(b"q8_0") == 1
+    bad.write_bytes(raw.replace(b"q8_0", b"q9_0"))
+    return bad
 
 
 def test_its_folder_is_this_users_alone():

@@ -88,7 +88,10 @@ def test_layers_that_keep_16_bits_are_kept_but_in_no_file(spec, keep):
         assert (";cache_keep=" in str(one)) == bool(keep) and "cache_keep" not in one.hide_text()
         assert one.without_streaming() == replace(StreamingSpec.off(N_LAYER), cache_keep=keep)
         if keep:
-            with pytest.raises(ValueError, match="cache_keep = [0-9,-]+: a file has no key for it, must be given when it runs"):
+            with pytest.raises(
+                ValueError,
+                match="cache_keep = [0-9,-]+: a file's spec has no key for it, must be given when",
+            ):
                 one.to_metadata("llama")
 
 

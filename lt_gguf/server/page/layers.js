@@ -14,7 +14,10 @@ export function heldByLayer(info, n, reading = null) {
   let streaming = Math.min(n, most);
   if (reading && info.streaming?.prefill === "full") streaming = Math.min(n, Math.min(reading.cache, most) + reading.processed - reading.cache);
   const streams = new Set(info.streaming?.layers);
-  return Array.from({ length: info.n_layer }, (_, layer) => ({ streams: streams.has(layer), held: streams.has(layer) ? streaming : n }));
+  const kept = new Set(info.cache_keep);
+  return Array.from({ length: info.n_layer }, (_, layer) => ({
+    streams: streams.has(layer), held: streams.has(layer) ? streaming : n, kept: kept.has(layer),
+  }));
 }
 
 /** Bytes of the KV cache that hold these tokens. */
@@ -25,8 +28,8 @@ export function cacheBytes(info, held) {
 /** Bytes of the KV cache with full attention in all layers. */
 export const fullBytes = (info, n) => n * info.token_bytes.reduce((sum, bytes) => sum + bytes, 0);
 
-const describe = ({ streams, held }, i, n) =>
-  `layer ${i}: ${streams ? "streaming" : "full"}, holds ` + (held === n ? tokens(n) : `${number(held)} of ${tokens(n)}`);
+export const describe = ({ streams, held, kept }, i, n) =>
+  `layer ${i}: ${streams ? "streaming" : "full"}, holds ` + (held === n ? tokens(n) : `${number(held)} of ${tokens(n)}`) + (kept ? ", kept in 16 bits" : "");
 
 function summary({ streaming, auto, n_layer }, reading) {
   if (!streaming) {

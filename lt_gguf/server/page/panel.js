@@ -36,6 +36,7 @@ export function renderPanel() {
 
 function renderCache(info, n, held) {
   const list = el("dl", { id: "cache-figures", class: "bars" });
+  $("cache-types").textContent = info.cache === "f16" ? "" : info.cache;
   // Before anything is said: what the whole context will take.
   $("cache-at").textContent = n ? `with ${tokens(n)}` : "when the context is full";
   const [now, full] = n ? [cacheBytes(info, held), fullBytes(info, n)]
