@@ -18,7 +18,7 @@ from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.evaluation.variants import variants
 from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
 from lt_gguf.models.remembered import chosen_for
-from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, StreamingSpec
+from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, CacheTypes, StreamingSpec
 from lt_gguf.spec.fields import is_auto
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def eval(  # noqa: A001 - a command's function has its name
         str | None,
         typer.Option(
             metavar="TYPES",
-            help="Compare these types of the KV cache, too, each with all of that, beside --cache-type: as in q8_0,q4_0.",
+            help="Compare these types of the KV cache, too, each with all of that, beside --cache-type: as in q8_0,q8_0/q4_0 (K/V).",
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full/--no-full", help="Compare with the full model, where no layer streams.")] = True,
@@ -100,8 +100,9 @@ def eval(  # noqa: A001 - a command's function has its name
     file = model_options.find(file)
     model_options.check_cache_keep(options.cache_keep, file)
     described = read_model(file)
-    others = [] if cache_types is None else [name.strip() for name in cache_types.split(",")]
-    specs = variants(choose_specs(described, streaming, full), (name for name in others if name != options.cache_type))
+    others = [] if cache_types is None else [CacheTypes.parse(name) for name in cache_types.split(",")]
+    usual = CacheTypes.parse(options.cache_type)
+    specs = variants(choose_specs(described, streaming, full), dict.fromkeys(types for types in others if types != usual))
     plan = make_plan(described, tasks, lengths, depths, samples, text_samples, seed, fast)
     if haystack is not None:
         plan = replace(plan, haystack=read_texts(haystack, text_field))

@@ -20,7 +20,7 @@ from lt_gguf.runtime import api
 from lt_gguf.runtime.batch import POSITION, SEQUENCE, batch_part
 from lt_gguf.runtime.text_model import TextModel
 from lt_gguf.spec import AutoSpec, StreamingSpec, parse_running, runtime_text, with_cache_keep
-from lt_gguf.spec.cache_types import streaming_cache_type
+from lt_gguf.spec.cache_types import CacheTypes, streaming_cache_type
 from lt_gguf.spec.fields import is_auto
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class Scorer(TextModel):
     ) -> None:
         super().__init__(file, options.n_gpu_layers)
         self.options, self._reads_once = options, reads_once
-        self._types = options.cache_type_k, options.cache_type_v
+        self._types = CacheTypes(options.cache_type_k, options.cache_type_v)
         self._context: ScoringContext | None = None
         self._hidden: StreamingSpec | None = None  # in place of streaming; `None`: the context really streams
         self._held: tuple[tuple[int, ...], ...] = ()  # prompts that it has
@@ -120,10 +120,10 @@ class Scorer(TextModel):
 
     def _variant(
         self, streaming: StreamingSpec | AutoSpec | str | None
-    ) -> tuple[StreamingSpec | AutoSpec | str | None, tuple[str, str]]:
+    ) -> tuple[StreamingSpec | AutoSpec | str | None, CacheTypes]:
         """A variant's spec, and its types of K and V."""
-        spec, type_ = split_variant(streaming) if isinstance(streaming, str) else (streaming, None)
-        return spec, (type_, type_) if type_ else (self.options.cache_type_k, self.options.cache_type_v)
+        spec, types = split_variant(streaming) if isinstance(streaming, str) else (streaming, None)
+        return spec, types or CacheTypes(self.options.cache_type_k, self.options.cache_type_v)
 
     def _set_spec(self, spec: StreamingSpec | AutoSpec | str | None) -> None:
         text = self._resolve(spec)
@@ -134,7 +134,7 @@ class Scorer(TextModel):
             kept = with_cache_keep(spec, self.options.cache_keep)
             self._context_spec = None if kept is None else runtime_text(kept)
 
-    def _hideable(self, text: str, types: tuple[str, str]) -> StreamingSpec | None:
+    def _hideable(self, text: str, types: CacheTypes) -> StreamingSpec | None:
         """A spec that only decoding depends on, with a cache of these types, not what prompts leave behind; `None`: another one."""
         if is_auto(text):
             return None
@@ -320,7 +320,7 @@ class Scorer(TextModel):
 
     def _make_context(self, n_ctx: int) -> None:
         self._free_context()
-        options = replace(self.options, cache_type_k=self._types[0], cache_type_v=self._types[1])
+        options = replace(self.options, cache_type_k=self._types.k, cache_type_v=self._types.v)
         if self._chooses and options.n_parallel > 1:
             raise ValueError(f"n_parallel = {options.n_parallel}: must be 1 where the layers are chosen for the prompt")
         api.set_model_spec(self.handle, self._context_spec)

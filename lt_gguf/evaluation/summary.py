@@ -245,12 +245,12 @@ def names_of(specs: Sequence[str]) -> dict[str, str]:
     # note: with each type of cache they have the same names
     streaming = list(dict.fromkeys(spec for spec, _ in map(split_variant, specs) if spec != FULL))
     names = {spec: f"hybrid {i}" if len(streaming) > 1 else "hybrid" for i, spec in enumerate(streaming, 1)} | {FULL: "full"}
-    return {text: names[spec] + (f", {type_}" if type_ else "") for text in specs for spec, type_ in [split_variant(text)]}
+    return {text: names[spec] + (f", {types}" if types else "") for text in specs for spec, types in [split_variant(text)]}
 
 
 def _described(text: str) -> str:
-    spec, type_ = split_variant(text)
-    return ("no layer streams" if spec == FULL else spec) + (f", {type_} cache" if type_ else "")
+    spec, types = split_variant(text)
+    return ("no layer streams" if spec == FULL else spec) + (f", {types} cache" if types else "")
 
 
 def _of_length(scores: Mapping[Question, float], length: int) -> dict[Question, float]:

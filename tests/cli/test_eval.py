@@ -113,9 +113,9 @@ def test_types_of_the_cache_are_compared(evaluate, tmp_path):
     assert "full, bf16: no layer streams, bf16 cache" in shown.splitlines()
     before = (tmp_path / "out" / "records.jsonl").read_text()
     assert evaluate(*ONE_TASK, *types)[0] == 0 and (tmp_path / "out" / "records.jsonl").read_text() == before
-    assert evaluate(*ONE_TEXT, "--cache-types", "bf16", "--out", tmp_path / "text")[0] == 0
+    assert evaluate(*ONE_TEXT, "--cache-types", "bf16,bf16/f16", "--out", tmp_path / "text")[0] == 0
     kl = {t["spec"]: t["divergence"]["kl"]["value"] for t in result(tmp_path / "text")["text"]}
-    assert kl["off"] == 0 < kl["off@bf16"] < kl[f"{OF_THE_FILE}@bf16"]
+    assert kl["off"] == 0 < kl["off@bf16/f16"] != kl["off@bf16"] and 0 < kl["off@bf16"] < kl[f"{OF_THE_FILE}@bf16"]
 
 
 # so that it is interrupted before it has measured everything, however busy the machine is
@@ -295,7 +295,7 @@ def test_without_out_nothing_is_written(evaluate, text, tmp_path, monkeypatch):
         (["--streaming", "auto:2"], "fraction = 2.0: must be a number from 0 to 1"),
         (["--parallel", "0"], "n_parallel = 0: must be an integer from 1"),
         (["--cache-type", "f8"], 'cache type = "f8": must be one of'),
-        (["--cache-types", "q8_0,f8"], 'cache type = "f8": must be one of'),
+        (["--cache-types", "q8_0/f8"], 'cache type = "f8": must be one of'),
         (["--text", "none.txt"], "none.txt: No such file"),
         ([*ONE_TEXT, "--lengths", "2000", "--text-samples", "9"], "text.txt: part 1 of 9 has"),
         (["--out", "TEXT"], "text.txt: is a file, must be a folder for the results"),

@@ -111,8 +111,8 @@ def test_nothing_was_measured():
 def test_names():
     assert names_of(["off"]) == {"off": "full"} and names_of([HYBRID]) == {HYBRID: "hybrid"}
     assert names_of(["off", HYBRID, OTHER]) == {"off": "full", HYBRID: "hybrid 1", OTHER: "hybrid 2"}
-    assert names_of(["off", HYBRID, "off@q4_0", f"{HYBRID}@q4_0"]) == {
-        "off": "full", HYBRID: "hybrid", "off@q4_0": "full, q4_0", f"{HYBRID}@q4_0": "hybrid, q4_0",
+    assert names_of(["off", HYBRID, "off@q8_0/q4_0", f"{HYBRID}@q4_0"]) == {
+        "off": "full", HYBRID: "hybrid", "off@q8_0/q4_0": "full, q8_0/q4_0", f"{HYBRID}@q4_0": "hybrid, q4_0",
     }  # fmt: skip
 
 
