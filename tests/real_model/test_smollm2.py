@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.questions import EXPECTED, QUESTION
+from support.questions import EXPECTED, KEEPS_NAMES, QUESTION
 
 from lt_gguf import Llama
 
 SINK, WINDOW = 4, 252  # less than the text, so that streaming layers forget its beginning
-# A half that loses as much as the report's on its questions, and not this name, which that one loses: models/smollm2/README.md.
-KEEPS_NAMES = "0-2,10-16,19,25-27,29"
 OTHER = "Who are the people in these stories?"
 
 

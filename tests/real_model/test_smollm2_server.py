@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from dataclasses import replace
 
-from support.questions import EXPECTED, QUESTION
+from support.questions import EXPECTED, KEEPS_NAMES, QUESTION
 from support.server import running
 
 SETTINGS = ("--ctx-size", "2048", "--batch-size", "512", "--ubatch-size", "512")
@@ -19,8 +18,8 @@ def chat(address: str, messages: list[dict]) -> dict:
         return json.load(response)
 
 
-def test_a_conversation(hybrid, report, document, tmp_path):
-    streaming = str(replace(report.spec, window=252))
+def test_a_conversation(hybrid, document, tmp_path):
+    streaming = f"layers={KEEPS_NAMES};sink=4;window=252;prefill=full"
     with running(hybrid, streaming, tmp_path / "server.log", *SETTINGS) as address:
         messages = [{"role": "user", "content": f"{document}\n\nWho are the people in these stories?"}]
         first = chat(address, messages)
