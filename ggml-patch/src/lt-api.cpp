@@ -28,7 +28,12 @@ static const lt_kv_cache * lt_get_cache(const llama_context * ctx) {
 // nullptr if the part isn't a plain KV cache
 static const llama_kv_cache * lt_get_part(const llama_context * ctx, lt_kv_part part) {
     if (const auto * kv = lt_get_cache(ctx)) {
-        return part == LT_KV_PROMPT ? kv->get_prompt() : part == LT_KV_STREAMING ? kv->get_streaming() : kv->get_full();
+        switch (part) {
+            case LT_KV_PROMPT:    return kv->get_prompt();
+            case LT_KV_STREAMING: return kv->get_streaming();
+            case LT_KV_SWA:       return kv->get_swa();
+            default:              return kv->get_full();
+        }
     }
 
     return part != LT_KV_FULL ? nullptr : dynamic_cast<const llama_kv_cache *>(lt_get_memory(ctx));
@@ -57,6 +62,14 @@ bool lt_model_set_spec(llama_model * model, const char * spec, char * err, size_
     return true;
 }
 
+int32_t lt_model_may_stream(const llama_model * model, bool * layers, int32_t n) {
+    const auto may = lt_model_specs::may_stream(*model);
+
+    std::copy_n(may.begin(), std::min<size_t>(may.size(), std::max(n, 0)), layers);
+
+    return may.size();
+}
+
 int32_t lt_context_spec(const llama_context * ctx, char * buf, size_t buf_size) {
     lt_spec spec;
 
@@ -78,7 +91,7 @@ bool lt_context_hide(llama_context * ctx, const char * text, char * err, size_t 
 
         const auto & model = ctx->get_model();
 
-        const lt_spec spec = lt_spec::parse(text, model.hparams.n_layer_all, &kv->get_spec());
+        const lt_spec spec = lt_spec::parse(text, lt_model_specs::may_stream(model), &kv->get_spec());
         if (!spec.hides) {
             lt_bad_value(LT_KEY_HIDE, format("\"%s\"", text), format("a spec of the form %s=1,3,5-9", LT_KEY_HIDE));
         }
@@ -176,7 +189,9 @@ size_t lt_kv_bytes(const llama_context * ctx, lt_kv_part part) {
 
     std::map<ggml_backend_buffer_type_t, size_t> mb;
     if (kv) {
-        mb = part == LT_KV_PROMPT ? kv->prompt_breakdown() : kv->breakdown(*lt_get_part(ctx, part));
+        const auto * kv_part = lt_get_part(ctx, part);
+
+        mb = part == LT_KV_PROMPT ? kv->prompt_breakdown() : kv_part ? kv->breakdown(*kv_part) : mb;
     } else if (const auto * mem = lt_get_memory(ctx); mem && part == LT_KV_FULL) {
         mb = mem->memory_breakdown();
     }
@@ -210,7 +225,7 @@ int32_t lt_seq_positions(
     const auto * kv_part = lt_get_part(ctx, part);
 
     if (!kv_part) {
-        return part == LT_KV_PROMPT ? 0 : -1;
+        return part == LT_KV_PROMPT || part == LT_KV_SWA ? 0 : -1;
     }
 
     std::vector<llama_pos> held;

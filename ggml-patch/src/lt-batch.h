@@ -33,4 +33,5 @@ struct lt_ubatches {
     llama_kv_cache::slot_info_vec_t sinfos_full;
     llama_kv_cache::slot_info_vec_t sinfos_streaming;
     llama_kv_cache::slot_info_vec_t sinfos_prompt;
+    llama_kv_cache::slot_info_vec_t sinfos_swa;
 };

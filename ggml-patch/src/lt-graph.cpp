@@ -112,6 +112,10 @@ void lt_graph_input_attn_kv::lt_keep_q(ggml_context * ctx, ggml_cgraph * gf, ggm
     }
 }
 
+static bool lt_can_reuse_part(const llm_graph_input_attn_kv & inp, const llm_graph_params & params, const llama_cparams & cparams) {
+    return inp.self_k_idxs->ne[0] == params.ubatch.n_tokens && can_reuse_kq_mask(inp.self_kq_mask, inp.mctx, params.ubatch, cparams);
+}
+
 bool lt_graph_input_attn_kv::can_reuse(const llm_graph_params & params) {
     mctx_lt = static_cast<const lt_kv_cache_context *>(params.mctx);
 
@@ -125,15 +129,60 @@ bool lt_graph_input_attn_kv::can_reuse(const llm_graph_params & params) {
         inp_streaming->mctx = spec.hides ? mctx_lt->get_full() : mctx_lt->get_streaming();
     }
 
-    const auto can_reuse_part = [&](const llm_graph_input_attn_kv & inp, const llama_cparams & cparams) {
-        return inp.self_k_idxs->ne[0] == params.ubatch.n_tokens && can_reuse_kq_mask(inp.self_kq_mask, inp.mctx, params.ubatch, cparams);
-    };
-
-    return can_reuse_part(*this, params.cparams) && (!inp_streaming || can_reuse_part(*inp_streaming, lt_cparams(params.cparams, mctx_lt)));
+    return lt_can_reuse_part(*this, params, params.cparams) && (!inp_streaming || lt_can_reuse_part(*inp_streaming, params, lt_cparams(params.cparams, mctx_lt)));
 }
 
 llm_graph_input_attn_kv * lt_graph_input_attn_kv::lt_for_layer(int il) {
     return spec.is_streaming(il) ? inp_streaming.get() : this;
+}
+
+//
+// layers with a sliding window of their own
+//
+
+lt_graph_input_attn_kv_iswa::lt_graph_input_attn_kv_iswa(
+        const llama_hparams & hparams,
+        const llama_cparams & cparams,
+        std::unique_ptr<llm_graph_input_attn_kv> inp_global,
+        std::unique_ptr<llm_graph_input_attn_kv> inp_swa) :
+    llm_graph_input_attn_kv_iswa(hparams, cparams, nullptr),
+    inp_global(std::move(inp_global)),
+    inp_swa   (std::move(inp_swa)) {
+}
+
+void lt_graph_input_attn_kv_iswa::set_input(const llama_ubatch * ubatch) {
+    inp_global->set_input(ubatch);
+    inp_swa   ->set_input(ubatch);
+}
+
+bool lt_graph_input_attn_kv_iswa::can_reuse(const llm_graph_params & params) {
+    inp_swa->mctx = static_cast<const lt_kv_cache_context *>(params.mctx)->get_swa();
+
+    return inp_global->can_reuse(params) && lt_can_reuse_part(*inp_swa, params, params.cparams);
+}
+
+llm_graph_input_attn_kv * lt_graph_input_attn_kv_iswa::lt_for_layer(int il) {
+    return (hparams.is_swa(il) ? inp_swa : inp_global).get();
+}
+
+std::unique_ptr<llm_graph_input_attn_kv_iswa> lt_build_attn_inp_kv_iswa(
+                 ggml_context * ctx0,
+           const llama_ubatch & ubatch,
+          const llama_hparams & hparams,
+          const llama_cparams & cparams,
+ const llama_memory_context_i * mctx) {
+    const auto * mctx_lt = dynamic_cast<const lt_kv_cache_context *>(mctx);
+    if (!mctx_lt) {
+        return nullptr;
+    }
+
+    // each of these inputs is for layers of one kind
+    llama_hparams hparams_one = hparams;
+    hparams_one.swa_type = LLAMA_SWA_TYPE_NONE;
+
+    return std::make_unique<lt_graph_input_attn_kv_iswa>(hparams, cparams,
+            lt_build_attn_inp_kv  (ctx0, ubatch, hparams_one, cparams, mctx),
+            build_attn_inp_kv_impl(ctx0, ubatch, hparams_one, cparams, mctx_lt->get_swa()));
 }
 
 std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(

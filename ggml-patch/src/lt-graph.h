@@ -47,6 +47,28 @@ private:
     const bool     in_prompt_part;
 };
 
+// the same in a model with layers that have a sliding window of their own
+class lt_graph_input_attn_kv_iswa : public llm_graph_input_attn_kv_iswa {
+public:
+    lt_graph_input_attn_kv_iswa(
+            const llama_hparams & hparams,
+            const llama_cparams & cparams,
+            std::unique_ptr<llm_graph_input_attn_kv> inp_global,
+            std::unique_ptr<llm_graph_input_attn_kv> inp_swa);
+
+    ~lt_graph_input_attn_kv_iswa() = default;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    llm_graph_input_attn_kv * lt_for_layer(int il) override;
+
+private:
+    const std::unique_ptr<llm_graph_input_attn_kv> inp_global;
+    const std::unique_ptr<llm_graph_input_attn_kv> inp_swa;
+};
+
 // see lt_set_attention()
 extern std::atomic<bool> lt_attention_for_all;
 
@@ -60,6 +82,13 @@ void lt_mark_attention(ggml_tensor * attention, const llama_cparams & cparams);
 
 // nullptr if the memory has no streaming layers
 std::unique_ptr<llm_graph_input_attn_kv> lt_build_attn_inp_kv(
+                 ggml_context * ctx0,
+           const llama_ubatch & ubatch,
+          const llama_hparams & hparams,
+          const llama_cparams & cparams,
+ const llama_memory_context_i * mctx);
+
+std::unique_ptr<llm_graph_input_attn_kv_iswa> lt_build_attn_inp_kv_iswa(
                  ggml_context * ctx0,
            const llama_ubatch & ubatch,
           const llama_hparams & hparams,

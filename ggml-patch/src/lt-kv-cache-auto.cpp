@@ -112,6 +112,10 @@ void lt_kv_cache::set_layers(const std::vector<bool> & layers, bool all_kept) {
     pending    = {};
     generation++;
 
+    if (kv_swa) {
+        kv_swa->clear(false);
+    }
+
     // what was there goes first, both at once may be too much
     kv_full.reset();
     kv_streaming.reset();

@@ -209,6 +209,11 @@ llama_memory_context_ptr lt_kv_cache::try_split(llama_batch_allocr & balloc, con
         return nullptr;
     }
 
+    // note: it has room for any ubatch
+    if (kv_swa && !prepare(*kv_swa, ubatches, res.sinfos_swa)) {
+        return nullptr;
+    }
+
     pending = {}; // what a larger ubatch would have needed
 
     res.all       = std::move(ubatches);

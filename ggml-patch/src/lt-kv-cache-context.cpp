@@ -21,6 +21,10 @@ lt_kv_cache_context::lt_kv_cache_context(lt_kv_cache * kv) :
         ctx_prompt = kv_reserve->init_full();
         ubatches.in_prompt_part.push_back(true);
     }
+
+    if (kv->get_swa()) {
+        add_swa(kv->get_swa()->init_full());
+    }
 }
 
 lt_kv_cache_context::lt_kv_cache_context(
@@ -36,6 +40,10 @@ lt_kv_cache_context::lt_kv_cache_context(
     if (kv->get_prompt()) {
         ctx_prompt = kv->get_prompt()->init_update(lctx, optimize);
         status     = llama_memory_status_combine(status, ctx_prompt->get_status());
+    }
+
+    if (kv->get_swa()) {
+        add_swa(kv->get_swa()->init_update(lctx, optimize));
     }
 }
 
@@ -63,6 +71,15 @@ lt_kv_cache_context::lt_kv_cache_context(
         ctx_prompt.reset(new llama_kv_cache_context(kv->get_prompt(), std::move(ubatches.sinfos_prompt), ubatches.prompt));
         status = llama_memory_status_combine(status, ctx_prompt->get_status());
     }
+
+    if (kv->get_swa()) {
+        add_swa(std::make_unique<llama_kv_cache_context>(kv->get_swa(), std::move(ubatches.sinfos_swa), ubatches.all));
+    }
+}
+
+void lt_kv_cache_context::add_swa(llama_memory_context_ptr ctx) {
+    ctx_swa = std::move(ctx);
+    status  = llama_memory_status_combine(status, ctx_swa->get_status());
 }
 
 void lt_kv_cache_context::init_layers() {
@@ -133,6 +150,9 @@ bool lt_kv_cache_context::next() {
     if (!kv->keeps_all()) {
         (is_in_prompt_part(i_next - 1) ? ctx_prompt : ctx_streaming)->next();
     }
+    if (ctx_swa) {
+        ctx_swa->next();
+    }
 
     if (i_next < ubatches.all.size()) {
         return true;
@@ -152,6 +172,9 @@ bool lt_kv_cache_context::apply() {
         res = res & ctx_streaming->apply();
         if (ctx_prompt) {
             res = res & ctx_prompt->apply();
+        }
+        if (ctx_swa) {
+            res = res & ctx_swa->apply();
         }
 
         return res;
@@ -177,6 +200,10 @@ bool lt_kv_cache_context::apply() {
 
     if (!kv->keeps_all()) {
         res = res & (is_in_prompt_part() ? ctx_prompt : ctx_streaming)->apply();
+    }
+
+    if (ctx_swa) {
+        res = res & ctx_swa->apply();
     }
 
     return res;
@@ -222,6 +249,12 @@ const llama_kv_cache_context * lt_kv_cache_context::get_streaming() const {
     }
 
     return static_cast<const llama_kv_cache_context *>((is_in_prompt_part() ? ctx_prompt : ctx_streaming).get());
+}
+
+const llama_kv_cache_context * lt_kv_cache_context::get_swa() const {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    return static_cast<const llama_kv_cache_context *>(ctx_swa.get());
 }
 
 bool lt_kv_cache_context::is_in_prompt_part() const {

@@ -50,6 +50,9 @@ public:
     // what the streaming layers of the current ubatch use: the streaming part or the prompt part
     const llama_kv_cache_context * get_streaming() const;
 
+    // null if no layer has a window of its own
+    const llama_kv_cache_context * get_swa() const;
+
     bool is_in_prompt_part() const;
 
     // a prompt that is read layer by layer
@@ -81,6 +84,8 @@ private:
 
     void init_layers();
 
+    void add_swa(llama_memory_context_ptr ctx);
+
     bool is_in_prompt_part(size_t i) const;
 
     void report_progress();
@@ -102,6 +107,7 @@ private:
     llama_memory_context_ptr ctx_full;
     llama_memory_context_ptr ctx_streaming;
     llama_memory_context_ptr ctx_prompt; // can be null
+    llama_memory_context_ptr ctx_swa;    // can be null
 
     const lt_layers * layers = nullptr; // null, or no longer, if the batch is not read layer by layer
 

@@ -94,7 +94,8 @@ static std::vector<lt_run> lt_make_runs(const std::vector<bool> & can_cut, const
 
 void lt_kv_cache::note_cuts(const llm_graph_params & params, const lt_kv_cache_context & mctx) {
     // note: with a single token, what has a row for each token looks like what has one for all
-    if (!can_cut.empty() || spec.prefill != LT_PREFILL_FULL || spec.hides || params.ubatch.n_tokens < 2) {
+    //       layers with a window of their own would need the cells that they had at each ubatch once for every run
+    if (kv_swa || !can_cut.empty() || spec.prefill != LT_PREFILL_FULL || spec.hides || params.ubatch.n_tokens < 2) {
         return;
     }
 

@@ -6,11 +6,11 @@
 
 #include <algorithm>
 
-bool lt_kv_cache::is_subset(llama_seq_id seq_id) const {
+bool lt_kv_cache::is_subset(llama_seq_id seq_id, const pos_set & s) const {
     const auto & f = pos_full(seq_id);
 
     auto it_f = f.begin();
-    for (const auto & [p, _] : pos_streaming(seq_id)) {
+    for (const auto & [p, _] : s) {
         while (it_f != f.end() && it_f->first < p) {
             ++it_f;
         }
@@ -54,18 +54,22 @@ bool lt_kv_cache::holds(llama_seq_id seq_id, const pos_set & s, llama_pos p0, ll
 llama_pos lt_kv_cache::first_visible(const lt_prompts & prompts, llama_pos q) const {
     const lt_prompt * prompt = prompts.find(q);
 
-    return prompt ? prompt->first : q - (llama_pos) mask.n_back;
+    return prompt ? prompt->first : mask.first_visible(q);
+}
+
+bool lt_kv_cache::holds_all(llama_seq_id seq_id, const pos_set & s, llama_pos n_sink, llama_pos first, llama_pos q, llama_pos p0, llama_pos p1) const {
+    return
+        holds(seq_id, s, 0,                   std::min(n_sink, p0)) &&
+        holds(seq_id, s, std::min(p1, n_sink), n_sink) &&
+        holds(seq_id, s, first,               std::min(q, p0)) &&
+        holds(seq_id, s, std::max(first, p1), q);
 }
 
 bool lt_kv_cache::holds_visible(llama_seq_id seq_id, const pos_set & s, llama_pos q, llama_pos p0, llama_pos p1) const {
     const llama_pos sink  = std::min((llama_pos) mask.n_sink, q);
     const llama_pos first = std::max(sink, first_visible(prompts[seq_id], q));
 
-    return
-        holds(seq_id, s, 0,                   std::min(sink, p0)) &&
-        holds(seq_id, s, std::min(p1, sink),  sink) &&
-        holds(seq_id, s, first,               std::min(q, p0)) &&
-        holds(seq_id, s, std::max(first, p1), q);
+    return holds_all(seq_id, s, sink, first, q, p0, p1);
 }
 
 void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const pos_set & s, const std::function<void(llama_pos, uint32_t)> & visit) const {
@@ -80,8 +84,7 @@ void lt_kv_cache::for_each_dropped(llama_seq_id seq_id, const pos_set & s, const
 }
 
 bool lt_kv_cache::is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) const {
-    const auto cell_streaming = [&](llama_seq_id s) {
-        const auto & pos = pos_streaming(s);
+    const auto cell = [&](const pos_set & pos) {
         const auto it = pos.lower_bound({ p, 0 });
 
         return it != pos.end() && it->first == p ? (int64_t) it->second : -1;
@@ -92,7 +95,7 @@ bool lt_kv_cache::is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) 
             continue;
         }
 
-        if (is_ahead(s) != is_ahead(seq_id) || cell_streaming(s) != cell_streaming(seq_id)) {
+        if (is_ahead(s) != is_ahead(seq_id) || cell(pos_streaming(s)) != cell(pos_streaming(seq_id)) || cell(pos_swa(s)) != cell(pos_swa(seq_id))) {
             return false;
         }
     }
@@ -176,6 +179,8 @@ bool lt_kv_cache::can_map(llama_seq_id seq_id, const std::function<llama_pos(lla
 
             res = res && (p_new < 0 || (p_new >= (llama_pos) mask.n_sink && p_new < first));
         });
+
+        res = res && hides_dropped_swa(s, q, 0, LT_POS_END, map_cell);
     }
 
     return res;
@@ -207,7 +212,7 @@ bool lt_kv_cache::can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
         res = res && (p < p0 || p >= p1 || (p >= (llama_pos) mask.n_sink && p < first));
     });
 
-    return res;
+    return res && hides_dropped_swa(seq_id_src, q, p0, p1, [](llama_pos p, uint32_t) { return p; });
 }
 
 bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
@@ -238,10 +243,15 @@ bool lt_kv_cache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const 
         return false;
     }
 
-    return !refused[seq_id] && holds_visible(seq_id, pos_streaming_until(seq_id, p_last), p_last + 1, p0, p1);
+    return !refused[seq_id] && holds_visible(seq_id, pos_streaming_until(seq_id, p_last), p_last + 1, p0, p1) && holds_swa(seq_id, p_last + 1, p0, p1);
 }
 
 void lt_kv_cache::clamp_shift(int32_t n_past, int32_t & n_keep, int32_t & n_discard) const {
+    clamp_shift_streaming(n_past, n_keep, n_discard);
+    clamp_shift_swa      (n_past, n_keep, n_discard);
+}
+
+void lt_kv_cache::clamp_shift_streaming(int32_t n_past, int32_t & n_keep, int32_t & n_discard) const {
     const int32_t n_sink = mask.n_sink;
     const int32_t n_back = mask.n_back;
 
@@ -269,9 +279,9 @@ void lt_kv_cache::clamp_shift(int32_t n_past, int32_t & n_keep, int32_t & n_disc
 }
 
 void lt_kv_cache::refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers have dropped would become visible again (sink = %u, window = %u), or what it shares with another sequence would move in some layers only. "
+    LLAMA_LOG_ERROR("%s: sequence %d: refused for the positions [%d, %d): tokens that the streaming layers%s have dropped would become visible again (sink = %u, window = %u), or what it shares with another sequence would move in some layers only. "
             "To shift the context, keep at least the first %u tokens (n_keep >= sink). The sequence can't be continued before it is removed and processed again\n",
-            func, seq_id, p0, p1, mask.n_sink, mask.n_window, mask.n_sink);
+            func, seq_id, p0, p1, kv_swa ? ", or those with a window of their own," : "", mask.n_sink, mask.n_window, mask.n_sink);
 
     refused.set(seq_id);
 }
@@ -283,7 +293,11 @@ bool lt_kv_cache::can_decode(llama_seq_id seq_id) {
     }
 
     if (restored[seq_id]) {
-        if (!is_subset(seq_id) || !holds_visible(seq_id, pos_streaming(seq_id), seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END)) {
+        const bool is_whole =
+            is_subset(seq_id, pos_streaming(seq_id)) && holds_visible(seq_id, pos_streaming(seq_id), seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END) &&
+            is_subset(seq_id, pos_swa(seq_id))       && holds_swa    (seq_id,                        seq_pos_max(seq_id) + 1, LT_POS_END, LT_POS_END);
+
+        if (!is_whole) {
             LLAMA_LOG_ERROR("%s: sequence %d can't be continued: it ends at position %d and the state that was restored into it at %d, remove what follows that position\n",
                     __func__, seq_id, seq_pos_max(seq_id), kv_streaming->seq_pos_max(seq_id));
             return false;

@@ -13,6 +13,10 @@ void lt_kv_cache::clear(bool data) {
     kv_full     ->clear(data);
     kv_streaming->clear(data);
 
+    if (kv_swa) {
+        kv_swa->clear(data);
+    }
+
     free_prompt_part();
 
     for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
@@ -91,7 +95,7 @@ bool lt_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     bool res = true;
 
-    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get(), kv_swa.get() }) {
         // note: it would look at all cells
         if (kv && lt_holds_any(*kv, s0, s1, p0, p1)) {
             res = res & kv->seq_rm(seq_id, p0, p1);
@@ -144,6 +148,10 @@ void lt_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama
     kv_full     ->seq_cp(seq_id_src, seq_id_dst, p0, p1);
     kv_streaming->seq_cp(seq_id_src, seq_id_dst, p0, p1);
 
+    if (kv_swa) {
+        kv_swa->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    }
+
     undeclare(seq_id_dst);
 
     phases.rollback[seq_id_dst] = LT_POS_END;
@@ -182,6 +190,10 @@ void lt_kv_cache::seq_keep(llama_seq_id seq_id) {
     kv_full     ->seq_keep(seq_id);
     kv_streaming->seq_keep(seq_id);
 
+    if (kv_swa) {
+        kv_swa->seq_keep(seq_id);
+    }
+
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         if (s != seq_id && pos_full(s).empty()) {
             leave_prompt_part(s);
@@ -207,7 +219,7 @@ void lt_kv_cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama
 
     map_prompts(seq_id, map);
 
-    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get(), kv_swa.get() }) {
         if (kv) {
             kv->seq_add(seq_id, p0, p1, shift);
         }
@@ -230,7 +242,7 @@ void lt_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d
     map_prompts(seq_id, map);
 
     // note: not by llama_kv_cache::seq_div(), which turns the keys the wrong way
-    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+    for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get(), kv_swa.get() }) {
         if (kv) {
             lt_kv_ops::map(*kv, seq_id, map);
         }

@@ -15,8 +15,8 @@
 static const uint32_t LT_STATE_MAGIC = 0x324b544c; // "LTK2"
 
 // a state is: magic, spec, layers if they were chosen for the prompt, full part, number of cells and content of the streaming part,
-//   for each sequence the list of its prompts, number of cells of the prompt part and, if there are any, its content.
-//   a partial state has no full part
+//   content of the SWA part if there is one, for each sequence the list of its prompts, number of cells of the prompt part and, if there
+//   are any, its content. a partial state has no full part
 
 // no text in a state is longer: that of a spec names each of at most LLAMA_MAX_LAYERS layers
 static const uint32_t LT_TEXT_MAX = 4096;
@@ -135,6 +135,10 @@ void lt_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_
 
     kv_streaming->state_write(io, seq_id, flags);
 
+    if (kv_swa) {
+        kv_swa->state_write(io, seq_id, flags);
+    }
+
     // note: sequences can share cells
     uint32_t n_cells = seq_id < 0 && kv_prompt ? kv_prompt->get_cells(0).get_used() : 0;
 
@@ -218,6 +222,9 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
         // note: a part of which the state has no cells is not touched by llama_kv_cache::state_read()
         for (llama_seq_id s = s0; s < s1; ++s) {
             lt_kv_ops::purge(*kv_streaming, s);
+            if (kv_swa) {
+                lt_kv_ops::purge(*kv_swa, s);
+            }
             if (!partial) {
                 lt_kv_ops::purge(*kv_full, s);
             }
@@ -256,6 +263,10 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
             kv_streaming->state_read(io, seq_id, flags);
         }
 
+        if (kv_swa) {
+            kv_swa->state_read(io, seq_id, flags);
+        }
+
         for (llama_seq_id s = s0; s < s1; ++s) {
             prompts[s].read(io);
         }
@@ -263,7 +274,7 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
         read_prompt_part(io, seq_id, flags);
 
         for (llama_seq_id s = s0; s < s1; ++s) {
-            for (const auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+            for (const auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get(), kv_swa.get() }) {
                 if (kv && !lt_kv_ops::is_sane(*kv, s)) {
                     throw std::runtime_error("the positions in the state are damaged");
                 }
@@ -272,7 +283,7 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     } catch (...) {
         // don't leave a sequence of which one part is there and the other isn't
         for (llama_seq_id s = s0; s < s1; ++s) {
-            for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get() }) {
+            for (auto * kv : { kv_full.get(), kv_streaming.get(), kv_prompt.get(), kv_swa.get() }) {
                 if (kv) {
                     lt_kv_ops::purge(*kv, s);
                 }
@@ -293,7 +304,7 @@ void lt_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_st
     }
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        restored[s] = !pos_full(s).empty() || !pos_streaming(s).empty();
+        restored[s] = !pos_full(s).empty() || !pos_streaming(s).empty() || !pos_swa(s).empty();
     }
 
     set_phases({});

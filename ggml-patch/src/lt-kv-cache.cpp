@@ -113,7 +113,7 @@ lt_kv_cache::lt_kv_cache(
     hparams_no_alloc.no_alloc = true;
 
     for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
-        has_cache.push_back(!filter || filter(il));
+        has_cache.push_back((!filter || filter(il)) && !model.hparams.is_swa(il));
     }
 
     if (spec.is_auto() && n_seq_max > 1) {
@@ -123,6 +123,8 @@ lt_kv_cache::lt_kv_cache(
 
     LLAMA_LOG_INFO("%s: creating full KV cache, size = %u cells, and streaming KV cache, size = %u cells (%s)\n", __func__,
             size_full, size_streaming, spec.str().c_str());
+
+    make_swa_part(cparams, filter);
 
     set_layers(spec.layers, spec.is_auto() || spec.hides);
 }
@@ -182,6 +184,29 @@ llama_pos lt_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
         return -1;
     }
 
+    // note: both are what a rollback by the larger window needs
+    const llama_pos n_longer = std::max(0, (llama_pos) mask_swa.n_window - (llama_pos) mask.n_window);
+    const llama_pos n_wider  = std::max(0, (llama_pos) mask.n_window - (llama_pos) mask_swa.n_window);
+
+    const llama_pos min_streaming = seq_pos_min_streaming(seq_id);
+    const llama_pos min_swa       = seq_pos_min_swa(seq_id);
+
+    return std::max({
+        f.begin()->first,
+        min_streaming > f.begin()->first ? min_streaming - n_longer : 0,
+        min_swa       > f.begin()->first ? min_swa       - n_wider  : 0,
+    });
+}
+
+llama_pos lt_kv_cache::seq_pos_min_swa(llama_seq_id seq_id) const {
+    const auto & s = pos_swa(seq_id);
+
+    return kv_swa ? lt_first_complete(pos_full(seq_id), s.rbegin(), s.rend()) : 0;
+}
+
+llama_pos lt_kv_cache::seq_pos_min_streaming(llama_seq_id seq_id) const {
+    const auto & f = pos_full(seq_id);
+
     llama_pos res;
 
     if (is_ahead(seq_id)) {
@@ -216,7 +241,10 @@ llama_pos lt_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 
 std::map<ggml_backend_buffer_type_t, size_t> lt_kv_cache::memory_breakdown() const {
     auto mb = prompt_breakdown();
-    for (const auto * kv : { kv_full.get(), kv_streaming.get() }) {
+    for (const auto * kv : { kv_full.get(), kv_streaming.get(), kv_swa.get() }) {
+        if (!kv) {
+            continue;
+        }
         for (const auto & buft_size : breakdown(*kv)) {
             mb[buft_size.first] += buft_size.second;
         }
@@ -268,7 +296,8 @@ void lt_kv_cache::lt_set_context(llama_context * lctx) {
 
 bool lt_kv_cache::get_can_shift() const {
     // note: unlike with SWA, the parts need not have the same size: seq_add() refuses what would not be exact
-    return kv_full->get_can_shift() && kv_streaming->get_can_shift();
+    // what begins with a chunk would be seen in another one
+    return kv_full->get_can_shift() && kv_streaming->get_can_shift() && !mask_swa.is_chunked;
 }
 
 const lt_spec & lt_kv_cache::get_spec() const {
@@ -305,6 +334,10 @@ llama_kv_cache * lt_kv_cache::get_streaming() const {
 
 llama_kv_cache * lt_kv_cache::get_prompt() const {
     return kv_prompt.get();
+}
+
+llama_kv_cache * lt_kv_cache::get_swa() const {
+    return kv_swa.get();
 }
 
 uint64_t lt_kv_cache::get_generation() const {

@@ -35,10 +35,12 @@ static constexpr uint32_t LT_PART_PAD = 256;
 //   the streaming part holds the first n_sink and the last n_window positions, for the streaming layers
 //   the prompt part exists while a long prompt is read with full attention (prefill = full). it holds what the tokens of such
 //     prompts see in the streaming layers, for all sequences together. what the streaming part needs of it is copied at the end
+//   the SWA part exists where the model has layers with a sliding window of their own, for these. none of them streams
 //
 // notation: of a sequence, F are the positions in the full part and S those held for its streaming layers (a subset of F)
 //   the positions F \ S have been dropped. no token to come may see a dropped position: operations that would break
-//   this are refused. seq_rm() then returns false, the others leave the sequence unusable until it is removed
+//   this are refused. seq_rm() then returns false, the others leave the sequence unusable until it is removed. the same holds for
+//   what the SWA part has dropped
 
 class lt_kv_cache : public llama_memory_i {
 public:
@@ -75,7 +77,7 @@ public:
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
 
-    // the smallest position p such that the sequence can be rolled back to p + n_window and to all that follows
+    // the smallest position p such that the sequence can be rolled back to p + llama_model_n_swa() and to all that follows
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
@@ -104,6 +106,7 @@ public:
     llama_kv_cache * get_full()      const;
     llama_kv_cache * get_streaming() const;
     llama_kv_cache * get_prompt()    const; // null if no long prompt is being read
+    llama_kv_cache * get_swa()       const; // null if no layer has a window of its own
 
     // changes when a graph that was built for this cache can't be used any more
     uint64_t get_generation() const;
@@ -203,11 +206,12 @@ private:
     // those of the model, for a cache that is given no memory
     llama_hparams hparams_no_alloc;
 
-    std::vector<bool> has_cache; // [n_layer_all], false: the layer has no KV cache in this context
+    std::vector<bool> has_cache; // [n_layer_all], false: the layer has no KV cache in this context, or one with a window of its own
 
     lt_phases phases;
 
     lt_mask mask;
+    lt_mask mask_swa;
 
     // null while this is constructed
     llama_context * lctx = nullptr;
@@ -216,6 +220,7 @@ private:
     std::unique_ptr<llama_kv_cache> kv_streaming;
     std::unique_ptr<llama_kv_cache> kv_prompt;
     std::unique_ptr<llama_kv_cache> kv_reserve;
+    std::unique_ptr<llama_kv_cache> kv_swa;
 
     // of a prompt that is, or is about to be, read layer by layer. else null
     std::unique_ptr<lt_layers> layered;
@@ -313,11 +318,14 @@ private:
     // the sequence has more in the prompt part than in the streaming part
     bool is_ahead(llama_seq_id seq_id) const;
 
-    // the streaming part holds nothing that the full part doesn't
-    bool is_subset(llama_seq_id seq_id) const;
+    // S holds nothing that the full part doesn't
+    bool is_subset(llama_seq_id seq_id, const pos_set & s) const;
 
     // S holds the same positions within [p0, p1) as the full part
     bool holds(llama_seq_id seq_id, const pos_set & s, llama_pos p0, llama_pos p1) const;
+
+    // S holds all positions below n_sink and within [first, q), where [p0, p1) doesn't count
+    bool holds_all(llama_seq_id seq_id, const pos_set & s, llama_pos n_sink, llama_pos first, llama_pos q, llama_pos p0, llama_pos p1) const;
 
     // S holds all that a token at position q sees, where [p0, p1) doesn't count
     bool holds_visible(llama_seq_id seq_id, const pos_set & s, llama_pos q, llama_pos p0, llama_pos p1) const;
@@ -328,7 +336,7 @@ private:
     // call visit(p, i) for each position that S lacks and its cell in the full part, ascending
     void for_each_dropped(llama_seq_id seq_id, const pos_set & s, const std::function<void(llama_pos, uint32_t)> & visit) const;
 
-    // the sequences that share cell i of the full part, at position p, also share one cell of the streaming part, or have none
+    // the sequences that share cell i of the full part, at position p, also share one cell of the other parts, or have none
     // note: a partial state that is restored into a copied sequence gives it streaming cells of its own
     bool is_shared_alike(llama_seq_id seq_id, llama_pos p, uint32_t i) const;
 
@@ -344,12 +352,36 @@ private:
     // negative: removed. note that other sequences can share these cells
     bool can_map(llama_seq_id seq_id, const std::function<llama_pos(llama_pos)> & map) const;
 
+    void clamp_shift_streaming(int32_t n_past, int32_t & n_keep, int32_t & n_discard) const;
+
     bool can_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) const;
 
     void refuse(const char * func, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
     // false, with a line in the log, if the sequence is not fit to be decoded
     bool can_decode(llama_seq_id seq_id);
+
+    //
+    // layers with a sliding window of their own, see lt-kv-cache-swa.cpp
+    //
+
+    void make_swa_part(const llama_cparams & cparams, const layer_filter_cb & filter);
+
+    // seq_pos_min(), if no other part had dropped anything
+    llama_pos seq_pos_min_streaming(llama_seq_id seq_id) const;
+    llama_pos seq_pos_min_swa      (llama_seq_id seq_id) const;
+
+    // none without such layers
+    const pos_set & pos_swa(llama_seq_id seq_id) const;
+
+    // they have all that a token at position q sees in them, where [p0, p1) doesn't count
+    bool holds_swa(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1) const;
+
+    // they lack nothing of [p0, p1) that a token at position q would see in them, were each p at map(p, its cell in the full part)
+    bool hides_dropped_swa(llama_seq_id seq_id, llama_pos q, llama_pos p0, llama_pos p1, const pos_map_cell & map) const;
+
+    // as clamp_shift() does for the streaming layers
+    void clamp_shift_swa(int32_t n_past, int32_t & n_keep, int32_t & n_discard) const;
 
     //
     // batches, see lt-kv-cache-batch.cpp

@@ -143,6 +143,11 @@ ggml_tensor * lt_lazy_ratio::build_mass(ggml_context * ctx, ggml_tensor * k, ggm
     // note: the slope of ALiBi depends on the head's number, so there a part has all heads of the layer, see compute()
     kq = ggml_soft_max_ext(ctx, kq, mask_part, layers[il].kq_scale, hparams.f_max_alibi_bias);
 
+    // note: what a learned sink gets is no mass on a key, as in lt_gguf/hf/lazy_ratio.py
+    if (ggml_tensor * sinks = model.layers[il].attn_sinks) {
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, sinks, n_gqa*part.n_head_kv, n_gqa*part.head_kv*ggml_element_size(sinks)));
+    }
+
     return ggml_mul_mat(ctx, ind, kq);
 }
 

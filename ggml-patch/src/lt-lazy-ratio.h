@@ -19,7 +19,7 @@ inline bool lt_is_lazier(const std::vector<float> & ratios, int32_t a, int32_t b
 
 // lazy ratio of each layer over the last queries of a prompt (LightTransfer, arXiv 2410.13846, section 3): of the attention mass that
 // a head's query has on the first n_sink and the last n_recent positions of the prompt, the mean over these queries and all heads, or
-// the smallest
+// the smallest. learned sinks (gpt-oss) take part in the softmax
 //
 // the queries are kept while the prompt is read, a few rows of each layer, and meet the cached keys once, at its end. so it does not
 // matter how the prompt is split, nor what computes its attention

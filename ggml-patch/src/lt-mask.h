@@ -41,6 +41,12 @@ struct lt_mask {
     // decoding takes cells below this one while there are any
     uint32_t n_cells_decode = 0;
 
+    // of layers with a sliding window of their own: it is there while a prompt is read, too
+    bool is_own = false;
+
+    // and of some (Llama 4) it is not the last n_window positions, but those from the last multiple of n_window on
+    bool is_chunked = false;
+
     const lt_phases * phases = nullptr;
 
     bool enabled() const {
@@ -53,7 +59,16 @@ struct lt_mask {
             return false;
         }
 
-        return phases->first[s] >= 0 ? p0 < phases->first[s] : p1 - p0 >= (llama_pos) n_window;
+        if (is_chunked) {
+            return p0 < chunk_begin(p1);
+        }
+
+        return in_prompt(s) ? p0 < phases->first[s] : p1 - p0 >= (llama_pos) n_window;
+    }
+
+    // behind the sinks, the first position that a decoded token at position q sees, or the first one of a prompt
+    llama_pos first_visible(llama_pos q) const {
+        return is_chunked ? chunk_begin(q) : q - (llama_pos) n_back;
     }
 
     // the cell is hidden from all tokens of sequence s to come
@@ -99,13 +114,21 @@ struct lt_mask {
     }
 
 private:
+    bool in_prompt(llama_seq_id s) const {
+        return !is_own && phases->first[s] >= 0;
+    }
+
+    llama_pos chunk_begin(llama_pos q) const {
+        return q - q % (llama_pos) n_window;
+    }
+
     // behind the sinks, the first position that the next token of the sequence sees
     llama_pos first_visible(const llama_kv_cells & cells, llama_seq_id s) const {
-        if (phases->first[s] >= 0) {
+        if (in_prompt(s)) {
             return phases->first[s];
         }
 
-        return std::min(cells.seq_pos_max(s) + 1, phases->rollback[s]) - (llama_pos) n_back;
+        return first_visible(std::min(cells.seq_pos_max(s) + 1, phases->rollback[s]));
     }
 };
 

@@ -26,7 +26,8 @@ static std::string lt_gguf_key(const llama_model & model, const char * key) {
 }
 
 // why this model can't have streaming layers, nullptr if it can
-// the rule: the graph takes its K and V from the ordinary KV attention input, see llm_graph_context::build_attn_inp_kv()
+// the rule: the graph takes its K and V from the ordinary KV attention input, see llm_graph_context::build_attn_inp_kv(), or from the one
+// for layers with and without a sliding window, see build_attn_inp_kv_iswa()
 static const char * lt_why_not(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -38,9 +39,6 @@ static const char * lt_why_not(const llama_model & model) {
     }
     if (llm_arch_is_diffusion(model.arch) || !hparams.causal_attn) {
         return "its attention is not causal";
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "it has a sliding window of its own";
     }
     if (hparams.is_mla()) {
         return "it uses multi-head latent attention (MLA)";
@@ -61,6 +59,7 @@ static const char * lt_why_not(const llama_model & model) {
             return "it has no KV cache";
         case LLM_ARCH_EAGLE3:
         case LLM_ARCH_DFLASH:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
             return "it drafts for another model, whose layers it reads";
         case LLM_ARCH_MINIMAX_M3:
         case LLM_ARCH_GLM_DSA:
@@ -69,8 +68,31 @@ static const char * lt_why_not(const llama_model & model) {
         case LLM_ARCH_DOTS3NOTE:
             return "it has a sparse attention of its own";
         default:
-            return nullptr;
+            break;
     }
+
+    if (hparams.n_layer_kv_from_start >= 0 && !hparams.has_kv(hparams.n_layer() - 1)) {
+        return "layers of it use the keys and values of others";
+    }
+
+    bool has_full = false;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        has_full = has_full || !hparams.is_swa(il);
+    }
+
+    return has_full ? nullptr : "all its layers have a sliding window of their own";
+}
+
+std::vector<bool> lt_model_specs::may_stream(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    std::vector<bool> res(hparams.n_layer_all, false);
+
+    for (uint32_t il = 0; il < hparams.n_layer() && !lt_why_not(model); ++il) {
+        res[il] = !hparams.is_swa(il);
+    }
+
+    return res;
 }
 
 void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
@@ -80,6 +102,10 @@ void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
 
     const char * reason = lt_why_not(model);
 
+    if (!reason && !spec.enabled() && model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        reason = "it has a sliding window of its own, and no layer streams";
+    }
+
     if (reason && !spec.enabled()) {
         throw std::invalid_argument(format("%s: models of the architecture \"%s\" can't keep layers of their cache in 16 bits: %s",
                     LT_KEY_CACHE_KEEP, model.arch_name().c_str(), reason));
@@ -88,6 +114,16 @@ void lt_model_specs::check(const lt_spec & spec, const llama_model & model) {
     if (reason) {
         throw std::invalid_argument(format("%s: models of the architecture \"%s\" can't have streaming layers: %s (LT_STREAMING=off loads it with full attention)",
                     lt_gguf_key(model, LT_KEY_LAYERS).c_str(), model.arch_name().c_str(), reason));
+    }
+
+    const auto may = may_stream(model);
+
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        if (spec.is_streaming(il) && !may[il]) {
+            lt_bad_value(lt_gguf_key(model, LT_KEY_LAYERS), format("{%u: true}", il),
+                    format("true for layers with full attention only, which are %s: the others have a sliding window of their own, of %u tokens",
+                        lt_layers_text(may).c_str(), model.hparams.n_swa));
+        }
     }
 
     for (uint32_t il = model.hparams.n_layer(); il < model.hparams.n_layer_all; ++il) {
@@ -230,7 +266,7 @@ void lt_model_specs::load(llama_model_loader & ml, const llama_model & model) {
     const char * env = getenv(LT_ENV);
     if (env && *env) {
         try {
-            init = lt_spec::parse(env, n_layer, file ? &*file : nullptr);
+            init = lt_spec::parse(env, may_stream(model), file ? &*file : nullptr);
         } catch (const std::invalid_argument & err) {
             throw std::invalid_argument(format("%s: %s", LT_ENV, err.what()));
         }
@@ -264,7 +300,7 @@ void lt_model_specs::set(const char * text, const llama_model & model) const {
         return;
     }
 
-    lt_spec spec = lt_spec::parse(text, model.hparams.n_layer_all, file ? &*file : nullptr);
+    lt_spec spec = lt_spec::parse(text, may_stream(model), file ? &*file : nullptr);
 
     check(spec, model);
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 struct gguf_context;
 struct lt_kv_params;
@@ -24,6 +25,9 @@ public:
     // replace the spec of contexts that this thread is going to make, null: back to what load() found
     // throws std::invalid_argument
     void set(const char * text, const llama_model & model) const;
+
+    // the layers that may stream, [n_layer_all]: those of the main graph with full attention. none if the model can't stream
+    static std::vector<bool> may_stream(const llama_model & model);
 
     // throws std::invalid_argument if the model can't have this spec
     static void check(const lt_spec & spec, const llama_model & model);

@@ -112,6 +112,10 @@ bool lt_spec::enabled() const {
     return is_auto() || hides || any();
 }
 
+uint32_t lt_spec::n_swa(uint32_t n_swa) const {
+    return enabled() ? std::max(n_window, n_swa) : n_swa;
+}
+
 bool lt_spec::any() const {
     return std::find(layers.begin(), layers.end(), true) != layers.end();
 }
@@ -193,11 +197,13 @@ static float lt_parse_fraction(const std::string & what, const std::string & s) 
     return res;
 }
 
-static std::vector<bool> lt_parse_layers(const std::string & key, const std::string & s, uint32_t n_layer) {
-    std::vector<bool> res(n_layer, s == "all");
+static std::vector<bool> lt_parse_layers(const std::string & key, const std::string & s, const std::vector<bool> & all) {
+    const uint32_t n_layer = all.size();
+
+    std::vector<bool> res(n_layer, false);
 
     if (s == "all" || s == "none") {
-        return res;
+        return s == "all" ? all : res;
     }
 
     for (const auto & item : lt_split(s, ',')) {
@@ -235,7 +241,13 @@ static void lt_check_auto(lt_spec & spec, bool has_layers, bool has_prefill, uin
     spec.prefill = LT_PREFILL_FULL;
 }
 
-lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec * base) {
+lt_spec lt_spec::parse(const std::string & text, const std::vector<bool> & may_stream, const lt_spec * base) {
+    const uint32_t n_layer = may_stream.size();
+
+    const std::vector<bool> every(n_layer, true);
+
+    const bool may_any = std::find(may_stream.begin(), may_stream.end(), true) != may_stream.end();
+
     lt_spec res;
 
     auto items = lt_split(text, ';');
@@ -274,7 +286,7 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         }
 
         if (key == LT_KEY_LAYERS || key == LT_KEY_HIDE) {
-            res.layers = lt_parse_layers(key, value, n_layer);
+            res.layers = lt_parse_layers(key, value, may_any ? may_stream : every);
             res.hides  = key == LT_KEY_HIDE;
         } else if (key == LT_KEY_SINK) {
             res.n_sink = lt_check_u32(key, lt_parse_int(key, value), 0);
@@ -285,7 +297,7 @@ lt_spec lt_spec::parse(const std::string & text, uint32_t n_layer, const lt_spec
         } else if (key == LT_KEY_TYPE) {
             res.type = lt_check_type(key, value);
         } else if (key == LT_KEY_CACHE_KEEP) {
-            res.kept.layers = lt_parse_layers(key, value, n_layer);
+            res.kept.layers = lt_parse_layers(key, value, every);
         } else if (key == LT_KEY_AUTO) {
             res.auto_fraction = lt_parse_fraction(key, value);
         } else if (key == LT_KEY_W_LAST) {

@@ -57,6 +57,9 @@ struct lt_spec {
     // a context with this spec needs a cache for streaming layers
     bool enabled() const;
 
+    // the longest window of a context, where layers have one of n_swa of their own, 0: none
+    uint32_t n_swa(uint32_t n_swa) const;
+
     bool any() const;
     bool is_streaming(int32_t il) const;
 
@@ -64,9 +67,10 @@ struct lt_spec {
     std::string str() const;
 
     // see lt.h for the grammar
+    // may_stream: [n_layer_all], those that "all" stands for. where none may, all layers, so that the spec is refused as a whole
     // base: gives the values of the keys that the text leaves out, can be null
     // throws std::invalid_argument
-    static lt_spec parse(const std::string & text, uint32_t n_layer, const lt_spec * base);
+    static lt_spec parse(const std::string & text, const std::vector<bool> & may_stream, const lt_spec * base);
 };
 
 //

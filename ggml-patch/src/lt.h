@@ -15,7 +15,7 @@
 // "auto" lets each conversation choose its layers: the first prompt that is longer than sink + window is read with full attention
 // in all layers, and that share of them whose lazy ratio is the highest streams from its end on, until all tokens are removed.
 // "lazy" says what that ratio is, see lt_lazy_ratios(). "hide" is for measuring: see lt_context_hide(). "layers" and "hide" take
-// numbers, ranges, "all" or "none". "type" is that of the streaming layers' KV cache; left out, it is the type of the other layers'
+// numbers, ranges, "all" (that may stream) or "none". "type" is that of the streaming layers' KV cache; left out, it is the type of the other layers'
 // where that isn't quantized, else f16. "cache_keep" names layers whose KV cache is f16 where it would be quantized, whether they
 // stream or not; it goes with every form, and alone it leaves to the file what streams. Other keys that are left out are taken from
 // the file, else they are sink=4, window=1020, prefill=full, w_last=16 and lazy=min.
@@ -32,6 +32,7 @@ extern "C" {
         LT_KV_FULL      = 0, // the layers with full attention
         LT_KV_STREAMING = 1, // the streaming layers
         LT_KV_PROMPT    = 2, // the streaming layers, as long as a long prompt is read with full attention
+        LT_KV_SWA       = 3, // the layers with a sliding window of their own, in a context with streaming layers
     };
 
     //
@@ -47,6 +48,9 @@ extern "C" {
     // Returns false, changes nothing and writes one line to err (may be NULL) if the spec is malformed or this model
     // can't stream.
     LLAMA_API bool lt_model_set_spec(struct llama_model * model, const char * spec, char * err, size_t err_size);
+
+    // Which layers of the model may stream: those with full attention. Writes at most n, returns the number of layers.
+    LLAMA_API int32_t lt_model_may_stream(const struct llama_model * model, bool * layers, int32_t n);
 
     // Whether the models that this thread loads from now on are drafts of others. No layer of them streams, whatever their files and
     // LT_STREAMING say: a draft is rolled back further than a streaming layer can be.

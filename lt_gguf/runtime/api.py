@@ -25,12 +25,13 @@ _ERROR_SIZE = 1024  # a line; longer ones are cut
 
 
 class KVPart(IntEnum):
-    """A part of the KV cache: the layers with full attention, the streaming ones, and what the latter need besides while
-    a long prompt is read with full attention."""
+    """A part of the KV cache: the layers with full attention, the streaming ones, what the latter need besides while a long prompt
+    is read with full attention, and, beside streaming layers, those with a sliding window of their own."""
 
     FULL = 0
     STREAMING = 1
     PROMPT = 2
+    SWA = 3
 
 
 def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
@@ -51,6 +52,7 @@ def _missing(name: str) -> Callable[..., Any]:
 
 _lt_model_spec = _bind("lt_model_spec", ctypes.c_int32, _MODEL, _TEXT, ctypes.c_size_t)
 _lt_model_set_spec = _bind("lt_model_set_spec", ctypes.c_bool, _MODEL, ctypes.c_char_p, _TEXT, ctypes.c_size_t)
+_lt_model_may_stream = _bind("lt_model_may_stream", ctypes.c_int32, _MODEL, ctypes.POINTER(ctypes.c_bool), ctypes.c_int32)
 _lt_context_spec = _bind("lt_context_spec", ctypes.c_int32, _CONTEXT, _TEXT, ctypes.c_size_t)
 _lt_context_hide = _bind("lt_context_hide", ctypes.c_bool, _CONTEXT, ctypes.c_char_p, _TEXT, ctypes.c_size_t)
 _lt_fill = _bind("lt_fill", ctypes.c_bool, _CONTEXT, _llama_cpp.llama_seq_id, ctypes.c_uint32, _TEXT, ctypes.c_size_t)
@@ -95,6 +97,13 @@ def set_model_spec(model: int, spec: str | None) -> None:
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     if not _lt_model_set_spec(model, None if spec is None else spec.encode(), error, _ERROR_SIZE):
         raise ValueError(error.value.decode(errors="replace"))
+
+
+def may_stream(model: int) -> tuple[int, ...]:
+    """The layers of `model` that may stream."""
+    layers = (ctypes.c_bool * _lt_model_may_stream(model, None, 0))()
+    _lt_model_may_stream(model, layers, len(layers))
+    return tuple(il for il, may in enumerate(layers) if may)
 
 
 def context_spec(context: int) -> str:

@@ -8,6 +8,7 @@ that a single wrongly masked key is seen.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,16 +23,20 @@ N_CTX_TRAIN = 8192
 class Family:
     """One row of the table: `config` is the transformers class, `options` what differs from `COMMON`, `hparams`
     what upstream's converter asks for and transformers 5 no longer writes to config.json, `mlp_gain` the
-    size of the MLPs' outputs (ggml's GELU on a CPU is a float16 table, so where it is used the MLPs must be faint)."""
+    size of the MLPs' outputs (ggml's GELU on a CPU is a float16 table, so where it is used the MLPs must be faint),
+    `attention` what computes attention in transformers: not all models can have sdpa."""
 
     name: str
     config: str
     options: dict = field(default_factory=dict)
     hparams: dict = field(default_factory=dict)
     mlp_gain: float = 0.8
+    attention: str = "sdpa"
 
     def build_config(self, n_layer: int) -> PretrainedConfig:
         options = COMMON | {"num_hidden_layers": n_layer} | self.options
+        if self.name in SLIDING_FAMILIES:
+            options["sliding_window"] = OWN_WINDOW
         if callable(layers := options.pop("per_layer", None)):
             options |= layers(n_layer)
         return getattr(transformers, self.config)(**options)
@@ -88,12 +93,74 @@ FAMILIES = {
 }
 
 
+OWN_WINDOW = 48  # of the layers that have a sliding window of their own
+
+
+def one_full_in(n: int) -> Callable[[int], dict]:
+    """The last layer of each `n` has full attention, the others have a sliding window."""
+    return lambda n_layer: {"layer_types": ["sliding_attention" if (il + 1) % n else "full_attention" for il in range(n_layer)]}
+
+
+# Layers with a sliding window beside those with full attention: apart, because of these only the latter may stream. With how many
+# layers they have two or three of those.
+SLIDING_FAMILIES = {
+    family.name: (family, n_layer)
+    for family, n_layer in (
+        (
+            Family(
+                "gemma3",
+                "Gemma3TextConfig",
+                {"head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True, "per_layer": one_full_in(6)},
+                mlp_gain=0.01,
+            ),
+            12,
+        ),
+        (
+            Family(
+                "gpt-oss",
+                "GptOssConfig",
+                {
+                    "head_dim": 64,
+                    "num_local_experts": 3,
+                    "num_experts_per_tok": 3,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                    "per_layer": one_full_in(2),
+                },
+                attention="eager",  # its heads' learned sinks
+            ),
+            6,
+        ),
+        (
+            Family(
+                "cohere2",  # its full layers have no RoPE
+                "Cohere2Config",
+                {"logit_scale": 1.0, "tie_word_embeddings": True, "per_layer": one_full_in(4)},
+                hparams={"rotary_pct": 1.0},
+            ),
+            8,
+        ),
+        (
+            Family(
+                "gemma2",
+                "Gemma2Config",
+                {"head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True, "per_layer": one_full_in(2)},
+                mlp_gain=0.01,
+                attention="eager",  # its softcap
+            ),
+            4,
+        ),
+        (Family("olmo3", "Olmo3Config", {"per_layer": one_full_in(4)}), 8),
+    )
+}
+
+
 def randomize(model: PreTrainedModel, mlp_gain: float) -> None:
     """Weights with unit-size activations in every layer and attention logits of about 1.
 
     Matrices get a standard deviation of 1 / sqrt(fan in), queries and keys a little more; norms and biases get
     values around their neutral ones, so that a converter or runtime that loses one of them is seen.
     """
+    is_gemma = "Gemma" in type(model).__name__  # whose norms multiply by 1 + weight
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() >= 2:
@@ -107,5 +174,7 @@ def randomize(model: PreTrainedModel, mlp_gain: float) -> None:
                 parameter.normal_(std=gain * parameter.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.05)
+            elif is_gemma and "post_feedforward" in name:  # what it norms has just lost its size
+                parameter.normal_(mean=mlp_gain - 1, std=0.1 * mlp_gain)
             else:
-                parameter.normal_(mean=0.0 if "Gemma" in type(model).__name__ else 1.0, std=0.1)
+                parameter.normal_(mean=0.0 if is_gemma else 1.0, std=0.1)

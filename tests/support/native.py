@@ -22,7 +22,7 @@ else:
     C = load_llama_cpp()
 
 N_THREADS = int(os.environ.get("LT_TEST_THREADS", "1"))  # the models are small, where threads only cost
-FULL, STREAMING, PROMPT = 0, 1, 2  # enum lt_kv_part
+FULL, STREAMING, PROMPT, SWA = range(4)  # enum lt_kv_part
 PARTIAL = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # a value, with its block's scale

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from support.checkpoints import save_gguf
-from support.families import FAMILIES, N_VOCAB, Family
+from support.families import FAMILIES, N_VOCAB, SLIDING_FAMILIES, Family
 
 from lt_gguf.hf.streaming_attention import Prompts, streaming_attention
 from lt_gguf.spec import StreamingSpec
@@ -33,33 +33,42 @@ class Subject:
     family: str
     hf: torch.nn.Module
     native: Model
+    attention: str = "sdpa"  # what computes it in transformers
 
     @classmethod
     def build(cls, family: str, n_layer: int, directory: Path) -> Subject:
+        if family in SLIDING_FAMILIES:
+            return cls.of(*SLIDING_FAMILIES[family], directory)
         return cls.of(FAMILIES[family], n_layer, directory)
 
     @classmethod
     def of(cls, family: Family, n_layer: int, directory: Path) -> Subject:
         hf = family.build_model(n_layer)
-        return cls(family.name, hf, Model(save_gguf(hf, family, directory)))
+        return cls(family.name, hf, Model(save_gguf(hf, family, directory)), family.attention)
 
     @property
     def n_layer(self) -> int:
         return self.native.n_layer
 
+    @property
+    def may_stream(self) -> list[int]:
+        """The layers with full attention."""
+        types = getattr(self.hf.config, "layer_types", None) or ["full_attention"] * self.n_layer
+        return [il for il, layer_type in enumerate(types) if layer_type == "full_attention"]
+
     def spec(self, sink: int, window: int, layers=None, seed: int = 0, prefill: str = "stream") -> StreamingSpec:
-        """A spec with `layers`, or with random ones: at least one streams and at least one doesn't."""
+        """A spec with `layers`, or with random ones of those that may: at least one streams and at least one doesn't."""
         if layers is None:
             random = np.random.default_rng([seed, sink, window])
-            n = random.integers(1, self.n_layer)
-            layers = random.choice(self.n_layer, n, replace=False).tolist()
+            n = random.integers(1, len(self.may_stream))
+            layers = random.choice(self.may_stream, n, replace=False).tolist()
         return StreamingSpec(tuple(sorted(layers)), self.n_layer, sink, window, prefill)
 
     def expected(self, tokens: np.ndarray, spec: StreamingSpec | None, prompts: Prompts | None = None) -> np.ndarray:
         """transformers' logits in float32, (len(tokens), n_vocab). `prompts`: which tokens are prompts, for `prefill = full`."""
         if spec is None:
             prompts = None
-        with torch.no_grad(), streaming_attention(self.hf, spec, prompts=prompts):
+        with torch.no_grad(), streaming_attention(self.hf, spec, prompts=prompts, implementation=self.attention):
             return self.hf(torch.from_numpy(np.asarray(tokens))[None], use_cache=False).logits[0].numpy()
 
     def context(self, spec: StreamingSpec | str | None, **settings):
