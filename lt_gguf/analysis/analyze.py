@@ -106,7 +106,7 @@ def analyze(subject: Subject, chosen: Strategy, request: Request, how: Settings,
                     raise
     selection = selection or chosen.select(request)
     spec = selection.spec(subject.model.n_layer, how.prefill)
-    if chosen.takes_tolerance and request.asked_count(subject.model.n_layer_main) is None:
+    if chosen.takes_tolerance and request.asked_count(subject.model.n_candidates) is None:
         subject.remember(spec)
     return Report(
         subject.name, subject.model.architecture, spec, selection, chosen.share(request.fraction), **measured, caches=caches

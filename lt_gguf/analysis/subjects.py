@@ -11,7 +11,7 @@ import numpy as np
 
 from lt_gguf import calibration
 from lt_gguf.calibration import DEFAULT_LENGTH, Texts
-from lt_gguf.gguf.file import check_can_stream, read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.memory.kv import KVShape
 from lt_gguf.models import remembered
 from lt_gguf.selection import Model
@@ -58,11 +58,12 @@ class GGUFFile:
 
     def __init__(self, file: str, options: ScorerOptions, verbose: bool = False) -> None:
         described = read_model(file)
-        every_layer = StreamingSpec(tuple(range(described.n_layer_main)), described.n_layer)
-        check_can_stream(described.architecture, every_layer, described.n_layer_main, described.why_not_streaming)
+        described.check_can_stream()
         self._file, self._options, self._verbose = file, options, verbose
         self.name = Path(file).name
-        self.model = Model(described.architecture, described.name, described.n_layer, described.n_layer_main)
+        self.model = Model(
+            described.architecture, described.name, described.n_layer, described.n_layer_main, may_stream=described.may_stream
+        )
         self.n_ctx = described.n_ctx_train
 
     def measure(self, texts: Texts, samples: int, length: int, **settings: Any) -> np.ndarray:
@@ -123,7 +124,7 @@ class Checkpoint:
         from lt_gguf.models import hub
 
         try:
-            from lt_gguf.checkpoint.checks import read_config
+            from lt_gguf.checkpoint.checks import full_layers, read_config
         except ImportError as error:
             raise ImportError(f"checkpoints need {error.name}: pip install 'lt-gguf[convert]'; GGUF files don't") from None
         self._folder = resolver.resolve(name)
@@ -135,7 +136,7 @@ class Checkpoint:
         self.name = name if hub.is_hub_id(name) else self._folder.resolve().name
         said = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         # note: llama.cpp's name of the architecture is known when the checkpoint has been converted
-        self.model = Model(text_config.model_type, self.name, n_layer, n_layer, said)
+        self.model = Model(text_config.model_type, self.name, n_layer, n_layer, said, full_layers(config))
         self.n_ctx = getattr(text_config, "max_position_embeddings", None) or DEFAULT_LENGTH
 
     def measure(self, texts: Texts, samples: int, length: int, **settings: Any) -> np.ndarray:

@@ -17,6 +17,10 @@ LEAST_TRANSFORMERS = (5, 16)  # before it, masks and the loading of weights were
 # layer types of a config that mean full attention; "attention" is what older configs say
 FULL_ATTENTION = ("full_attention", "attention")
 
+# Models whose layers with a sliding window keep it in llama.cpp, which ignores that of others. What may stream in them is the layers
+# with full attention.
+_WITH_WINDOWS = ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "olmo3")
+
 # how the name of a class ends that was trained to do something else than to continue text
 _OTHER_TASKS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 
@@ -56,6 +60,13 @@ def check(checkpoint: Path) -> None:
     read_config(Path(checkpoint))
 
 
+def full_layers(config: PretrainedConfig) -> tuple[int, ...]:
+    """The layers of a checkpoint that have full attention."""
+    text = config.get_text_config(decoder=True)
+    types = getattr(text, "layer_types", None) or FULL_ATTENTION[:1] * text.num_hidden_layers
+    return tuple(il for il, layer_type in enumerate(types) if layer_type in FULL_ATTENTION)
+
+
 def _parse(path: Path) -> PretrainedConfig:
     try:
         content = json.loads(path.read_text())
@@ -73,11 +84,13 @@ def _parse(path: Path) -> PretrainedConfig:
 
 def _check_layers(path: Path, config: PretrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
+    may_slide = text.model_type in _WITH_WINDOWS and bool(full_layers(config))
     for layer, layer_type in enumerate(getattr(text, "layer_types", None) or ()):
-        if layer_type not in FULL_ATTENTION:
+        if layer_type not in FULL_ATTENTION and not (may_slide and layer_type == "sliding_attention"):
             raise ValueError(
                 f"{path}: layer {layer} of this {text.model_type} is a {layer_type} layer: only models with full attention "
-                "in all layers can be made hybrid"
+                "in all layers can be made hybrid, and some with full attention in some layers and a sliding window in the others "
+                f"({', '.join(_WITH_WINDOWS)})"
             )
     model_class = _class_of(config)
     if getattr(model_class, "_is_stateful", False):

@@ -12,11 +12,11 @@ import typer
 from lt_gguf.bench.shapes import DEFAULT_WEIGHT_TYPE, SHAPES, WEIGHT_TYPES, random_model
 from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
-from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.models.package import user_cache
 from lt_gguf.models.remembered import chosen_for, recall
 from lt_gguf.runtime.cpu import cpu_name, usable_cores
-from lt_gguf.spec import StreamingSpec
+from lt_gguf.spec import DEFAULT_FRACTION, StreamingSpec
 from lt_gguf.spec.cache_types import CACHE_TYPES, DEFAULT_CACHE_TYPE, cache_type
 from lt_gguf.spec.fields import check_integer
 
@@ -161,13 +161,19 @@ def choose_specs(model: GGUFModel, streaming: list[str] | None, shares: str | No
             share = float(text)
         except ValueError:
             raise ValueError(f'--shares = "{text}": must be numbers from 0 to 1, as in 0.5,0.75') from None
-        specs.append(StreamingSpec.interleaved(model.n_layer_main, share))
+        specs.append(_spread(model, share))
     if not specs and not model.why_not_streaming:
-        specs = [model.spec or recall(model.path) or StreamingSpec.interleaved(model.n_layer_main)]
+        specs = [model.spec or recall(model.path) or _spread(model)]
     specs = [StreamingSpec(s.layers, model.n_layer, s.sink, s.window, s.prefill, s.type) for s in dict.fromkeys(specs) if s.layers]
     for spec in specs:
-        check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+        model.check_can_stream(spec)
     return specs
+
+
+def _spread(model: GGUFModel, share: float = DEFAULT_FRACTION) -> StreamingSpec:
+    """A share of the layers that may stream, spread evenly."""
+    layers = (model.may_stream[place] for place in StreamingSpec.interleaved(len(model.may_stream) or 1, share).layers)
+    return StreamingSpec(tuple(layers), model.n_layer)
 
 
 def describe_machine(n_gpu_layers: int) -> str:
@@ -257,4 +263,4 @@ def _parse_spec(text: str, model: GGUFModel) -> StreamingSpec:
     if asked is None:
         assert model.spec is not None  # else nothing would have been found
         return model.spec
-    return StreamingSpec.parse(str(asked), model.n_layer, model.spec)
+    return model.parse_spec(str(asked))

@@ -16,9 +16,9 @@ from lt_gguf.cli import model as model_options
 from lt_gguf.cli.progress import ProgressBar
 from lt_gguf.evaluation.tasks import TASKS
 from lt_gguf.evaluation.variants import variants
-from lt_gguf.gguf.file import GGUFModel, check_can_stream, read_model
+from lt_gguf.gguf.file import GGUFModel, read_model
 from lt_gguf.models.remembered import chosen_for
-from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, CacheTypes, StreamingSpec
+from lt_gguf.spec import ENVIRONMENT_VARIABLE, AutoSpec, CacheTypes
 from lt_gguf.spec.fields import is_auto
 
 if TYPE_CHECKING:
@@ -249,9 +249,9 @@ def _canonical(text: str, model: GGUFModel) -> str:
     asked, unknown = chosen_for(model.path, text)
     if unknown:
         raise ValueError(unknown)
-    spec = model.spec if asked is None else StreamingSpec.parse(str(asked), model.n_layer, model.spec)
+    spec = model.spec if asked is None else model.parse_spec(str(asked))
     assert spec is not None  # else nothing would have been found
-    check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+    model.check_can_stream(spec)
     return str(spec)
 
 

@@ -197,7 +197,7 @@ def _choose(
         base = model.spec or StreamingSpec.off(model.n_layer)
         # note: what was measured on the model stays true of it, whatever layers somebody chooses then
         measured = model.provenance or Provenance("")
-        spec = replace(base, layers=parse_layers(layers, model.n_layer), **sees)
+        spec = replace(base, layers=parse_layers(layers, model.n_layer, every=model.may_stream), **sees)
         return spec, replace(measured, selection="manual")
     if model.spec is None:
         return _spare(model, sees)

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from lt_gguf.cli.model import CacheKeepOrRecommended, CacheTypeOrRecommended, ModelFile, Streaming, cache_of, find
-from lt_gguf.gguf.file import check_can_stream, read_model
+from lt_gguf.gguf.file import read_model
 from lt_gguf.report.inspection import describe, draw, print_tables
-from lt_gguf.spec import StreamingSpec
 
 
 def inspect(
@@ -29,8 +28,8 @@ def inspect(
     spec = model.spec
     cache = cache_of(model, streaming, cache_type, cache_keep)
     if cache.streaming is not None:
-        spec = StreamingSpec.parse(str(cache.streaming), model.n_layer, model.spec)
-        check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+        spec = model.parse_spec(str(cache.streaming))
+        model.check_can_stream(spec)
     if plot is not None:
         draw(model, spec, plot)
     if as_json:

@@ -138,7 +138,7 @@ def check_spec(text: str, described: GGUFModel) -> None:
         if is_auto(text):
             AutoSpec.parse(text, described.spec)
         else:
-            StreamingSpec.parse(text, described.n_layer, described.spec)
+            described.parse_spec(text)
     except ValueError as error:
         raise ValueError(f"--streaming: {error}") from None
 

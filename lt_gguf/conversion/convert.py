@@ -27,7 +27,7 @@ from lt_gguf.conversion import naming, quantization
 from lt_gguf.conversion.options import Options
 from lt_gguf.conversion.running import flag_converted, open_converted
 from lt_gguf.conversion.upstream import ConversionError, Plan, UpstreamConverter
-from lt_gguf.gguf.file import GGUFModel, check_can_stream
+from lt_gguf.gguf.file import GGUFModel
 from lt_gguf.memory.budget import smallest_number
 from lt_gguf.memory.sizes import format_bytes
 from lt_gguf.models import hub
@@ -203,7 +203,8 @@ class _Conversion:
 
     def _check_measurable(self, model: GGUFModel) -> None:
         """Raises now what would be wrong when everything has been measured."""
-        self._check_can_stream(model, StreamingSpec(tuple(range(model.n_layer_main)), model.n_layer))
+        with self._named_errors():
+            model.check_can_stream()
         self._check_budget(model)
         self._length(model)
 
@@ -252,7 +253,7 @@ class _Conversion:
 
     def _check_can_stream(self, model: GGUFModel, spec: StreamingSpec) -> None:
         with self._named_errors():
-            check_can_stream(model.architecture, spec, model.n_layer_main, model.why_not_streaming)
+            model.check_can_stream(spec)
 
     def _recommended(self, model: GGUFModel) -> CacheRecommendation | None:
         """What the files are to recommend for the cache. Raises ConversionError: the model can't have such a cache."""
@@ -272,7 +273,7 @@ class _Conversion:
                 options.budget,
                 options.ctx,
                 n_embd=model.n_embd,
-                n_layer_main=model.n_layer_main,
+                may_stream=model.may_stream,
                 sink=options.sink,
                 window=options.window,
                 prefill=options.prefill,
@@ -300,7 +301,7 @@ class _Conversion:
         name = self.hub_id or self.checkpoint.resolve().name
         with self._named_errors():
             request = Request(
-                Model(model.architecture, name, model.n_layer, model.n_layer_main, self.config),
+                Model(model.architecture, name, model.n_layer, model.n_layer_main, self.config, model.may_stream),
                 fraction=options.fraction,
                 max_loss=options.tolerated_loss,
                 max_kl=options.max_kl,
@@ -315,7 +316,7 @@ class _Conversion:
             )
             if options.budget is None or options.ctx is None:
                 return self.strategy.select(request)
-            check_can_stream(model.architecture, StreamingSpec((0,), model.n_layer), model.n_layer_main, model.why_not_streaming)
+            model.check_can_stream()
             return select_within(
                 self.strategy,
                 request,

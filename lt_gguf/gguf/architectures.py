@@ -16,29 +16,72 @@ _RECURRENT = (
     "nemotron_h_moe qwen3next kimi-linear bailingmoe3 kimi-k3 glm5-next qwen35 qwen35moe qwen4exp deepseek4 minimax-01"
 ).split()
 _ENCODER = "t5 t5encoder eagle3 dflash".split()
+_DRAFTS = "gemma4-assistant".split()
 _NOT_CAUSAL = "dream llada llada-moe rnd1".split()
 _NO_KV_CACHE = (
     "clip bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
     "llama-embed wavtokenizer-dec"
 ).split()
-_SPARSE = "minimax-m3 glm-dsa deepseek32 hy_v4".split()
-
-# These have a sliding window whatever the file says,
-_ALWAYS_SLIDING = (
-    "cohere2 cohere2moe dots3note exaone-moe gemma2 gemma3n gemma4 gemma4-assistant gpt-oss granite_swa maple mimo2 muse-glimmer "
-    "spark2_5 step35"
-).split()
-# these if the file names one. The others ignore the key (Phi-3's converter writes it, llama.cpp doesn't use it).
-_SLIDING_IF_SET = "afmoe gemma3 laguna llama4 mellum olmo2 plamo3 smallthinker".split()
+_SPARSE = "dots3note minimax-m3 glm-dsa deepseek32 hy_v4".split()
 
 _REASONS = {
     "it has recurrent layers": _RECURRENT,
     "it has an encoder": _ENCODER,
     "its attention is not causal": _NOT_CAUSAL,
-    "it has a sliding window of its own": _ALWAYS_SLIDING,
     "it has no KV cache": _NO_KV_CACHE,
+    "it drafts for another model, whose layers it reads": _DRAFTS,
 }
 _REASON_OF = {arch: reason for reason, archs in _REASONS.items() for arch in archs}
+
+
+class Sliding(NamedTuple):
+    """How llama.cpp finds the layers of an architecture that have a sliding window of their own.
+
+    Args:
+        period: of so many layers one has full attention, where the file doesn't say which; 0: it must.
+        is_first: it is the first of them, else the last.
+        window: tokens, where the file doesn't say; 0: it must, or no layer has one.
+        is_fixed: the file's window only says that there is one.
+    """
+
+    period: int
+    is_first: bool = False
+    window: int = 0
+    is_fixed: bool = False
+
+
+# note: other architectures ignore the keys (Phi-3's converter writes them, llama.cpp doesn't use them)
+_SLIDING = {
+    "afmoe": Sliding(4),
+    "cohere2": Sliding(4),
+    "cohere2moe": Sliding(4, is_first=True),
+    "exaone-moe": Sliding(4, window=128),
+    "exaone4": Sliding(4, window=4096),
+    "gemma2": Sliding(2, window=4096),
+    "gemma3": Sliding(6),
+    "gemma3n": Sliding(5),
+    "gemma4": Sliding(0),
+    "gpt-oss": Sliding(2),
+    "granite_swa": Sliding(0),
+    "laguna": Sliding(4, is_first=True),
+    "llama4": Sliding(4, window=8192, is_fixed=True),
+    "maple": Sliding(0),
+    "mellum": Sliding(4),
+    "mimo2": Sliding(0),
+    "muse-glimmer": Sliding(4),
+    "olmo2": Sliding(4),
+    "plamo3": Sliding(8),
+    "smallthinker": Sliding(4, is_first=True, window=4096, is_fixed=True),
+    "spark2_5": Sliding(0),
+    "step35": Sliding(0),
+}
+
+
+class OwnWindow(NamedTuple):
+    """The layers that have a sliding window of their own, and its tokens (Llama 4: of a chunk)."""
+
+    layers: tuple[int, ...]
+    tokens: int
 
 
 class LayerCount(NamedTuple):
@@ -73,17 +116,40 @@ def why_not_streaming(arch: str, metadata: Mapping[str, Typed]) -> str | None:
         return _REASON_OF[arch]
     if metadata.get(f"{arch}.attention.causal", Typed("bool", True)).value is False:
         return "its attention is not causal"
-    window = _number(metadata, f"{arch}.attention.sliding_window", 0)
-    # note: llama.cpp takes a Llama 4 without the key for one with chunked attention
-    chunked = arch == "llama4" and f"{arch}.attention.sliding_window" not in metadata
-    exaone_32b = arch == "exaone4" and layer_count(arch, metadata).main == 64
-    if chunked or exaone_32b or (arch in _SLIDING_IF_SET and window > 0):
-        return "it has a sliding window of its own"
     if _number(metadata, f"{arch}.attention.key_length_mla", 0) > 0:
         return "it uses multi-head latent attention (MLA)"
     if arch in _SPARSE:
         return "it has a sparse attention of its own"
+    n_layer = layer_count(arch, metadata).main
+    shares = _number(metadata, f"{arch}.attention.shared_kv_layers", 0) > 0 if arch == "gemma4" else n_layer > 20
+    if arch in ("gemma3n", "gemma4") and shares:
+        return "layers of it use the keys and values of others"
+    own = own_window(arch, metadata)
+    if own is not None and len(own.layers) == n_layer:
+        return "all its layers have a sliding window of their own"
     return None
+
+
+def own_window(arch: str, metadata: Mapping[str, Typed]) -> OwnWindow | None:
+    """The layers with a sliding window of their own, `None` if there are none."""
+    known = _SLIDING.get(arch)
+    n_layer = layer_count(arch, metadata).main
+    # note: only the 32B model of Exaone 4 has one
+    if known is None or (arch == "exaone4" and n_layer != 64):
+        return None
+    key = f"{arch}.attention.sliding_window"
+    # note: llama.cpp takes a Llama 4 without the key for one with chunked attention
+    says_none = key not in metadata if arch == "smallthinker" else _number(metadata, key, known.window) == 0
+    if says_none:
+        return None
+    tokens = known.window if known.is_fixed else _number(metadata, key, known.window)
+    pattern: Any = metadata.get(f"{key}_pattern", Typed("", known.period)).value
+    if isinstance(pattern, int):
+        full = (0 if known.is_first else pattern - 1) if pattern else None
+        layers = tuple(il for il in range(n_layer) if not pattern or il % pattern != full)
+    else:
+        layers = tuple(il for il, slides in enumerate(pattern[:n_layer]) if slides)
+    return OwnWindow(layers, tokens) if layers else None
 
 
 def _number(metadata: Mapping[str, Typed], key: str, default: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lt_gguf.gguf.architectures import LayerCount, layer_count, why_not_streaming
+from lt_gguf.gguf.architectures import LayerCount, OwnWindow, layer_count, own_window, why_not_streaming
 from lt_gguf.gguf.header import GGUFHeader, read_header
 from lt_gguf.memory.kv import KVShape
 from lt_gguf.spec import CacheRecommendation, Provenance, StreamingSpec, Typed, format_layers
@@ -28,7 +28,7 @@ class GGUFModel:
         architecture: llama.cpp's name of it.
         name: the model's own, or the file's.
         n_layer: number of layers, those included that only predict ahead.
-        n_layer_main: of them, the first ones, which the main graph runs; only these have a KV cache and may stream.
+        n_layer_main: of them, the first ones, which the main graph runs; only these have a KV cache.
         n_ctx_train: context size that the model was trained for, in tokens.
         n_embd: elements of a hidden state.
         n_head: attention heads, one number a layer.
@@ -41,6 +41,8 @@ class GGUFModel:
         provenance: how its streaming layers were chosen, if the file says so.
         why_not_streaming: the reason for which this model can't have streaming layers, `None` if it can.
         recommended: types of the KV cache that the file recommends, `None` if it recommends none.
+        own_window: the layers that have a sliding window of their own, `None` if there are none.
+        own_head_sizes: elements of a key head and of a value head in these.
     """
 
     path: Path
@@ -60,6 +62,30 @@ class GGUFModel:
     provenance: Provenance | None
     why_not_streaming: str | None
     recommended: CacheRecommendation | None = None
+    own_window: OwnWindow | None = None
+    own_head_sizes: tuple[int, int] = (0, 0)
+
+    @property
+    def may_stream(self) -> tuple[int, ...]:
+        """The layers that may stream: those of the main graph with full attention."""
+        if self.why_not_streaming:
+            return ()
+        own = self.own_window.layers if self.own_window else ()
+        return tuple(il for il in range(self.n_layer_main) if il not in own)
+
+    def parse_spec(self, text: str) -> StreamingSpec:
+        """Reads a spec as `StreamingSpec.parse` does; what it leaves out is the file's, and `all` means the layers that may stream.
+
+        Raises:
+            ValueError: the text is malformed.
+        """
+        return StreamingSpec.parse(text, self.n_layer, self.spec, self.may_stream)
+
+    def check_can_stream(self, spec: StreamingSpec | None = None) -> None:
+        """Raises ValueError if `spec` makes layers stream that can't, or keeps layers in 16 bits that have no cache; without one, if
+        none can stream."""
+        spec = StreamingSpec(self.may_stream or (0,), self.n_layer) if spec is None else spec
+        check_can_stream(self.architecture, spec, self.n_layer_main, self.why_not_streaming, self.own_window)
 
     @property
     def kv_shape(self) -> KVShape:
@@ -75,7 +101,16 @@ class GGUFModel:
             )
         # note: the layer that Granite Switch adds to the main ones is in the cache too
         n_cached = self.n_layer if self.architecture == "graniteswitch" else self.n_layer_main
-        return KVShape(self.n_head_kv[:n_cached], max(self.n_head_kv), self.head_size_k, self.head_size_v)
+        own = self.own_window or OwnWindow((), 0)
+        return KVShape(
+            self.n_head_kv[:n_cached],
+            max(self.n_head_kv),
+            self.head_size_k,
+            self.head_size_v,
+            own.layers,
+            own.tokens,
+            self.own_head_sizes,
+        )
 
     def check_recommended(self, recommended: CacheRecommendation | None) -> None:
         """Raises ValueError if the file can't recommend this for the cache of its model."""
@@ -86,7 +121,7 @@ class GGUFModel:
                 f"no types of the cache can be recommended for the architecture {self.architecture}: {self.why_not_streaming}"
             )
         keeps = StreamingSpec((), self.n_layer, cache_keep=recommended.keep)
-        check_can_stream(self.architecture, keeps, self.n_layer_main, self.why_not_streaming)
+        self.check_can_stream(keeps)
         # note: llama.cpp switches flash attention off for Grok
         self.kv_shape.check(*recommended.types, flash_attn=self.architecture != "grok")
 
@@ -122,8 +157,12 @@ def describe_model(path: Path, header: GGUFHeader, takes_recommended: bool = Tru
         n_embd = _integer(metadata, f"{arch}.embedding_length", 0)
         head_size = n_embd // n_head[0] if n_head[0] else 0
         spec = StreamingSpec.from_metadata(metadata, arch, layers.all)
-        reason = why_not_streaming(arch, metadata)
-        check_can_stream(arch, spec, layers.main, reason)
+        reason, own = why_not_streaming(arch, metadata), own_window(arch, metadata)
+        check_can_stream(arch, spec, layers.main, reason, own)
+        head_size_k = _integer(metadata, f"{arch}.attention.key_length", head_size)
+        head_size_v = _integer(metadata, f"{arch}.attention.value_length", head_size)
+        own_head_size_k = _integer(metadata, f"{arch}.attention.key_length_swa", head_size_k)
+        own_head_size_v = _integer(metadata, f"{arch}.attention.value_length_swa", head_size_v)
         model = GGUFModel(
             path=path,
             architecture=arch,
@@ -134,14 +173,16 @@ def describe_model(path: Path, header: GGUFHeader, takes_recommended: bool = Tru
             n_embd=n_embd,
             n_head=n_head,
             n_head_kv=n_head_kv,
-            head_size_k=_integer(metadata, f"{arch}.attention.key_length", head_size),
-            head_size_v=_integer(metadata, f"{arch}.attention.value_length", head_size),
+            head_size_k=head_size_k,
+            head_size_v=head_size_v,
             n_bytes=sum(file.stat().st_size for file in files),
             n_files=len(files),
             spec=spec,
             provenance=Provenance.from_metadata(metadata),
             why_not_streaming=reason,
             recommended=CacheRecommendation.from_metadata(metadata, arch, layers.all) if takes_recommended else None,
+            own_window=own,
+            own_head_sizes=(own_head_size_k, own_head_size_v),
         )
         try:
             model.check_recommended(model.recommended)
@@ -154,14 +195,19 @@ def describe_model(path: Path, header: GGUFHeader, takes_recommended: bool = Tru
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_can_stream(arch: str, spec: StreamingSpec | None, n_layer_main: int, reason: str | None) -> None:
+def check_can_stream(
+    arch: str, spec: StreamingSpec | None, n_layer_main: int, reason: str | None, own_window: OwnWindow | None = None
+) -> None:
     """Raises ValueError if `spec` makes layers stream that can't, or keeps layers in 16 bits that have no cache.
 
     Args:
         reason: for which the architecture can't stream, `None` if it can.
+        own_window: the layers that have a sliding window of their own.
     """
     if spec is None or not (spec.layers or spec.cache_keep):
         return
+    if own_window and not spec.layers:
+        reason = reason or "it has a sliding window of its own, and no layer streams"
     if reason and not spec.layers:
         raise ValueError(f"models of the architecture {arch} can't keep layers of their cache in 16 bits: {reason}")
     if reason:
@@ -173,6 +219,12 @@ def check_can_stream(arch: str, spec: StreamingSpec | None, n_layer_main: int, r
     if spec.layers and spec.layers[-1] >= n_layer_main:
         raise ValueError(
             f"layer {spec.layers[-1]} can't stream: the main graph doesn't run it, only layers from 0 to {n_layer_main - 1} can"
+        )
+    if own_window and (wrong := sorted(set(spec.layers) & set(own_window.layers))):
+        may = format_layers(set(range(n_layer_main)) - set(own_window.layers))
+        raise ValueError(
+            f"layer {wrong[0]} can't stream: it has a sliding window of its own, of {own_window.tokens} tokens, only the layers with "
+            f"full attention can: {may}"
         )
 
 

@@ -8,6 +8,7 @@ output comes from torch's fused attention. So no n×n matrix is ever built, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,10 +36,10 @@ class Measure:
     sink: int
     window: int
     w_last: int
-    found: list[float] = field(default_factory=list)
+    found: list[float | None] = field(default_factory=list)
 
     def take(self, layer: int) -> float:
-        """The ratio that the layer, which has just run, has left here.
+        """The ratio that the layer, which has just run, has left here; NaN of one that has a sliding window of its own.
 
         Raises:
             ValueError: the layer has no attention that could be measured, or more than one, or it isn't a number.
@@ -50,6 +51,8 @@ class Measure:
             )
         if len(found) > 1:
             raise ValueError(f"layer {layer} has {len(found)} attentions, must have one: its lazy ratio can't be measured")
+        if found[0] is None:
+            return math.nan
         if found[0] != found[0]:
             raise ValueError(f"layer {layer}: its attention logits have NaN: try --dtype float32, or check the weights")
         return found[0]
@@ -60,7 +63,7 @@ _current: ContextVar[Measure | None] = ContextVar("measure", default=None)
 
 @contextmanager
 def measuring(measure: Measure) -> Iterator[Measure]:
-    """Inside the with block every attention of `IMPLEMENTATION` adds its ratio to `measure.found`."""
+    """Inside the with block every attention of `IMPLEMENTATION` adds its ratio to `measure.found`; `None` if it has a window of its own."""
     token = _current.set(measure)
     try:
         yield measure
@@ -111,14 +114,19 @@ def causal_attention(
     scale: float,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of one prompt in linear memory: (1, T, n_head, value_dim). Arguments as for `lazy_ratio`."""
+    """Causal attention of one prompt in linear memory: (1, T, n_head, value_dim). Arguments as for `lazy_ratio`.
+
+    Args:
+        window: number of last positions that a query sees, its own included; `None`: all.
+    """
     n_head_kv, n_group = key.shape[1], query.shape[1] // key.shape[1]
     # note: KV heads take the place of the batch, so that the heads of a group share theirs without a copy
     queries = query[0].unflatten(0, (n_head_kv, n_group))
     keys, values = key[0][:, None], value[0][:, None]
     # note: torch's fused attention has no softcap and no extra logits, and on Apple's GPUs it builds the n×n matrix
-    if softcap is None and sink_logits is None and query.device.type != "mps":
+    if softcap is None and sink_logits is None and window is None and query.device.type != "mps":
         # note: with head sizes that differ (multi-head latent attention) it falls back to the n×n matrix
         size = max(query.shape[-1], value.shape[-1])
         q, k, v = (functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (queries, keys, values))
@@ -127,7 +135,7 @@ def causal_attention(
         output = output[..., : value.shape[-1]]
     else:
         extra = None if sink_logits is None else sink_logits.unflatten(0, (n_head_kv, n_group))
-        output = _attention_in_blocks(queries, keys[:, 0], values[:, 0], scale, softcap, extra)
+        output = _attention_in_blocks(queries, keys[:, 0], values[:, 0], scale, softcap, extra, window)
     return output.flatten(0, 1).transpose(0, 1)[None].contiguous()
 
 
@@ -138,6 +146,7 @@ def _attention_in_blocks(
     scale: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
+    window: int | None,
 ) -> torch.Tensor:
     """(n_head_kv, n_group, T, value_dim) from queries of (n_head_kv, n_group, T, head_dim): a few rows of logits at a time."""
     n_head_kv, n_group, length, _ = queries.shape
@@ -146,14 +155,16 @@ def _attention_in_blocks(
     positions = torch.arange(length, device=keys.device)
     for begin in range(0, length, n_rows):
         end = min(begin + n_rows, length)
-        future = positions[:end] > positions[begin:end, None]
+        first = 0 if window is None else max(0, begin - window + 1)
+        distances = positions[begin:end, None] - positions[first:end]
+        hidden = (distances < 0) | (distances >= (window or length))
         for head in range(n_head_kv):
-            logits = _logits(queries[head, :, begin:end], keys[head, :end], scale, softcap).masked_fill_(future, -torch.inf)
+            logits = _logits(queries[head, :, begin:end], keys[head, first:end], scale, softcap).masked_fill_(hidden, -torch.inf)
             full = logits.logsumexp(dim=-1, keepdim=True)
             if sink_logits is not None:
                 full = torch.logaddexp(full, sink_logits[head][:, None, None].to(full.dtype))
             weights = logits.sub_(full).exp_()
-            output[head, :, begin:end] = weights.to(values.dtype) @ values[head, :end]
+            output[head, :, begin:end] = weights.to(values.dtype) @ values[head, first:end]
     return output
 
 
@@ -183,14 +194,23 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise ValueError(f"layer {layer} ({type(module).__name__}) doesn't attend causally: must be a causal language model")
-    if attention_mask is not None or (sliding_window is not None and sliding_window < key.shape[2]):
+    is_sliding = _is_sliding(module)
+    cuts = sliding_window is not None and sliding_window < key.shape[2]
+    # note: the mask of a sliding layer says no more than that its window cuts
+    if cuts != (attention_mask is not None) or (cuts and not is_sliding):
         raise ValueError(f"layer {layer} ({type(module).__name__}) has a window or a mask of its own, must have full attention")
     if position_bias is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(f"layer {layer} ({type(module).__name__}) attends in a way of its own: its lazy ratio can't be measured")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (measure := _current.get()) is not None:
-        measure.found.append(lazy_ratio(query, key, measure, scale, softcap, s_aux))
-    return causal_attention(query, key, value, scale, softcap, s_aux), None
+        measure.found.append(None if is_sliding else lazy_ratio(query, key, measure, scale, softcap, s_aux))
+    return causal_attention(query, key, value, scale, softcap, s_aux, sliding_window if cuts else None), None
+
+
+def _is_sliding(module: torch.nn.Module) -> bool:
+    """Whether the layer is one of those with a sliding window in a model that has others, too."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    return types is not None and types[module.layer_idx] == "sliding_attention"
 
 
 _NOT_CAUSAL = torch.empty(0)

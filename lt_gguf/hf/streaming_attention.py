@@ -82,7 +82,9 @@ def apply_streaming(
         if layer_types[layer] != "full_attention":
             raise ValueError(f"layer {layer} is a {layer_types[layer]} layer: only full_attention layers can stream")
 
-    if implementation == "auto" and not _can_flex(model, config):
+    if implementation == "auto" and _needs_eager(model, config):
+        implementation = "eager"
+    elif implementation == "auto" and not _can_flex(model, config):
         implementation = "sdpa"
     model.set_attn_implementation(IMPLEMENTATIONS[implementation])
     if config._attn_implementation != IMPLEMENTATIONS[implementation]:  # for some models transformers only warns
@@ -215,6 +217,11 @@ def _auto_mask(config: PretrainedConfig, **arguments: Any) -> torch.Tensor | Blo
     rule = getattr(config, SPEC_ATTRIBUTE)["rule"]
     pays = torch.device(arguments["device"]).type == "cuda" and arguments["q_length"] > rule["sink"] + rule["window"]
     return (_block_masks if pays else streaming_mask)(config, **arguments)
+
+
+def _needs_eager(model: PreTrainedModel, config: PretrainedConfig) -> bool:
+    """torch's fused attention knows neither learned sinks (gpt-oss) nor a softcap (Gemma 2), and would leave them out."""
+    return not getattr(model, "_supports_sdpa", True) or bool(getattr(config, "attn_logit_softcapping", None))
 
 
 def _can_flex(model: PreTrainedModel, config: PretrainedConfig) -> bool:

@@ -29,7 +29,7 @@ def smallest_number(
     n_ctx: int,
     *,
     n_embd: int,
-    n_layer_main: int,
+    may_stream: Sequence[int],
     sink: int,
     window: int,
     prefill: str = DEFAULT_PREFILL,
@@ -45,7 +45,7 @@ def smallest_number(
     Args:
         n_ctx: context size in tokens.
         n_embd: elements of a hidden state.
-        n_layer_main: the layers 0 to n_layer_main - 1 may stream.
+        may_stream: the layers that may.
         cache_type: of the layers with full attention, as `CacheTypes.parse` reads it.
         cache_keep: layers whose cache isn't quantized.
 
@@ -59,16 +59,18 @@ def smallest_number(
     settings |= {"n_ctx": n_ctx, "n_embd": n_embd, "cache_keep": cache_keep}
     full = StreamingSpec((), len(shape.n_head_kv), cache_keep=tuple(cache_keep))
     types = CacheTypes.parse(cache_type)
-    each = [(full.cache_type(il, types.k), full.cache_type(il, types.v)) for il in range(n_layer_main)]
-    token_bytes = [shape.token_bytes(il, k, v) for il, (k, v) in enumerate(each)]
-    by_saving = sorted(range(n_layer_main), key=lambda il: (-token_bytes[il], il))
-    for n in range(n_layer_main + 1):
+
+    def token_bytes(il: int) -> int:
+        return shape.token_bytes(il, full.cache_type(il, types.k), full.cache_type(il, types.v))
+
+    by_saving = sorted(may_stream, key=lambda il: (-token_bytes(il), il))
+    for n in range(len(by_saving) + 1):
         if peak_bytes(shape, by_saving[:n], **settings) <= budget:
             return n
     # note: where the other layers are quantized, a streaming layer can take more than a small context would
-    least = min(peak_bytes(shape, by_saving[:n], **settings) for n in range(n_layer_main + 1))
+    least = min(peak_bytes(shape, by_saving[:n], **settings) for n in range(len(by_saving) + 1))
     raise ValueError(
-        f"KV budget = {format_mib(budget)}: however many of {n_layer_main} layers stream (sink {sink}, window {window}, prefill "
+        f"KV budget = {format_mib(budget)}: however many of {len(by_saving)} layers stream (sink {sink}, window {window}, prefill "
         f"{prefill}), a context of {n_ctx} tokens takes {format_mib(least)} or more ({cache_type}), "
         "must be at least that, or a smaller context, window or cache type"
     )

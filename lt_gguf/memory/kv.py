@@ -30,12 +30,23 @@ class KVShape:
         n_head_kv_max: the largest of the model; without flash attention the V of every layer is padded to it.
         head_size_k: elements of a key head.
         head_size_v: elements of a value head.
+        own_layers: those with a sliding window of their own.
+        own_window: its tokens.
+        own_head_sizes: elements of a key head and of a value head in these layers; (0, 0): as in the others.
     """
 
     n_head_kv: tuple[int, ...]
     n_head_kv_max: int
     head_size_k: int
     head_size_v: int
+    own_layers: tuple[int, ...] = ()
+    own_window: int = 0
+    own_head_sizes: tuple[int, int] = (0, 0)
+
+    def head_sizes(self, il: int) -> tuple[int, int]:
+        """Elements of a key head and of a value head."""
+        other = (self.head_size_k, self.head_size_v)
+        return self.own_head_sizes if il in self.own_layers and any(self.own_head_sizes) else other
 
     def token_bytes(self, il: int, type_k: str = DEFAULT_CACHE_TYPE, type_v: str | None = None, flash_attn: bool = True) -> int:
         """Bytes of K and V that a token takes in layer `il`.
@@ -45,30 +56,41 @@ class KVShape:
         """
         type_v = type_v or type_k
         self.check(type_k, type_v, flash_attn)
-        n_head_kv_v = self.n_head_kv[il] if flash_attn else self.n_head_kv_max
-        return _row_bytes(type_k, self.n_head_kv[il] * self.head_size_k) + _row_bytes(type_v, n_head_kv_v * self.head_size_v)
+        head_size_k, head_size_v = self.head_sizes(il)
+        width_v = self.n_head_kv[il] * head_size_v if flash_attn else self._widest_v
+        return _row_bytes(type_k, self.n_head_kv[il] * head_size_k) + _row_bytes(type_v, width_v)
 
     def check(self, type_k: str, type_v: str, flash_attn: bool = True) -> None:
         """Raises ValueError: an unknown cache type, or one that llama.cpp refuses for this model."""
         block_k, block_v = cache_type(type_k).block, cache_type(type_v).block
-        for name, block, head_size in ((type_k, block_k, self.head_size_k), (type_v, block_v, self.head_size_v)):
-            if head_size % block:
-                raise ValueError(
-                    f"cache type = {name}: its blocks of {block} elements don't divide this model's heads of {head_size}"
-                )
+        for head_size_k, head_size_v in {self.head_sizes(il) for il in range(len(self.n_head_kv))}:
+            for name, block, head_size in ((type_k, block_k, head_size_k), (type_v, block_v, head_size_v)):
+                if head_size % block:
+                    raise ValueError(
+                        f"cache type = {name}: its blocks of {block} elements don't divide this model's heads of {head_size}"
+                    )
         if block_v > 1 and not flash_attn:
             raise ValueError(f"cache type = {type_v}: a quantized V cache needs flash attention")
 
+    @property
+    def _widest_v(self) -> int:
+        """Elements of V that a token has in the layer with most."""
+        own = (self.n_head_kv[il] * self.head_sizes(il)[1] for il in self.own_layers)
+        others = [n for il, n in enumerate(self.n_head_kv) if il not in self.own_layers]
+        # note: of layers that only predict ahead only the largest number is known
+        return max(*own, max(others, default=0) * self.head_size_v, 0) if self.own_layers else self.n_head_kv_max * self.head_size_v
+
 
 class KVMemory(NamedTuple):
-    """Bytes of K and V in the layers with full attention and in the streaming layers."""
+    """Bytes of K and V in the layers with full attention, in the streaming layers and in those with a sliding window of their own."""
 
     full: int
     streaming: int
+    own: int = 0
 
     @property
     def total(self) -> int:
-        return self.full + self.streaming
+        return self.full + self.streaming + self.own
 
 
 def kv_memory(
@@ -83,7 +105,7 @@ def kv_memory(
     kv_unified: bool = False,
     flash_attn: bool = True,
 ) -> KVMemory:
-    """The bytes that a context allocates for K and V.
+    """The bytes that a context allocates for K and V; in a model with sliding windows of its own, without `swa_full`.
 
     Args:
         spec: which layers stream; `None` for an ordinary model.
@@ -102,24 +124,36 @@ def kv_memory(
     n_full = padded_cells(n_ctx // n_caches)
     n_streaming = 0 if spec is None else streaming_cells(spec, n_ctx, n_ubatch=n_ubatch, n_seq_max=n_seq_max, kv_unified=kv_unified)
 
-    full = streaming = 0
+    n_own = own_cells(shape, n_ctx, n_ubatch=n_ubatch, n_seq_max=n_seq_max, kv_unified=kv_unified)
+
+    full = streaming = own = 0
     for il in range(len(shape.n_head_kv)):
         k, v = (type_ if spec is None else spec.cache_type(il, type_) for type_ in (type_k, type_v or type_k))
-        if spec is not None and spec.is_streaming(il):
+        if il in shape.own_layers:
+            own += shape.token_bytes(il, k, v, flash_attn) * n_own * n_caches
+        elif spec is not None and spec.is_streaming(il):
             streaming += shape.token_bytes(il, k, v, flash_attn) * n_streaming * n_caches
         else:
             full += shape.token_bytes(il, k, v, flash_attn) * n_full * n_caches
-    return KVMemory(full, streaming)
+    return KVMemory(full, streaming, own)
 
 
 def streaming_cells(
     spec: StreamingSpec, n_ctx: int, *, n_ubatch: int = DEFAULT_N_UBATCH, n_seq_max: int = 1, kv_unified: bool = False
 ) -> int:
     """Cells of a streaming layer's cache: sinks, window and a micro-batch. The arguments are those of `kv_memory`."""
+    return _windowed_cells(spec.sink + spec.window, n_ctx, n_ubatch, n_seq_max, kv_unified)
+
+
+def own_cells(shape: KVShape, n_ctx: int, *, n_ubatch: int = DEFAULT_N_UBATCH, n_seq_max: int = 1, kv_unified: bool = False) -> int:
+    """Cells of the cache of a layer with a sliding window of its own. The arguments are those of `kv_memory`."""
+    return _windowed_cells(shape.own_window, n_ctx, n_ubatch, n_seq_max, kv_unified) if shape.own_layers else 0
+
+
+def _windowed_cells(n_visible: int, n_ctx: int, n_ubatch: int, n_seq_max: int, kv_unified: bool) -> int:
     n_ctx = padded_cells(n_ctx)
     n_full = padded_cells(n_ctx // (1 if kv_unified else n_seq_max))
-    n_visible = (spec.sink + spec.window) * (n_seq_max if kv_unified else 1)
-    return padded_cells(min(n_full, n_visible + min(n_ubatch, n_ctx)))
+    return padded_cells(min(n_full, n_visible * (n_seq_max if kv_unified else 1) + min(n_ubatch, n_ctx)))
 
 
 def cache_types_text(cache_type: str, spec: StreamingSpec | None) -> str:

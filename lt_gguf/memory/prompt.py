@@ -58,4 +58,6 @@ def prompt_memory(
     n_cells = padded_cells(n_tokens)
     batches = sum(layers) * n_cells
     by_layer = max(layers) * n_cells + n_tokens * n_embd * 4
-    return PromptMemory(batches if len(layers) == 1 else min(by_layer, batches), batches)
+    # note: nor are models read layer by layer that have sliding windows of their own
+    in_batches = len(layers) == 1 or bool(shape.own_layers)
+    return PromptMemory(batches if in_batches else min(by_layer, batches), batches)

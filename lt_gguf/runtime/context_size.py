@@ -73,12 +73,15 @@ def largest_size(
         return ContextSize(most, 0)
     # note: the weights are mapped and must stay in memory
     left = available - described.n_bytes - max(_RESERVE, available // 10)
-    # note: an upper bound for the models whose cache is of another shape
+    spec = known_spec(described, streaming, whole)
+    # note: an upper bound for the models whose cache is of another shape. without streaming layers, llama.cpp gives layers with a sliding
+    #       window of their own all of the context
     layers = described.n_head_kv[: described.n_layer_main]
     shape = KVShape(layers, max(described.n_head_kv, default=0), described.head_size_k, described.head_size_v)
+    if described.own_window and spec is not None and spec.layers:
+        shape = described.kv_shape
     types: dict[str, Any] = {"type_k": _type_name(type_k), "type_v": _type_name(type_v), "n_ubatch": n_ubatch}
     model: dict[str, Any] = {"n_embd": described.n_embd, "n_head": max(described.n_head, default=0)}
-    spec = known_spec(described, streaming, whole)
     n_ctx, prompt_limit = largest_context(
         shape, spec, left, most, **model, **types, flash_attn=flash_attn, n_sequences=n_sequences, whole=whole
     )
@@ -94,11 +97,11 @@ def known_spec(described: GGUFModel, streaming: StreamingSpec | AutoSpec | str |
     try:
         if isinstance(streaming, AutoSpec) or is_auto(streaming):
             auto = streaming if isinstance(streaming, AutoSpec) else AutoSpec.parse(streaming, described.spec)
-            by_saving = sorted(range(described.n_layer_main), key=lambda layer: described.n_head_kv[layer])
-            layers = tuple(sorted(by_saving[: auto.n_streaming(described.n_layer_main)])) if whole else ()
+            by_saving = sorted(described.may_stream, key=lambda layer: described.n_head_kv[layer])
+            layers = tuple(sorted(by_saving[: auto.n_streaming(len(by_saving))])) if whole else ()
             found = StreamingSpec(layers, described.n_layer, auto.sink, auto.window, "full", cache_keep=auto.cache_keep)
             return found if layers or auto.cache_keep else None
-        return StreamingSpec.parse(streaming, described.n_layer, described.spec)
+        return described.parse_spec(streaming)
     except ValueError:
         return None  # note: loading the model says what is wrong with it
 

@@ -29,8 +29,10 @@ class Model:
         architecture: llama.cpp's name of it, or transformers' where no GGUF file has been made yet.
         name: for messages, and for what is recognised by it.
         n_layer: number of layers, those included that only predict ahead.
-        n_layer_main: of them, the first ones, which the main graph runs; only these may stream.
+        n_layer_main: of them, the first ones, which the main graph runs.
         config: the checkpoint's config.json, empty if unknown.
+        may_stream: the layers that may stream, those of the main graph with full attention: a strategy chooses among them, and a share
+            is of them. If not given, all that the main graph runs.
     """
 
     architecture: str
@@ -38,6 +40,16 @@ class Model:
     n_layer: int
     n_layer_main: int
     config: Mapping[str, Any] = field(default_factory=dict)
+    may_stream: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.may_stream:
+            object.__setattr__(self, "may_stream", tuple(range(self.n_layer_main)))
+
+    @property
+    def n_candidates(self) -> int:
+        """How many layers may stream."""
+        return len(self.may_stream)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +61,7 @@ class Request:
         n_streaming: how many layers must stream so that a KV budget is kept; `None`: the share `fraction`.
         fraction: share of the layers that is to stream, rounded down; `None`: the strategy's own number, or `DEFAULT_FRACTION`.
         ratios: lazy ratios, float64 (samples, layers), NaN where none was measured; `None` if none were. Layers at the end
-            that only predict ahead may be left out.
+            that only predict ahead may be left out, and those of layers that can't stream don't count.
         layers: the layers that the user names, for `manual`.
         threshold: smallest lazy ratio of a streaming layer, for `threshold`; its own default if not given.
         sink: number of first positions that a streaming layer sees.
@@ -79,17 +91,20 @@ class Request:
     n_ctx: int = LONGEST_COMPARED
 
     def __post_init__(self) -> None:
-        n_layer, n_main = self.model.n_layer, self.model.n_layer_main
+        n_layer, n_candidates = self.model.n_layer, self.model.n_candidates
         StreamingSpec.interleaved(n_layer, self.share, self.sink, self.window)  # checks these
         self.tolerance  # noqa: B018 - checks these
         for window in self.windows:
             StreamingSpec.interleaved(n_layer, self.share, self.sink, window)
-        if self.n_streaming is not None and not 0 <= self.n_streaming <= n_main:
-            raise ValueError(f"streaming layers = {self.n_streaming}: must be from 0 to {n_main}, the layers that can stream")
+        if self.n_streaming is not None and not 0 <= self.n_streaming <= n_candidates:
+            raise ValueError(f"streaming layers = {self.n_streaming}: must be from 0 to {n_candidates}, the layers that can stream")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}: must be a lazy ratio, a number from 0 to 1")
         if self.ratios is not None:
-            object.__setattr__(self, "ratios", fit_ratios(self.ratios, n_layer, n_main))
+            ratios = fit_ratios(self.ratios, n_layer, self.model.n_layer_main)
+            others = [il for il in range(n_layer) if il not in self.model.may_stream]
+            ratios[:, others] = math.nan
+            object.__setattr__(self, "ratios", ratios)
 
     @property
     def share(self) -> float:

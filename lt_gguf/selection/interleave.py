@@ -6,6 +6,7 @@ On some models this is better than the lazy ratio, on others worse (arXiv 2512.1
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 from lt_gguf.selection.base import Request, Selection, Strategy
@@ -18,8 +19,8 @@ class InterleaveOdd(Strategy):
     name = "interleave-odd"
 
     def choose(self, request: Request) -> Selection:
-        layers = StreamingSpec.interleaved(request.model.n_layer_main, _share(request)).layers
-        return self.selection(request, layers, _reason(layers, request, "odd"))
+        places = StreamingSpec.interleaved(request.model.n_candidates, _share(request)).layers
+        return self.selection(request, _layers(places, request), _reason(places, request, "odd"))
 
 
 class InterleaveEven(Strategy):
@@ -29,19 +30,25 @@ class InterleaveEven(Strategy):
 
     def choose(self, request: Request) -> Selection:
         share = Fraction(_share(request)).limit_denominator(10_000)
-        n_streaming = request.count(request.model.n_layer_main)
-        layers = [math.floor(i / share) for i in range(n_streaming)]
-        return self.selection(request, layers, _reason(layers, request, "even"))
+        n_streaming = request.count(request.model.n_candidates)
+        places = [math.floor(i / share) for i in range(n_streaming)]
+        return self.selection(request, _layers(places, request), _reason(places, request, "even"))
+
+
+def _layers(places: Sequence[int], request: Request) -> list[int]:
+    """The layers at some places among those that may stream."""
+    return [request.model.may_stream[place] for place in places]
 
 
 def _share(request: Request) -> float | Fraction:
     """The share of the layers that streams: what was asked for, or what the budget's number is."""
-    n_main = request.model.n_layer_main
-    return request.share if request.n_streaming is None else Fraction(request.count(n_main), n_main)
+    n = request.model.n_candidates
+    return request.share if request.n_streaming is None else Fraction(request.count(n), n)
 
 
-def _reason(layers: list[int] | tuple[int, ...], request: Request, which: str) -> str:
-    n_main = request.model.n_layer_main
-    every_second = len(layers) == n_main // 2 and set(layers) <= set(range(which == "odd", n_main, 2))
-    spread = f"every second one, the {which} ones" if layers and every_second else "spread evenly"
-    return f"{len(layers)} of {n_main} layers, {spread}; nothing was measured for this choice"
+def _reason(places: Sequence[int], request: Request, which: str) -> str:
+    n, n_main = request.model.n_candidates, request.model.n_layer_main
+    every_second = n == n_main and len(places) == n // 2 and set(places) <= set(range(which == "odd", n, 2))
+    spread = f"every second one, the {which} ones" if places and every_second else "spread evenly"
+    what = "layers" if n == n_main else "layers with full attention"
+    return f"{len(places)} of {n} {what}, {spread}; nothing was measured for this choice"

@@ -23,24 +23,24 @@ class Kl(Strategy):
     measures_hybrid = True
 
     def runs(self, request: Request) -> tuple[int, int]:
-        return 1 + request.model.n_layer_main, 0
+        return 1 + request.model.n_candidates, 0
 
     def choose(self, request: Request) -> Selection:
         assert request.candidates is not None
-        n_main = request.model.n_layer_main
+        may_stream, n_candidates = request.model.may_stream, request.model.n_candidates
         bench = request.candidates.choosing
         full = Candidate("full", (), bench.measure(()))
-        measured = bench.measure_all([(il,) for il in range(n_main)])
-        alone = [Candidate(f"layer {il}", (il,), evidence) for il, evidence in enumerate(measured)]
-        kl = [candidate.evidence.kl for candidate in alone]
+        measured = bench.measure_all([(il,) for il in may_stream])
+        alone = [Candidate(f"layer {il}", (il,), evidence) for il, evidence in zip(may_stream, measured)]
+        kl = {candidate.layers[0]: candidate.evidence.kl for candidate in alone}
         # note: as elsewhere, of equal layers those with the lower numbers stay full
-        order = sorted(range(n_main), key=lambda il: (kl[il], -il))
-        n_streaming = request.count(n_main)
+        order = sorted(may_stream, key=lambda il: (kl[il], -il))
+        n_streaming = request.count(n_candidates)
         layers, others = order[:n_streaming], order[n_streaming:]
-        reason = f"none of {n_main} layers is to stream"
+        reason = f"none of {n_candidates} layers is to stream"
         if layers:
             reason = (
-                f"{len(layers)} of {n_main} layers change the model least when they stream alone, by a KL divergence of "
+                f"{len(layers)} of {n_candidates} layers change the model least when they stream alone, by a KL divergence of "
                 f"{kl[layers[-1]]:.2g} nats or less"
             )
             if others:
@@ -59,25 +59,25 @@ class KlGreedy(Strategy):
     measures_hybrid = True
 
     def runs(self, request: Request) -> tuple[int, int]:
-        n_main = request.model.n_layer_main
-        return 1 + sum(n_main - i for i in range(request.count(n_main))), 0
+        n = request.model.n_candidates
+        return 1 + sum(n - i for i in range(request.count(n))), 0
 
     def choose(self, request: Request) -> Selection:
         assert request.candidates is not None
-        n_main = request.model.n_layer_main
+        may_stream, n_candidates = request.model.may_stream, request.model.n_candidates
         bench = request.candidates.choosing
         steps = [Candidate("full", (), bench.measure(()))]
-        for _ in range(request.count(n_main)):
+        for _ in range(request.count(n_candidates)):
             chosen = steps[-1].layers
             # note: of equal layers the one with the highest number comes first, and streams
-            left = [il for il in reversed(range(n_main)) if il not in chosen]
+            left = [il for il in reversed(may_stream) if il not in chosen]
             grown = [(il, tuple(sorted((*chosen, il)))) for il in left]
             measured = bench.measure_all([layers for _, layers in grown])
             tried = [Candidate(f"with layer {il}", layers, evidence) for (il, layers), evidence in zip(grown, measured)]
             steps.append(min(tried, key=lambda candidate: candidate.evidence.kl))
         last = steps[-1]
         reason = (
-            f"{len(last.layers)} of {n_main} layers, added one by one, change the model by a KL divergence of "
+            f"{len(last.layers)} of {n_candidates} layers, added one by one, change the model by a KL divergence of "
             f"{last.evidence.kl:.2g} nats"
         )
         found = self.selection(request, last.layers, reason)

@@ -36,7 +36,7 @@ class Loss(Strategy):
     takes_tolerance = True
 
     def runs(self, request: Request) -> tuple[int, int]:
-        n, n_windows = request.model.n_layer_main, len({request.window, *request.windows})
+        n, n_windows = request.model.n_candidates, len({request.window, *request.windows})
         judged = 1 + _JUDGED + math.ceil(math.log2(n + 1))
         return n_windows * (1 + n + math.ceil(_TRIED * n)), n_windows * (judged if request.ratios is None else 2 * judged)
 
@@ -46,17 +46,20 @@ class Loss(Strategy):
     def _choose(self, request: Request) -> Selection:
         """With the request's own window."""
         assert request.candidates is not None
-        n_main = request.model.n_layer_main
+        may_stream = request.model.may_stream
         choosing, judging = request.candidates.choosing, request.candidates.judging
         full = Candidate("full", (), choosing.measure(()))
         alone = [
             Candidate(f"layer {il}", (il,), evidence)
-            for il, evidence in enumerate(choosing.measure_all([(il,) for il in range(n_main)]))
+            for il, evidence in zip(may_stream, choosing.measure_all([(il,) for il in may_stream]), strict=True)
         ]
-        path = grow(choosing, [candidate.evidence.kl for candidate in alone])
+        losses = [math.inf] * request.model.n_layer_main
+        for il, candidate in zip(may_stream, alone, strict=True):
+            losses[il] = candidate.evidence.kl
+        path = grow(choosing, losses)
         judged = _Judged(judging, path)
         within = judged.largest(request)
-        asked = request.asked_count(n_main)
+        asked = request.asked_count(len(may_stream))
         n = within if asked is None else asked
         layers, evidence = path[n], judged.evidence(n)
         steps = [Candidate(f"{self.name}, {size}", path[size], judged.evidence(size)) for size in judged.sizes]
@@ -90,12 +93,12 @@ def grow(bench: Bench, alone: Sequence[float]) -> list[tuple[int, ...]]:
 
     Args:
         bench: measures sets.
-        alone: the loss of each layer alone, in nats.
+        alone: the loss of each layer alone, in nats; infinite where it can't stream.
     """
     adds = list(alone)  # to the set at hand, as was measured last
     measured_at = [0] * len(alone)  # size of the set to which it was
     path: list[tuple[int, ...]] = [()]
-    loss, waiting = 0.0, set(range(len(alone)))
+    loss, waiting = 0.0, {il for il, loses in enumerate(alone) if loses < math.inf}
 
     def least(layers: Iterable[int], n: int) -> list[int]:
         # note: as elsewhere, of equal layers those with the lower numbers stay full
@@ -153,9 +156,9 @@ class _Judged:
 
 
 def _reason(request: Request, full: Evidence, evidence: Evidence, n: int, within: int, asked: bool) -> str:
-    n_main = request.model.n_layer_main
+    n_candidates = request.model.n_candidates
     what = "as were asked for" if asked else "the most that lose no more than is tolerated"
-    text = f"{n} of {n_main} layers, {what}, chosen by what is lost with them"
+    text = f"{n} of {n_candidates} layers, {what}, chosen by what is lost with them"
     if not n:
         return text
     if evidence.is_informed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lt_gguf.selection.base import Request, Selection, Strategy
-from lt_gguf.spec import parse_layers
+from lt_gguf.spec import format_layers, parse_layers
 
 
 class Manual(Strategy):
@@ -16,6 +16,11 @@ class Manual(Strategy):
 
     def choose(self, request: Request) -> Selection:
         assert request.layers is not None
-        n_main = request.model.n_layer_main
-        layers = parse_layers(request.layers, n_main)
-        return self.selection(request, layers, f"{len(layers)} of {n_main} layers, named by hand")
+        model = request.model
+        layers = parse_layers(request.layers, model.n_layer_main, every=model.may_stream)
+        if wrong := sorted(set(layers) - set(model.may_stream)):
+            raise ValueError(
+                f"selection {self.name}: layer {wrong[0]} has no full attention, must be of those that may stream: "
+                f"{format_layers(model.may_stream)}"
+            )
+        return self.selection(request, layers, f"{len(layers)} of {model.n_candidates} layers, named by hand")

@@ -33,7 +33,7 @@ class Trained(Strategy):
                 f"given sink {request.sink} and window {request.window}"
             )
         reason = (
-            f"the {len(spec.layers)} of {request.model.n_layer_main} layers that the checkpoint was trained to stream in, "
+            f"the {len(spec.layers)} of {request.model.n_candidates} layers that the checkpoint was trained to stream in, "
             f"chosen by {provenance.selection} before"
         )
         return Selection(provenance.selection, spec.layers, reason, spec.sink, spec.window, prefill=spec.prefill)

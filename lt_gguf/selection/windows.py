@@ -21,8 +21,8 @@ def best_window(request: Request, choose: Callable[[Request], Selection]) -> Sel
         choose: chooses with the window of a request.
     """
     assert request.candidates is not None
-    n_main = request.model.n_layer_main
-    asked = request.asked_count(n_main)
+    n_candidates = request.model.n_candidates
+    asked = request.asked_count(n_candidates)
     found: list[Selection] = []
     for window in sorted({request.window, *request.windows}):
         other = request.candidates.with_window(window)
@@ -38,7 +38,7 @@ def best_window(request: Request, choose: Callable[[Request], Selection]) -> Sel
 
     def cost(selection: Selection) -> tuple[float, float]:
         kl = _judged(selection).evidence.kl
-        memory = cells(n_main, len(selection.layers), request.sink, selection.window, request.n_ctx)
+        memory = cells(n_candidates, len(selection.layers), request.sink, selection.window, request.n_ctx)
         return (memory, kl) if asked is None else (kl, memory)
 
     best = min(found, key=cost)
@@ -46,8 +46,9 @@ def best_window(request: Request, choose: Callable[[Request], Selection]) -> Sel
         Candidate(f"window {selection.window}, {len(selection.layers)}", selection.layers, _judged(selection).evidence)
         for selection in found
     ]
+    full = n_candidates * request.n_ctx
     memory = (
-        f"{cells(n_main, len(each.layers), request.sink, each.window, request.n_ctx) / (n_main * request.n_ctx):.0%} with {each.window}"
+        f"{cells(n_candidates, len(each.layers), request.sink, each.window, request.n_ctx) / full:.0%} with {each.window}"
         for each in found
     )
     reason = f"{best.reason}; of the full cache at {request.n_ctx:,} tokens it takes {', '.join(memory)} tokens of window"
@@ -60,9 +61,9 @@ def cells(n_layer: int, n_streaming: int, sink: int, window: int, n_ctx: int) ->
 
 
 def _n_at_equal_memory(request: Request, n_asked: int, window: int) -> int | None:
-    n_main, sink, n_ctx = request.model.n_layer_main, request.sink, request.n_ctx
-    allowed = cells(n_main, n_asked, sink, request.window, n_ctx)
-    return next((n for n in range(n_main + 1) if cells(n_main, n, sink, window, n_ctx) <= allowed), None)
+    n_candidates, sink, n_ctx = request.model.n_candidates, request.sink, request.n_ctx
+    allowed = cells(n_candidates, n_asked, sink, request.window, n_ctx)
+    return next((n for n in range(n_candidates + 1) if cells(n_candidates, n, sink, window, n_ctx) <= allowed), None)
 
 
 def _judged(selection: Selection) -> Candidate:

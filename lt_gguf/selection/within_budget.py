@@ -56,9 +56,9 @@ def select_within(
             f"{format_mib(size(selection))}, more than the KV budget of {format_mib(budget)}: must be {strategy.instead}"
         )
 
-    n_main = request.model.n_layer_main
-    least = smallest_number(shape, budget, n_ctx, n_layer_main=n_main, sink=request.sink, window=request.window, **settings)
-    for n in range(least, n_main + 1):
+    may_stream = request.model.may_stream
+    least = smallest_number(shape, budget, n_ctx, may_stream=may_stream, sink=request.sink, window=request.window, **settings)
+    for n in range(least, len(may_stream) + 1):
         selection = strategy.select(replace(request, n_streaming=n))
         if size(selection) <= budget:
             said = f"{n} is the smallest number with which {what} fits into {format_mib(budget)}, it takes {format_mib(size(selection))}"

@@ -9,15 +9,15 @@ from typing import NoReturn
 from lt_gguf.spec.fields import bad_value
 
 
-def parse_layers(text: str, n_layer: int, what: str = "layers") -> tuple[int, ...]:
-    """Reads `1,3,5-9`, `all` or `none`; `what` is the name that errors have for them.
+def parse_layers(text: str, n_layer: int, what: str = "layers", every: Iterable[int] = ()) -> tuple[int, ...]:
+    """Reads `1,3,5-9`, `all` or `none`; `what` is the name that errors have for them, and `every` what `all` means, if not all of them.
 
     Raises:
         ValueError: the text is malformed or names a layer that the model doesn't have.
     """
     text = text.strip()
     if text in ("all", "none"):
-        return tuple(range(n_layer)) if text == "all" else ()
+        return (tuple(every) or tuple(range(n_layer))) if text == "all" else ()
     layers: set[int] = set()
     for item in text.split(","):
         ends = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)

@@ -93,11 +93,12 @@ class StreamingSpec:
         return cls(tuple(layers), n_layer, sink, window, prefill)
 
     @classmethod
-    def parse(cls, text: str, n_layer: int, base: StreamingSpec | None = None) -> StreamingSpec:
+    def parse(cls, text: str, n_layer: int, base: StreamingSpec | None = None, may_stream: Iterable[int] = ()) -> StreamingSpec:
         """Reads `off` or `layers=1,3,5-9;sink=4;window=1020;prefill=stream;type=f16`, with or without `;cache_keep=0`.
 
         `layers` and `cache_keep` take numbers, ranges, `all` or `none`. Keys that are left out are taken from `base` (the file's
         spec), else from the defaults. A text of `cache_keep` alone leaves it to `base` what streams; without one nothing does.
+        With `may_stream`, all layers are these.
 
         Raises:
             ValueError: the text is malformed, or neither it nor `base` names layers.
@@ -118,7 +119,7 @@ class StreamingSpec:
             if is_off and key != CACHE_KEEP:
                 raise ValueError(f"{key}: can't be given with off, where no layer streams")
             if key in ("layers", CACHE_KEEP):
-                fields[key] = parse_layers(value, n_layer, key)
+                fields[key] = parse_layers(value, n_layer, key, may_stream if key == "layers" else ())
             elif key in ("sink", "window"):
                 fields[key] = parse_integer(key, value)
             elif key in ("prefill", "type"):

@@ -77,7 +77,7 @@ def choose_layers(
         measured = _long_samples(samples, sink + window, n_samples, seed)
         ratios = analysis.measure(checkpoint, measured, sink=sink, window=window, w_last=w_last, progress=progress)
         calibration = _describe(samples, measured, sink, window, w_last)
-    model = Model(config.model_type, checkpoint.resolve().name, n_layer, n_layer, content)
+    model = Model(config.model_type, checkpoint.resolve().name, n_layer, n_layer, content, checks.full_layers(config))
     selection = chosen.select(Request(model, fraction=fraction, ratios=ratios, layers=layers, sink=sink, window=window))
     spec = StreamingSpec(selection.layers, n_layer, selection.sink, selection.window, "stream")
     if not spec.layers:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.families import FAMILIES
+from support.families import FAMILIES, SLIDING_FAMILIES
 from transformers import DynamicCache
 
 from lt_gguf.hf import apply_streaming, remove_streaming
@@ -123,6 +123,19 @@ def test_auto_leaves_flex_attention_to_models_that_take_it(llama):
     llama.config.attention_dropout = 0.1  # which it hasn't
     apply_streaming(llama, spec())
     assert llama.config._attn_implementation == "streaming_sdpa"
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "gemma2"])
+def test_auto_is_the_models_own_attention_where_torchs_would_leave_something_out(family):
+    """Learned sinks, a softcap."""
+    model = SLIDING_FAMILIES[family][0].build_model(4)
+    streams = StreamingSpec((1,), 4, 4, 10, "stream")
+    inputs = tokens(1, 60)
+    apply_streaming(model, streams)
+    with torch.no_grad():
+        auto = model(inputs).logits
+        apply_streaming(model, streams, implementation="eager")
+        assert torch.equal(auto, model(inputs).logits)
 
 
 def test_a_mask_made_by_the_caller_is_refused_by_each(llama):

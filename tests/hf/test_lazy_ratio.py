@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.families import FAMILIES, Family
+from support.families import FAMILIES, OWN_WINDOW, SLIDING_FAMILIES, Family
 from support.lazy import lazy_ratios
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +51,23 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return model, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SLIDING_FAMILIES)
+def test_layers_with_a_window_of_their_own_are_run_and_not_measured(family, tmp_path):
+    """Also in a prompt that is no longer than it."""
+    family, n_layer = SLIDING_FAMILIES[family]
+    model = family.build_model(n_layer)
+    model.save_pretrained(tmp_path)
+    full = [il for il, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    samples = prompts(130, OWN_WINDOW)
+    expected = np.array([lazy_ratios(model, np.array(sample), SINK, WINDOW, W_LAST) for sample in samples])
+    for layer_by_layer in (True, False):
+        settings = dict(sink=SINK, window=WINDOW, w_last=W_LAST, device="cpu", dtype="float32", work_dir=tmp_path / "work")
+        found = measure(tmp_path, samples, layer_by_layer=layer_by_layer, **settings)
+        assert [np.flatnonzero(~np.isnan(ratios)).tolist() for ratios in found] == [full, full]
+        np.testing.assert_allclose(found[:, full], expected[:, full], atol=1e-6)
 
 
 @pytest.mark.slow
@@ -110,6 +127,20 @@ def test_attention_and_ratio_written_out(monkeypatch, n_head_kv, size, value_siz
     lazy = (torch.arange(37) < 2) | (torch.arange(37) >= 37 - 9)
     expected = weights[:, -6:, lazy].sum(-1).mean().item()
     assert lazy_ratio(query, key, Measure(2, 9, 6), 0.7, **extras) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 5000, 64 << 20])
+@pytest.mark.parametrize("window", [1, 9, 36, 37, 60])
+@pytest.mark.parametrize("extras", [{}, {"softcap": 1.5}, {"sink_logits": torch.tensor([0.5, -1, 2, 3.0]).double()}])
+def test_attention_within_a_window(monkeypatch, window, extras, block_bytes):
+    """As if the keys and values before it weren't there."""
+    monkeypatch.setattr(measured, "BLOCK_BYTES", block_bytes)
+    query, key, value = tensors(4, 2, 37, 8, 12)
+    got = causal_attention(query, key, value, 0.7, **extras, window=window)
+    for q in range(37):
+        first = max(0, q - window + 1)
+        _, output = written_out(*(x[:, :, first : q + 1] for x in (query, key, value)), 0.7, **extras)
+        torch.testing.assert_close(got[:, q], output[:, -1], atol=1e-12, rtol=0)
 
 
 def test_half_precision_is_measured_in_single():

@@ -47,10 +47,9 @@ def config(family: str, **options) -> dict:
         ("mistral", {"sliding_window": 512}, "all layers of this mistral have a sliding window of 512"),
         ("mixtral", {"sliding_window": 512}, "sliding window of 512"),
         ("phi3", {"sliding_window": 512, "pad_token_id": 0}, "sliding window of 512"),
-        ("gemma2", {}, "layer 0 of this gemma2 is a sliding_attention layer"),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 4}, "layer 0 of this gemma2 is a sliding_attention layer"),
         ("gemma3_text", {}, "layer 0 of this gemma3_text is a sliding_attention layer"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, "layer 2.*sliding_attention"),
-        ("gpt_oss", {}, "layer 0 of this gpt_oss is a sliding_attention layer"),
         ("llama4_text", {}, "layer 0 of this llama4_text is a chunked_attention layer"),
         ("qwen3_next", {}, "layer 0 of this qwen3_next is a linear_attention layer"),
         ("mamba", {}, "layer 0 of this mamba is a linear_attention layer"),
@@ -84,6 +83,8 @@ def test_families_that_cannot_stream(tmp_path, family, options, words):
         ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 64}),
         ("llama", {"sliding_window": 64}),  # a key that the family knows nothing of
         ("gemma2", {"layer_types": ["full_attention"] * 4}),
+        ("gemma2", {}),  # every second layer, and that in llama.cpp, too
+        ("gpt_oss", {}),
     ],
 )
 def test_full_attention_is_let_through(tmp_path, family, options):

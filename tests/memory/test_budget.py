@@ -25,7 +25,7 @@ TOKEN = 2 * 2 * 32 * 2  # bytes of K and V in f16, a layer
 HELD = 256 * TOKEN  # of a streaming layer with the settings below
 SEEN = {"sink": 4, "window": 60}
 AFTER = {"n_embd": 64, "prefill": "stream"}  # what a prompt takes while it is read isn't in it
-SMALL = SEEN | AFTER | {"n_layer_main": 4, "n_ubatch": 64}
+SMALL = SEEN | AFTER | {"may_stream": range(4), "n_ubatch": 64}
 
 
 def request(n_layer: int = 4, **changes) -> Request:
@@ -95,14 +95,14 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match='cache type = "q3"'):
         smallest_number(SHAPE, 10**9, 1024, cache_type="q3", **SMALL)
     with pytest.raises(ValueError, match="blocks of 32 elements don't divide"):
-        smallest_number(KVShape((2,), 2, 48, 48), 10**9, 1024, cache_type="q8_0", **SMALL | {"n_layer_main": 1})
+        smallest_number(KVShape((2,), 2, 48, 48), 10**9, 1024, cache_type="q8_0", **SMALL | {"may_stream": (0,)})
 
 
 def test_a_layer_that_is_cached_but_cannot_stream():
     """As the one that Granite Switch adds."""
     with pytest.raises(ValueError, match="however many of 3 layers stream"):
-        smallest_number(SHAPE, 4 * HELD, 1024, **SMALL | {"n_layer_main": 3})
-    assert smallest_number(SHAPE, 3 * HELD + 1024 * TOKEN, 1024, **SMALL | {"n_layer_main": 3}) == 3
+        smallest_number(SHAPE, 4 * HELD, 1024, **SMALL | {"may_stream": range(3)})
+    assert smallest_number(SHAPE, 3 * HELD + 1024 * TOKEN, 1024, **SMALL | {"may_stream": range(3)}) == 3
 
 
 @settings(deadline=None)
@@ -125,7 +125,7 @@ def test_it_fits_and_one_layer_less_does_not(heads, window, n_ctx, cache_type, d
     selection = select_within(strategy("lazy-ratio"), asked, shape, budget, n_ctx, **AFTER, cache_type=cache_type)
     n = len(selection.layers)
     assert peak_bytes(shape, selection.layers, **sizes) <= budget
-    assert n >= smallest_number(shape, budget, n_ctx, n_layer_main=n_layer, sink=4, window=window, **AFTER, cache_type=cache_type)
+    assert n >= smallest_number(shape, budget, n_ctx, may_stream=range(n_layer), sink=4, window=window, **AFTER, cache_type=cache_type)
     if n:
         less = strategy("lazy-ratio").select(Request(asked.model, n - 1, ratios=ratios, sink=4, window=window))
         assert peak_bytes(shape, less.layers, **sizes) > budget

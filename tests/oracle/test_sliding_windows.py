@@ -42,7 +42,8 @@ def test_the_layers_that_may_stream(subject, family):
     with model.context("layers=all") as context:
         assert context.streaming().startswith(f"layers={','.join(map(str, may))};")
     own = next(il for il in range(model.n_layer) if il not in may)
-    with pytest.raises(ValueError, match=rf"layers = {{{own}: true}}: must be true for layers with full attention only, which are {may[0]},"):
+    reason = rf"layers = {{{own}: true}}: must be true for layers with full attention only, which are {may[0]},"
+    with pytest.raises(ValueError, match=reason):
         model.native.set_streaming(f"layers={own},{may[0]}")
 
 
@@ -102,7 +103,9 @@ def test_every_split(subject, measured, n_batch, n_ubatch, prefill):
 @pytest.mark.slow
 @FAMILY
 @PREFILL
-@pytest.mark.parametrize("kv, flash", [("f32", True), ("f16", False), ("f16", True), ("bf16", True), ("q8_0", True), ("q4_0", True)])
+@pytest.mark.parametrize(
+    "kv, flash", [("f32", True), ("f16", False), ("f16", True), ("bf16", True), ("q8_0", True), ("q4_0", True)]
+)
 def test_error_of_other_types_is_that_of_the_full_model(subject, measured, family, prefill, kv, flash):
     model: Subject = subject(family)
     spec = model.spec(SINK, 60, prefill=prefill)
@@ -178,7 +181,12 @@ def test_hiding_is_dropping(subject, measured, family):
     prompt, answer = np.split(random_tokens(190), [150])
     with model.context("hide=none", **settings) as one:
         one.read_prompt(prompt)
-        for layers, sink, window in ((model.may_stream, 4, 40), (model.may_stream[:1], 0, 64), (model.may_stream[1:], 6, 16), ((), 4, 40)):
+        for layers, sink, window in (
+            (model.may_stream, 4, 40),
+            (model.may_stream[:1], 0, 64),
+            (model.may_stream[1:], 6, 16),
+            ((), 4, 40),
+        ):
             spec = model.spec(sink, window, layers, prefill="full")
             api().context_hide(one.handle, spec)
             found = one.decode_one_by_one(answer, 150)
