@@ -58,8 +58,9 @@ class Contender:
         """Positions whose keys and values the attention of one token reads in each layer, after `depth` tokens."""
         spec = self._spec(model)
         depth = min(depth, self.shift_at or depth)
-        n_layers = len(model.kv_shape.n_head_kv)
-        return [min(depth, spec.sink + spec.window) if spec.is_streaming(il) else depth for il in range(n_layers)]
+        shape = model.kv_shape
+        windows = dict.fromkeys(spec.layers, spec.sink + spec.window) | dict.fromkeys(shape.own_layers, shape.own_window)
+        return [min(depth, windows.get(il, depth)) for il in range(len(shape.n_head_kv))]
 
     def bytes_read(self, model: GGUFModel, depth: int) -> int:
         """What one decoded token reads at `depth` at least: all weights, and K and V of what it sees."""

@@ -172,6 +172,7 @@ def describe(
         "streaming": None
         if streams is None
         else {"layers": list(streams.layers), "sink": streams.sink, "window": streams.window, "prefill": streams.prefill},
+        "own_window": None if described.own_window is None else described.own_window._asdict(),
         "auto": text if is_chosen else None,
         "cache_type_k": types.k,
         "cache_type_v": types.v,

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from lt_gguf.spec import Typed
 
+_MOST_LAYERS = 512  # of llama.cpp
+
 _RECURRENT = (
     "mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7 jamba falcon-h1 plamo2 granitehybrid lfm2 lfm2moe nemotron_h "
     "nemotron_h_moe qwen3next kimi-linear bailingmoe3 kimi-k3 glm5-next qwen35 qwen35moe qwen4exp deepseek4 minimax-01"
@@ -97,11 +99,13 @@ def layer_count(arch: str, metadata: Mapping[str, Typed]) -> LayerCount:
     """Counts layers as llama.cpp does.
 
     Raises:
-        ValueError: the file doesn't say how many blocks there are.
+        ValueError: the file doesn't say how many blocks there are, or says what can't be.
     """
     blocks = _number(metadata, f"{arch}.block_count", 0)
     if blocks < 1:
         raise ValueError(f"{arch}.block_count: is missing or 0, must be the number of layers")
+    if blocks > _MOST_LAYERS:
+        raise ValueError(f"{arch}.block_count = {blocks}: must be the number of layers, at most {_MOST_LAYERS}")
     if arch == "nanbeige":  # runs its blocks several times, each time with a KV cache of its own
         looped = blocks * max(1, _number(metadata, f"{arch}.num_loops", 1))
         return LayerCount(blocks, looped, looped)
@@ -143,12 +147,13 @@ def own_window(arch: str, metadata: Mapping[str, Typed]) -> OwnWindow | None:
     if says_none:
         return None
     tokens = known.window if known.is_fixed else _number(metadata, key, known.window)
-    pattern: Any = metadata.get(f"{key}_pattern", Typed("", known.period)).value
-    if isinstance(pattern, int):
-        full = (0 if known.is_first else pattern - 1) if pattern else None
-        layers = tuple(il for il in range(n_layer) if not pattern or il % pattern != full)
-    else:
+    pattern: Any = metadata.get(f"{key}_pattern", Typed("", None)).value
+    if isinstance(pattern, list):
         layers = tuple(il for il, slides in enumerate(pattern[:n_layer]) if slides)
+    else:
+        period = _number(metadata, f"{key}_pattern", known.period)
+        full = 0 if known.is_first else period - 1
+        layers = tuple(il for il in range(n_layer) if not period or il % period != full)
     return OwnWindow(layers, tokens) if layers else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,11 @@ class GGUFModel:
             )
         # note: the layer that Granite Switch adds to the main ones is in the cache too
         n_cached = self.n_layer if self.architecture == "graniteswitch" else self.n_layer_main
-        own = self.own_window or OwnWindow((), 0)
-        return KVShape(
-            self.n_head_kv[:n_cached],
-            max(self.n_head_kv),
-            self.head_size_k,
-            self.head_size_v,
-            own.layers,
-            own.tokens,
-            self.own_head_sizes,
+        shape = KVShape(self.n_head_kv[:n_cached], max(self.n_head_kv), self.head_size_k, self.head_size_v)
+        if self.own_window is None:
+            return shape
+        return replace(
+            shape, own_layers=self.own_window.layers, own_window=self.own_window.tokens, own_head_sizes=self.own_head_sizes
         )
 
     def check_recommended(self, recommended: CacheRecommendation | None) -> None:

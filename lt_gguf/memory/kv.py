@@ -63,7 +63,7 @@ class KVShape:
     def check(self, type_k: str, type_v: str, flash_attn: bool = True) -> None:
         """Raises ValueError: an unknown cache type, or one that llama.cpp refuses for this model."""
         block_k, block_v = cache_type(type_k).block, cache_type(type_v).block
-        for head_size_k, head_size_v in {self.head_sizes(il) for il in range(len(self.n_head_kv))}:
+        for head_size_k, head_size_v in {self.head_sizes(il) for il in range(max(1, len(self.n_head_kv)))}:
             for name, block, head_size in ((type_k, block_k, head_size_k), (type_v, block_v, head_size_v)):
                 if head_size % block:
                     raise ValueError(

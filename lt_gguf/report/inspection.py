@@ -50,6 +50,9 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
         "cache_recommended": _describe_recommended(model),
         "streaming": _describe_spec(model, spec),
         "why_not_streaming": model.why_not_streaming,
+        "own_window": None
+        if model.own_window is None
+        else {"tokens": model.own_window.tokens, "layers": list(model.own_window.layers)},
         "provenance": {"selection": model.provenance.selection, "calibration": _calibration(model)} if model.provenance else None,
         "layers": [
             {
@@ -69,6 +72,7 @@ def describe(model: GGUFModel, spec: StreamingSpec | None, cache_type: str = DEF
                 "hybrid": hybrid.total,
                 "hybrid_full_layers": hybrid.full,
                 "hybrid_streaming_layers": hybrid.streaming,
+                "hybrid_own_window_layers": hybrid.own,
                 "prompt_whole": prompt.whole,
                 "prompt_batches": prompt.batches,
             }
@@ -242,9 +246,11 @@ def _bar(ratio: float) -> str:
 
 
 def _attention(model: GGUFModel, spec: StreamingSpec | None, il: int) -> str | None:
-    """`full` or `streaming`, `None` in a model with an attention of its own."""
+    """`full`, `streaming`, or `window 512` of a layer with a sliding window of its own; `None` in a model with an attention of its own."""
     if model.why_not_streaming:
         return None
+    if model.own_window and il in model.own_window.layers:
+        return f"window {model.own_window.tokens}"
     return "streaming" if spec is not None and spec.is_streaming(il) else "full"
 
 

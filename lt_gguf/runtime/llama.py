@@ -237,7 +237,7 @@ class Llama(ReadingLlama):
     @takes_moment
     def kv_bytes(self) -> dict[str, int]:
         """Bytes allocated for K and V: in the `full` layers, in the `streaming` ones, what these take besides while a long
-        `prompt` is read with full attention, in `total`."""
+        `prompt` is read with full attention, beside streaming layers in those with a sliding window of their own (`swa`), in `total`."""
         parts = {part.name.lower(): api.kv_bytes(self.ctx, part) for part in api.KVPart}
         return parts | {"total": sum(parts.values())}
 

@@ -63,7 +63,8 @@ def test_inspect_json(lt_gguf_command, hybrid_file):
     assert [entry["n_ctx"] for entry in described["kv_memory"]] == [4096, 32768, 131072]
     for entry in described["kv_memory"]:
         hybrid = kv_memory(model.kv_shape, model.spec, entry["n_ctx"], type_k="f32")
-        assert (entry["hybrid_full_layers"], entry["hybrid_streaming_layers"], entry["hybrid"]) == (*hybrid, hybrid.total)
+        assert [entry[f"hybrid_{kind}_layers"] for kind in ("full", "streaming", "own_window")] == [*hybrid]
+        assert entry["hybrid"] == hybrid.total
         assert entry["full"] == N_LAYER * 2 * 2 * 16 * 4 * entry["n_ctx"]
         assert entry["prompt_whole"] == entry["prompt_batches"] == 0
 

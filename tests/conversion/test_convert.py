@@ -221,7 +221,7 @@ def test_what_is_known_only_when_upstream_has_read_the_checkpoint(llama, tmp_pat
     outfile.write_text("mine")
     for checkpoint, layers, complaint in (
         (llama, "2-4", f'layers = "2-4": must be "all", "none", or layers and ranges of layers from 0 to {N_LAYER - 1}'),
-        (gemma2, "1", "models of the architecture gemma2 can't have streaming layers: it has a sliding window of its own"),
+        (gemma2, "0-1", "selection manual: layer 0 has no full attention, must be of those that may stream: 1,3"),
         (unknown, "1", "upstream's converter doesn't support the architecture TinyNetForCausalLM"),
     ):
         result = run(SCRIPT, checkpoint, "--outfile", outfile, "--streaming-layers", layers, "--overwrite")

@@ -18,7 +18,8 @@ import pytest
 import torch
 import transformers
 from support.compare_gguf import assert_same_but_for_the_streaming_keys
-from support.families import COMMON, FAMILIES, randomize
+from support.convert_worker import write_word_list
+from support.families import COMMON, FAMILIES, SLIDING_FAMILIES, randomize
 
 from lt_gguf.gguf.file import read_model
 from lt_gguf.runtime.library import upstream_dir
@@ -41,18 +42,22 @@ MORE = {
     "olmo": ("OlmoConfig", {}, {}),
     "cohere": ("CohereConfig", {"logit_scale": 0.0625}, {}),
 }
-ALWAYS_TIED = ("gemma", "cohere", "gpt2")  # upstream writes no output matrix for these
-NAMES = (*FAMILIES, *MORE)
+ALWAYS_TIED = ("gemma", "gemma2", "gemma3", "cohere", "cohere2", "gpt2")  # upstream writes no output matrix for these
+NAMES = (*FAMILIES, *MORE, *SLIDING_FAMILIES)
 TAKING_TURNS = [(name, i % 2 == 0, i % 4 < 2, OUTTYPES[i % len(OUTTYPES)]) for i, name in enumerate(NAMES)]
 CROSSED = [case for case in product(NAMES, (False, True), (False, True), OUTTYPES) if case not in TAKING_TURNS]
+
+
+def n_layer(name: str) -> int:
+    return SLIDING_FAMILIES[name][1] if name in SLIDING_FAMILIES else N_LAYER
 
 
 def save(name: str, folder: Path, tied: bool, sharded: bool, dtype: torch.dtype) -> dict:
     """Writes a checkpoint with random weights; returns what upstream has to be told beside its config."""
     tied = tied or name in ALWAYS_TIED
-    if name in FAMILIES:
-        family = FAMILIES[name]
-        config, hparams = family.build_config(N_LAYER), family.hparams
+    if name in (*FAMILIES, *SLIDING_FAMILIES):
+        family = FAMILIES[name] if name in FAMILIES else SLIDING_FAMILIES[name][0]
+        config, hparams = family.build_config(n_layer(name)), family.hparams
         config.tie_word_embeddings = tied
     else:
         class_name, options, hparams = MORE[name]
@@ -63,6 +68,8 @@ def save(name: str, folder: Path, tied: bool, sharded: bool, dtype: torch.dtype)
     randomize(model, 0.8)
     model.to(dtype).save_pretrained(folder, max_shard_size="150KB" if sharded else "1GB")
     assert (folder / "model.safetensors.index.json").exists() == sharded
+    if name == "gemma3":
+        write_word_list(folder)
     return hparams
 
 
@@ -81,8 +88,9 @@ def worker() -> subprocess.Popen:
 def test_equals_upstream(name, tied, sharded, outtype, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     hparams = save(name, checkpoint, tied, sharded, torch.bfloat16 if outtype in ("bf16", "auto") else torch.float32)
-    spec = StreamingSpec((1,), N_LAYER, sink=3, window=50)
-    provenance = Provenance("manual", (0.25, float("nan")), '{"samples": 1}')
+    n = n_layer(name)
+    spec = StreamingSpec((n - 1,), n, sink=3, window=50)
+    provenance = Provenance("manual", (0.25, *[float("nan")] * (n - 1)), '{"samples": 1}')
     files = [tmp_path / "ours.gguf", tmp_path / "upstream.gguf"]
     # llama.cpp's name of it, from a first file that doesn't stream
     ask(checkpoint, tmp_path, ["--outtype", "f16"], {}, hparams)

@@ -22,11 +22,13 @@ from lt_gguf.spec.cache_types import CACHE_TYPES
 N_LAYER = 4
 
 
-def write_gguf(path: Path, arch: str = "llama", *, spec: StreamingSpec | None = None, n_tokens: int = 8, **keys: object) -> Path:
+def write_gguf(
+    path: Path, arch: str = "llama", *, spec: StreamingSpec | None = None, n_tokens: int = 8, n_layer: int = N_LAYER, **keys: object
+) -> Path:
     """A file of the architecture with metadata and one small tensor; `keys` are added below the architecture's name."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("a model")
-    writer.add_block_count(N_LAYER)
+    writer.add_block_count(n_layer)
     writer.add_context_length(2048)
     writer.add_embedding_length(64)
     writer.add_head_count(4)
@@ -122,10 +124,11 @@ def test_heads_of_each_layer(tmp_path):
         ("llama", {}, None),
         ("phi3", {"attention__sliding_window": 2048}, None),  # llama.cpp doesn't use it
         ("gemma3", {}, None),
-        ("gemma3", {"attention__sliding_window": 512}, "sliding window"),
-        ("gemma2", {}, "sliding window"),
-        ("llama4", {}, "sliding window"),
-        ("llama4", {"attention__sliding_window": 0}, None),
+        ("gemma3", {"attention__sliding_window": 512}, "all its layers have a sliding window"),  # of each six one hasn't
+        ("gemma2", {}, None),
+        ("gemma4", {"attention__shared_kv_layers": 2}, "keys and values of others"),
+        ("gemma4-assistant", {}, "drafts for another model"),
+        ("dots3note", {}, "sparse"),
         ("qwen3next", {}, "recurrent"),
         ("bert", {}, "no KV cache"),
         ("t5", {}, "encoder"),
@@ -145,6 +148,63 @@ def test_why_an_architecture_cannot_stream(tmp_path, arch, keys, reason):
         check_can_stream(arch, StreamingSpec((), N_LAYER, cache_keep=(0,)), N_LAYER, model.why_not_streaming)
     with pytest.raises(ValueError, match=reason):
         _ = model.kv_shape
+
+
+def test_a_gemma_3n_whose_layers_share_keys_and_values(tmp_path):
+    keys = {"attention__sliding_window": 512}
+    assert "of others" in read_model(write_gguf(tmp_path / "a.gguf", "gemma3n", n_layer=30, **keys)).why_not_streaming
+    assert read_model(write_gguf(tmp_path / "b.gguf", "gemma3n", n_layer=20, **keys)).may_stream == (4, 9, 14, 19)
+
+
+def test_more_layers_than_llama_cpp_has(tmp_path):
+    with pytest.raises(ValueError, match="llama.block_count = 4294967295: must be the number of layers, at most 512"):
+        read_model(write_gguf(tmp_path / "a.gguf", n_layer=2**32 - 1))
+
+
+@pytest.mark.parametrize(
+    "arch, keys, n_layer, window, full",
+    [
+        ("gemma2", {}, 4, 4096, (1, 3)),
+        ("gemma2", {"attention__sliding_window": 30}, 4, 30, (1, 3)),
+        ("gemma3", {"attention__sliding_window": 512}, 14, 512, (5, 11)),
+        ("gemma3", {"attention__sliding_window": 512, "attention__sliding_window_pattern": 2}, 4, 512, (1, 3)),
+        (
+            "olmo2",
+            {"attention__sliding_window": 64, "attention__sliding_window_pattern": [True, False, False, True]},
+            4,
+            64,
+            (1, 2),
+        ),
+        ("gpt-oss", {"attention__sliding_window": 128}, 4, 128, (1, 3)),
+        ("cohere2", {"attention__sliding_window": 128}, 8, 128, (3, 7)),
+        ("cohere2moe", {"attention__sliding_window": 128}, 8, 128, (0, 4)),
+        ("llama4", {}, 8, 8192, (3, 7)),
+        ("smallthinker", {"attention__sliding_window": 99}, 8, 4096, (0, 4)),
+        ("exaone4", {}, 64, 4096, tuple(range(3, 64, 4))),
+        ("exaone4", {}, 4, None, (0, 1, 2, 3)),
+        ("llama4", {"attention__sliding_window": 0}, 4, None, (0, 1, 2, 3)),
+        ("exaone-moe", {"attention__sliding_window": 128, "nextn_predict_layers": 1}, 9, 128, (3, 7)),
+        ("llama", {"attention__sliding_window": 128}, 4, None, (0, 1, 2, 3)),
+    ],
+)
+def test_layers_with_a_window_of_their_own(tmp_path, arch, keys, n_layer, window, full):
+    model = read_model(write_gguf(tmp_path / "a.gguf", arch, n_layer=n_layer, **keys))
+    assert model.may_stream == full
+    n_main = n_layer - keys.get("nextn_predict_layers", 0)
+    own = tuple(il for il in range(n_main) if il not in full)
+    assert model.own_window == ((own, window) if own else None)
+    assert model.parse_spec("layers=all").layers == full
+    model.check_can_stream()
+    model.check_can_stream(StreamingSpec(full, n_layer))
+    if not own:
+        return
+    named = (
+        f"layer {own[0]} can't stream: it has a sliding window of its own, of {window} tokens, only the layers .* can: {full[0]}"
+    )
+    with pytest.raises(ValueError, match=named):
+        model.check_can_stream(StreamingSpec((own[0], full[0]), n_layer))
+    with pytest.raises(ValueError, match="can't keep layers of their cache in 16 bits: it has a sliding window of its own, and no"):
+        model.check_can_stream(StreamingSpec((), n_layer, cache_keep=(0,)))
 
 
 def test_layers_that_predict_ahead_cannot_stream(tmp_path):

@@ -125,7 +125,9 @@ def test_it_fits_and_one_layer_less_does_not(heads, window, n_ctx, cache_type, d
     selection = select_within(strategy("lazy-ratio"), asked, shape, budget, n_ctx, **AFTER, cache_type=cache_type)
     n = len(selection.layers)
     assert peak_bytes(shape, selection.layers, **sizes) <= budget
-    assert n >= smallest_number(shape, budget, n_ctx, may_stream=range(n_layer), sink=4, window=window, **AFTER, cache_type=cache_type)
+    assert n >= smallest_number(
+        shape, budget, n_ctx, may_stream=range(n_layer), sink=4, window=window, **AFTER, cache_type=cache_type
+    )
     if n:
         less = strategy("lazy-ratio").select(Request(asked.model, n - 1, ratios=ratios, sink=4, window=window))
         assert peak_bytes(shape, less.layers, **sizes) > budget

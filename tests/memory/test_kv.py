@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lt_gguf.memory.kv import KVShape, cache_types_text, kv_memory
+from lt_gguf.memory.kv import KVMemory, KVShape, cache_types_text, kv_memory
 from lt_gguf.memory.prompt import prompt_memory
 from lt_gguf.spec import StreamingSpec
 
@@ -33,11 +33,11 @@ def test_streaming_layers_have_the_type_that_is_theirs(asked, type_k, type_v, ex
 def test_layers_that_are_kept_count_in_16_bits():
     full = 4096 * 2 * 64
     kept = StreamingSpec((1,), 2, 4, 252, type="q8_0", cache_keep=(0, 1))
-    assert kv_memory(SHAPE, kept, 4096, type_k="q4_0") == (full * 2, CELLS * 2 * 64 * 2)
-    assert kv_memory(SHAPE, kept.without_streaming(), 4096, type_k="q4_0") == (full * 4, 0)
+    assert kv_memory(SHAPE, kept, 4096, type_k="q4_0") == KVMemory(full * 2, CELLS * 2 * 64 * 2)
+    assert kv_memory(SHAPE, kept.without_streaming(), 4096, type_k="q4_0") == KVMemory(full * 4, 0)
     assert prompt_memory(SHAPE, kept, 4096, n_embd=8, type_k="q4_0").batches == full * 2
     one = StreamingSpec((), 2, cache_keep=(1,))
-    assert kv_memory(SHAPE, one, 4096, type_k="q4_0", type_v="f32") == (4096 * 64 * (18 / 32 + 2 + 2 * 4), 0)
+    assert kv_memory(SHAPE, one, 4096, type_k="q4_0", type_v="f32") == KVMemory(4096 * 64 * (18 / 32 + 2 + 2 * 4), 0)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,15 @@ export function heldByLayer(info, n, reading = null) {
   if (reading && info.streaming?.prefill === "full") streaming = Math.min(n, Math.min(reading.cache, most) + reading.processed - reading.cache);
   const streams = new Set(info.streaming?.layers);
   const kept = new Set(info.cache_keep);
+  const own = new Set(info.own_window?.layers);
   return Array.from({ length: info.n_layer }, (_, layer) => ({
-    streams: streams.has(layer), held: streams.has(layer) ? streaming : n, kept: kept.has(layer),
+    streams: streams.has(layer), held: streams.has(layer) ? streaming : heldInFull(info, layer, n), kept: kept.has(layer), own: own.has(layer),
   }));
+}
+
+/** Tokens that a layer which doesn't stream holds: all, or those of its own sliding window. */
+function heldInFull({ own_window }, layer, n) {
+  return own_window?.layers.includes(layer) ? Math.min(n, own_window.tokens) : n;
 }
 
 /** Bytes of the KV cache that hold these tokens. */
@@ -25,11 +31,12 @@ export function cacheBytes(info, held) {
   return held.reduce((sum, layer, i) => sum + layer.held * (layer.streams ? info.streaming_token_bytes : info.token_bytes)[i], 0);
 }
 
-/** Bytes of the KV cache with full attention in all layers. */
-export const fullBytes = (info, n) => n * info.token_bytes.reduce((sum, bytes) => sum + bytes, 0);
+/** Bytes of the KV cache if no layer streamed. */
+export const fullBytes = (info, n) => info.token_bytes.reduce((sum, bytes, layer) => sum + bytes * heldInFull(info, layer, n), 0);
 
-export const describe = ({ streams, held, kept }, i, n) =>
-  `layer ${i}: ${streams ? "streaming" : "full"}, holds ` + (held === n ? tokens(n) : `${number(held)} of ${tokens(n)}`) + (kept ? ", kept in 16 bits" : "");
+export const describe = ({ streams, held, kept, own }, i, n) =>
+  `layer ${i}: ${streams ? "streaming" : own ? "a window of its own" : "full"}, holds `
+  + (held === n ? tokens(n) : `${number(held)} of ${tokens(n)}`) + (kept ? ", kept in 16 bits" : "");
 
 function summary({ streaming, auto, n_layer }, reading) {
   if (!streaming) {
