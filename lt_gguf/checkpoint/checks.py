@@ -19,7 +19,7 @@ FULL_ATTENTION = ("full_attention", "attention")
 
 # Models whose layers with a sliding window keep it in llama.cpp, which ignores that of others. What may stream in them is the layers
 # with full attention.
-_WITH_WINDOWS = ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "olmo3")
+_WITH_WINDOWS = ("cohere2", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "olmo3")
 
 # how the name of a class ends that was trained to do something else than to continue text
 _OTHER_TASKS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")

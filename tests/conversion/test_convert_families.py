@@ -42,7 +42,7 @@ MORE = {
     "olmo": ("OlmoConfig", {}, {}),
     "cohere": ("CohereConfig", {"logit_scale": 0.0625}, {}),
 }
-ALWAYS_TIED = ("gemma", "gemma2", "gemma3", "cohere", "cohere2", "gpt2")  # upstream writes no output matrix for these
+ALWAYS_TIED = ("gemma", "gemma2", "gemma3", "gemma4", "cohere", "cohere2", "gpt2")  # upstream writes no output matrix for these
 NAMES = (*FAMILIES, *MORE, *SLIDING_FAMILIES)
 TAKING_TURNS = [(name, i % 2 == 0, i % 4 < 2, OUTTYPES[i % len(OUTTYPES)]) for i, name in enumerate(NAMES)]
 CROSSED = [case for case in product(NAMES, (False, True), (False, True), OUTTYPES) if case not in TAKING_TURNS]
@@ -68,7 +68,7 @@ def save(name: str, folder: Path, tied: bool, sharded: bool, dtype: torch.dtype)
     randomize(model, 0.8)
     model.to(dtype).save_pretrained(folder, max_shard_size="150KB" if sharded else "1GB")
     assert (folder / "model.safetensors.index.json").exists() == sharded
-    if name == "gemma3":
+    if name in ("gemma3", "gemma4"):
         write_word_list(folder)
     return hparams
 

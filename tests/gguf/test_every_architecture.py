@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.native import FULL, STREAMING, Model
+from support.native import FULL, STREAMING, C, Model
 
 DIRECTORY = os.environ.get("LT_TEST_MODELS")
 MODELS = sorted(Path(DIRECTORY).glob("*.gguf")) if DIRECTORY else []
@@ -29,11 +29,13 @@ REFUSED_WITH_PLAIN_CACHE = {
 }  # fmt: skip
 
 
-def logits(model: Model, n_ubatch: int, n_cells: int) -> np.ndarray:
-    """Of N_TOKENS random tokens. A second sequence that is decoded in between takes the cells that the first can do without."""
+def logits(model: Model, n_ubatch: int, n_cells: int, causal: bool = True) -> np.ndarray:
+    """Of N_TOKENS random tokens. A second sequence that is decoded in between takes the cells that the first can do without.
+    Not `causal`: as the tokens of an image are read, which look ahead in some layers."""
     tokens = np.random.default_rng(0).integers(3, min(model.n_vocab, 128), N_TOKENS)
     context = model.context(n_ctx=512, n_ubatch=n_ubatch, n_batch=512, n_seq_max=2, kv_unified=True)
     assert context.kv_cells(STREAMING) == n_cells
+    C.llama_set_causal_attn(context.handle, causal)
     try:
         before = context.decode(tokens[:-20], seq=0)
         context.decode(tokens[::-1], seq=1)
@@ -45,7 +47,7 @@ def logits(model: Model, n_ubatch: int, n_cells: int) -> np.ndarray:
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_streams_or_refuses(path):
     with Model(path) as model:
-        everywhere = f"layers=0-{model.n_layer - 1};sink=4"
+        everywhere = "layers=all;sink=4"
         try:
             model.set_streaming(f"{everywhere};window={NEVER_FULL}")
         except ValueError as error:
@@ -64,10 +66,13 @@ def test_streams_or_refuses(path):
         # A window that nothing leaves: the same numbers through the streaming part.
         model.set_streaming(f"{everywhere};window={NEVER_FULL}")
         np.testing.assert_array_equal(logits(model, n_ubatch=512, n_cells=512), full)
+        looking_ahead = logits(model, n_ubatch=512, n_cells=512, causal=False)
+        model.set_streaming("off")
+        np.testing.assert_array_equal(logits(model, n_ubatch=512, n_cells=0, causal=False), looking_ahead)
 
         # A narrow one: hiding keys that are in the cache and dropping them is the same.
         model.set_streaming(f"{everywhere};window={WINDOW}")
         hidden = logits(model, n_ubatch=512, n_cells=512)
         dropped = logits(model, n_ubatch=32, n_cells=256)
-        assert np.abs(hidden - full).max() > 5 * noise, "the window changed nothing"
+        assert np.abs(hidden - full).max() > 3 * noise, "the window changed nothing"
         assert np.abs(dropped - hidden).max() <= noise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.families import OWN_WINDOW, SLIDING_FAMILIES
-from support.native import FULL, PROMPT, STREAMING, SWA, Token, api
+from support.native import FULL, PROMPT, STREAMING, SWA, C, Token, api
 from support.oracle import EXACT, RELATIVE, Subject, difference, random_tokens
 from support.transcript import Transcript
 
@@ -91,12 +91,14 @@ def test_the_oracle_notices_one_key_too_many(subject, family):
 
 @pytest.mark.slow
 @PREFILL
-@pytest.mark.parametrize("n_ubatch", [1, 16, 47, 512])
+@pytest.mark.parametrize(
+    "n_ubatch", [1, 16, 47, 256 - OWN_WINDOW, 512]
+)  # 256 cells hold the window and a micro-batch of the last but one
 @pytest.mark.parametrize("n_batch", [1, 7, 48, 49, 199, 400])
 def test_every_split(subject, measured, n_batch, n_ubatch, prefill):
     model: Subject = subject("gemma3")
     spec = model.spec(SINK, 60, prefill=prefill)
-    turns = [("read", 330, n_batch), ("decode", 3, 1), ("read", 70, n_batch), ("decode", 3, 1)]
+    turns = [("read", 430, n_batch), ("decode", 3, 1), ("read", 70, n_batch), ("decode", 3, 1)]
     measured("gemma3", "own windows, batch splits", error(model, spec, turns, n_ubatch=n_ubatch), EXACT)
 
 
@@ -195,6 +197,20 @@ def test_hiding_is_dropping(subject, measured, family):
                 hybrid.read_prompt(prompt)
                 expected = hybrid.decode_one_by_one(answer, 150)
             measured(family, "own windows, hidden instead of dropped", difference(found, expected), EXACT)
+
+
+@FAMILY
+def test_tokens_that_look_ahead(subject, measured, family):
+    """As those of an image do, in some models in the layers with a window only: with nothing to drop, as in llama.cpp itself."""
+    model: Subject = subject(family)
+    tokens = random_tokens(100)
+    rows = []
+    for spec in (None, model.spec(SINK, 5000, model.may_stream)):
+        with model.context(spec, n_ctx=512, swa_full=False) as context:
+            C.llama_set_causal_attn(context.handle, False)
+            rows.append(context.decode(tokens))
+    measured(family, "own windows, looking ahead", difference(*rows), EXACT)
+    assert difference(rows[0], model.expected(tokens, None)) > 5 * EXACT
 
 
 def test_what_the_parts_hold_and_take(subject):

@@ -26,7 +26,7 @@ def convert(checkpoint: str, outfile: str, outtype: str, hparams: dict) -> None:
     model_class = get_model_class(get_model_architecture(load_hparams(Path(checkpoint), False), ModelType.TEXT))
     changes = {"set_vocab": set_byte_vocabulary, "model_arch": model_class.model_arch}
     oracle_class = type(model_class.__name__, (model_class,), changes)
-    if model_class.__name__ == "Gemma3Model":
+    if model_class.__name__ in ("Gemma3Model", "Gemma4Model"):
         write_word_list(Path(checkpoint))
     ModelBase.load_hparams = staticmethod(lambda *args, **kwargs: load_hparams(*args, **kwargs) | hparams)
     try:
@@ -59,7 +59,7 @@ def set_byte_vocabulary(converter) -> None:
 
 
 def write_word_list(checkpoint: Path) -> None:
-    """What Gemma 3's converter counts, to leave out embeddings that no word has: as many as there are or more."""
+    """What the converter of Gemma 3 and 4 counts, to leave out embeddings that no word has: as many as there are or more."""
     n_vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     words = {"model": {"vocab": [""] * n_vocab}, "added_tokens": []}
     (checkpoint / "tokenizer.json").write_text(json.dumps(words))

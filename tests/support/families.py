@@ -101,6 +101,13 @@ def one_full_in(n: int) -> Callable[[int], dict]:
     return lambda n_layer: {"layer_types": ["sliding_attention" if (il + 1) % n else "full_attention" for il in range(n_layer)]}
 
 
+def wider_heads_in_full_layers(n_layer: int) -> dict:
+    """As in Gemma 4; one layer of four has full attention."""
+    types = one_full_in(4)(n_layer)["layer_types"]
+    wider = {str(il): {"head_dim": 64} for il, kind in enumerate(types) if kind == "full_attention"}
+    return {"layer_types": types, "per_layer_config": wider}
+
+
 # Layers with a sliding window beside those with full attention: apart, because of these only the latter may stream. With how many
 # layers they have two or three of those.
 SLIDING_FAMILIES = {
@@ -148,6 +155,22 @@ SLIDING_FAMILIES = {
                 attention="eager",  # its softcap
             ),
             4,
+        ),
+        (
+            Family(
+                "gemma4",
+                "Gemma4TextConfig",
+                {
+                    "head_dim": 32,
+                    "hidden_size_per_layer_input": 0,
+                    "vocab_size_per_layer_input": N_VOCAB,
+                    "num_kv_shared_layers": 0,
+                    "tie_word_embeddings": True,
+                    "per_layer": wider_heads_in_full_layers,
+                },
+                mlp_gain=0.01,
+            ),
+            8,
         ),
         (Family("olmo3", "Olmo3Config", {"per_layer": one_full_in(4)}), 8),
     )
