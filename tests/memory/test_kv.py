@@ -62,3 +62,20 @@ def test_layers_that_are_kept_count_in_16_bits():
 )
 def test_what_is_said_of_them(cache_type, spec, expected):
     assert cache_types_text(cache_type, spec) == expected
+
+
+def test_layers_with_a_window_of_their_own():
+    """They hold it and a micro-batch, whatever streams; their heads may be of another size."""
+    shape = KVShape((2, 2, 2), 2, 32, 32, own_layers=(0, 2), own_window=100, own_head_sizes=(16, 16))
+    cell, own = 2 * 64 * 2, 2 * 32 * 2  # bytes of K and V in f16
+    spec = StreamingSpec((1,), 3, 4, 252)
+    assert kv_memory(shape, None, 4096) == KVMemory(4096 * cell, 0, 2 * 768 * own)  # 100 + 512 cells, padded
+    assert kv_memory(shape, spec, 4096) == KVMemory(0, CELLS * cell, 2 * 768 * own)
+    assert kv_memory(shape, spec, 4096, n_seq_max=2, kv_unified=True).own == 2 * 768 * own
+    assert kv_memory(shape, spec, 4096, n_seq_max=2).own == 2 * 2 * 768 * own
+    assert kv_memory(shape, spec, 512).own == 2 * 512 * own
+    assert kv_memory(shape, spec, 4096, flash_attn=False).own == 2 * 768 * (32 + 64) * 2  # V is as wide as in the widest layer
+    # a prompt is not read layer by layer
+    both = KVShape((2, 2, 2), 2, 32, 32, own_layers=(0,), own_window=100)
+    prompt = prompt_memory(both, StreamingSpec((1, 2), 3, 4, 252), 4096, n_embd=8)
+    assert prompt.whole == prompt.batches == 2 * 4096 * cell

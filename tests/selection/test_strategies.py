@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.candidates import candidates, evidence
 
-from lt_gguf.selection import Model, Request, Strategy, asked_strategy, laziest, strategies, strategy
+from lt_gguf.selection import Model, Request, Selection, Strategy, asked_strategy, laziest, strategies, strategy
 from lt_gguf.spec import Provenance
 
 NAN = math.nan
@@ -242,3 +243,59 @@ def test_ratios_are_needed():
 def test_a_budget_that_needs_more_layers_than_were_measured():
     with pytest.raises(ValueError, match="the KV budget needs 3 streaming layers, only 2 can be chosen"):
         choose("lazy-ratio", [[0.5, NAN, 0.5, NAN]], 4, n_streaming=3)
+
+
+# --------------------------------------------------------------------------- layers that can't stream
+
+SLIDING = Model("gemma3", "a model", 13, 12, may_stream=(2, 5, 8, 11))  # the others have a window of their own; one predicts ahead
+
+
+def choose_sliding(name: str, **settings) -> Selection:
+    ratios = np.linspace(0.1, 0.9, 12)[None] if name in BY_RATIOS else None
+    return strategy(name).select(Request(SLIDING, ratios=ratios, **settings))
+
+
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("lazy-ratio", (8, 11)),
+        ("frequency", (8, 11)),
+        ("threshold", (11,)),
+        ("interleave-odd", (5, 11)),
+        ("interleave-even", (2, 8)),
+    ],
+)
+def test_a_share_is_of_the_layers_that_may_stream(name, layers):
+    assert choose_sliding(name).layers == layers
+
+
+@pytest.mark.parametrize("name", BY_RATIOS)
+def test_ratios_of_layers_that_cannot_stream_do_not_count(name):
+    ratios = np.full((1, 12), 0.99)
+    ratios[0, [2, 5, 8, 11]] = 0.1, 0.95, 0.2, 0.3
+    found = strategy(name).select(Request(SLIDING, ratios=ratios, fraction=0.25))
+    assert found.layers == (5,)
+    assert "of 4 measured layers" in found.reason
+
+
+def test_a_number_is_of_the_layers_that_may_stream():
+    assert choose_sliding("interleave-odd", n_streaming=3).layers == (5, 8, 11)
+    with pytest.raises(ValueError, match="streaming layers = 5: must be from 0 to 4, the layers that can stream"):
+        choose_sliding("interleave-odd", n_streaming=5)
+
+
+def test_all_by_hand_are_those_that_may_stream():
+    assert choose_sliding("manual", layers="all").layers == (2, 5, 8, 11)
+    assert choose_sliding("manual", layers="5,11").layers == (5, 11)
+    with pytest.raises(
+        ValueError, match="selection manual: layer 4 has no full attention, must be of those that may stream: 2,5,8,11"
+    ):
+        choose_sliding("manual", layers="4-5")
+
+
+@pytest.mark.parametrize("name", ["kl", "kl-greedy", "loss"])
+def test_no_other_layer_is_tried(name):
+    measured = candidates(lambda layers: evidence(sum(1 / (il + 1) for il in layers)))
+    found = strategy(name).select(Request(SLIDING, fraction=0.5, candidates=measured))
+    assert found.layers == (8, 11)
+    assert {il for asked in (measured.choosing.asked, measured.judging.asked) for layers in asked for il in layers} == {2, 5, 8, 11}
