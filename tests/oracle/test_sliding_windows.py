@@ -180,7 +180,7 @@ def test_hiding_is_dropping(subject, measured, family):
     """One context that has read the prompt once, and goes back to its end for each choice, against a hybrid for each."""
     model: Subject = subject(family)
     settings = dict(n_ctx=512, n_batch=64, n_ubatch=N_UBATCH)
-    prompt, answer = np.split(random_tokens(190), [150])
+    prompt, answer = np.split(random_tokens(280), [240])
     with model.context("hide=none", **settings) as one:
         one.read_prompt(prompt)
         for layers, sink, window in (
@@ -191,12 +191,17 @@ def test_hiding_is_dropping(subject, measured, family):
         ):
             spec = model.spec(sink, window, layers, prefill="full")
             api().context_hide(one.handle, spec)
-            found = one.decode_one_by_one(answer, 150)
-            assert one.seq_rm(0, 150, -1)
+            found = one.decode_one_by_one(answer, 240)
+            assert one.seq_rm(0, 240, -1)
             with model.context(spec, **settings) as hybrid:
                 hybrid.read_prompt(prompt)
-                expected = hybrid.decode_one_by_one(answer, 150)
+                expected = hybrid.decode_one_by_one(answer, 240)
             measured(family, "own windows, hidden instead of dropped", difference(found, expected), EXACT)
+        # the cells that the answers took are taken again, and none of those that the prompt's end needs
+        for _ in range(10):
+            again = one.decode_one_by_one(answer, 240)
+            assert one.seq_rm(0, 240, -1)
+        assert difference(again, found) <= EXACT
 
 
 @FAMILY
