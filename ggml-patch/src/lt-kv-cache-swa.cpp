@@ -39,8 +39,9 @@ void lt_kv_cache::make_swa_part(const llama_cparams & cparams, const layer_filte
 
     const uint32_t n_seq = unified ? n_seq_max : 1;
 
-    // note: swa_full does not apply here either. it would keep for a rollback what the streaming layers drop anyway
-    const uint32_t size = GGML_PAD(std::min(size_full, hparams.n_swa*n_seq + cparams.n_ubatch), 256);
+    // note: swa_full does not apply here either. it would keep for a rollback what the streaming layers drop anyway. where nothing is
+    //       dropped, because it is only measured, this part keeps everything, too
+    const uint32_t size = GGML_PAD(spec.hides ? size_full : std::min(size_full, hparams.n_swa*n_seq + cparams.n_ubatch), 256);
 
     mask_swa = lt_make_mask_swa(hparams, n_seq, size, size_full, &phases);
 
