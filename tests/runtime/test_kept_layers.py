@@ -154,7 +154,7 @@ def test_bytes_are_those_of_the_formula(subject, kv, type_, kept, layers):
     shape = read_model(subject.native.path).kv_shape
     with subject.context(spec, n_ctx=2048, n_batch=64, n_ubatch=64, kv=kv, flash=True) as context:
         expected = kv_memory(shape, spec, 2048, type_k=kv, n_ubatch=64)
-        assert (context.kv_bytes(FULL), context.kv_bytes(STREAMING)) == expected
+        assert (context.kv_bytes(FULL), context.kv_bytes(STREAMING), 0) == expected
         context.prompt_begin(1500)
         prompt = prompt_memory(shape, spec, 1500, n_embd=128, n_ctx=2048, type_k=kv, n_ubatch=64)
         assert context.kv_bytes(PROMPT) == prompt.batches

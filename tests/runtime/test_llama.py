@@ -44,7 +44,7 @@ def test_the_files_spec(hybrid_file):
     assert llm.streaming == SPEC
     kv = llm.kv_bytes()
     expected = kv_memory(read_model(hybrid_file).kv_shape, SPEC, 1024, n_ubatch=8, flash_attn=False)
-    assert kv == {"full": expected.full, "streaming": expected.streaming, "prompt": 0, "total": expected.total}
+    assert kv == {"full": expected.full, "streaming": expected.streaming, "prompt": 0, "swa": 0, "total": expected.total}
     assert 0 < kv["streaming"] < kv["full"]
 
 

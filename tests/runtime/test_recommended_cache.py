@@ -62,7 +62,7 @@ def assert_cache(
     of = StreamingSpec(spec.layers, N_LAYER, spec.sink, spec.window, cache_keep=keep)
     settings = {"type_k": types.k, "type_v": types.v, "n_ubatch": 8, "flash_attn": flash}
     expected = kv_memory(read_model(Path(llm.model_path)).kv_shape, of, llm.n_ctx(), **settings)
-    assert (llm.kv_bytes()["full"], llm.kv_bytes()["streaming"]) == expected
+    assert (llm.kv_bytes()["full"], llm.kv_bytes()["streaming"], 0) == expected
 
 
 def test_who_asks_for_nothing_gets_it(file):
